@@ -1,0 +1,333 @@
+"""Typed configuration: one YAML file a run, dotted overrides, and every check that needs no data.
+
+`Config()` is the digits run. The field's docstrings are what `train.py --help` prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from diffusion.errors import UsageError
+from diffusion.losses import LossType
+from diffusion.process import GaussianDiffusion, MeanType, VarianceType
+from diffusion.samplers import SamplerName
+from diffusion.schedule import Schedule, ScheduleName, space_timesteps
+from diffusion.unet import UNetModel
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images."""
+
+    name: Literal["digits", "mnist", "cifar10", "folder"] = "digits"
+    """which data set; digits ship with the package, folder is your own images (class folders make classes)"""
+    path: str | None = None
+    """where the data lie: torchvision's root for mnist and cifar10 (not given: downloaded to data/), or your folder"""
+    image_size: int = 8
+    """height and width in pixels after the paper's preprocessing"""
+    channels: int = 1
+    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha; any other number reads (height, width, channels) .npy files"""
+    random_flip: bool = False
+    """mirror half of the images left to right"""
+    workers: int = 0
+    """processes that read images ahead of each training process (for large folders)"""
+
+    def __post_init__(self) -> None:
+        _at_least("data.image_size", self.image_size, 1)
+        _at_least("data.channels", self.channels, 1)
+        _at_least("data.workers", self.workers, 0)
+        if self.random_flip and self.name in ("digits", "mnist"):
+            raise UsageError(f"data.random_flip is true, but a mirrored digit is no digit: set it false for {self.name}")
+        if self.path is not None and self.name == "digits":
+            raise UsageError(
+                f"data.path is {self.path}, but data.name is digits, which ship with the package: "
+                "add --data.name folder (or mnist, cifar10)"
+            )
+        if self.name == "folder" and self.path is None:
+            raise UsageError("data.name is folder: say which with --data.path FOLDER")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The U-Net."""
+
+    model_channels: int = 32
+    """base width, a multiple of 32"""
+    num_res_blocks: int = 1
+    """residual blocks at each level"""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """width of each level in multiples of the base; each level after the first halves the size"""
+    attention_resolutions: tuple[int, ...] = (2,)
+    """downsampling factors with attention: 1, 2, 4, ... (4: at a quarter of the image's size)"""
+    num_heads: int = 2
+    """attention heads"""
+    num_heads_upsample: int = -1
+    """attention heads on the way up; -1: as on the way down"""
+    dropout: float = 0.0
+    """dropout probability in the residual blocks"""
+    conv_resample: bool = True
+    """down- and upsample with learned convolutions"""
+    use_scale_shift_norm: bool = True
+    """the timestep scales and shifts the normalisation instead of being added"""
+    use_checkpoint: bool = False
+    """recompute activations in the backward pass: less memory, a third more work"""
+    class_cond: bool = True
+    """condition on the data's classes"""
+
+    def __post_init__(self) -> None:
+        _at_least("model.model_channels", self.model_channels, 32)
+        if self.model_channels % 32:
+            nearest = max(32, round(self.model_channels / 32) * 32)
+            raise UsageError(
+                f"model.model_channels is {self.model_channels}; normalisation in 32 groups needs "
+                f"a multiple of 32, such as {nearest}"
+            )
+        _at_least("model.num_res_blocks", self.num_res_blocks, 1)
+        _at_least("model.num_heads", self.num_heads, 1)
+        if self.num_heads_upsample != -1:
+            _at_least("model.num_heads_upsample", self.num_heads_upsample, 1)
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise UsageError(f"model.channel_mult is {list(self.channel_mult)}; it must be a list of whole numbers >= 1")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
+        factors = [2**level for level in range(len(self.channel_mult))]
+        for factor in self.attention_resolutions:
+            if factor not in factors:
+                raise UsageError(
+                    f"model.attention_resolutions has {factor}, which is no downsampling factor of "
+                    f"{len(factors)} levels: choose from {', '.join(map(str, factors))}"
+                )
+        with_attention = [mult for mult, factor in zip(self.channel_mult, factors, strict=True)
+                          if factor in self.attention_resolutions]  # fmt: skip
+        for mult in {*with_attention, self.channel_mult[-1]}:
+            for name in ("num_heads", "num_heads_upsample"):
+                heads = self.num_heads if getattr(self, name) == -1 else getattr(self, name)
+                if mult * self.model_channels % heads:
+                    raise UsageError(f"model.{name} is {heads}, which does not divide {mult * self.model_channels} channels")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process and the loss."""
+
+    steps: int = 1000
+    """T, the number of steps"""
+    schedule: ScheduleName = "cosine"
+    """noise schedule"""
+    respacing: str = ""
+    """train on some of the steps only: a count, sections like 10,15,20, or ddim50; empty: all"""
+    mean: MeanType = "epsilon"
+    """what the network predicts"""
+    variance: VarianceType = "learned_range"
+    """variance of the reverse process"""
+    loss: LossType = "rescaled_mse"
+    """mse and rescaled_mse are the simple loss, hybrid where the variance is learned; kl is the variational bound"""
+    rescale_timesteps: bool = True
+    """tell the network the timestep on a scale of 0 to 1000, whatever T is"""
+
+    def __post_init__(self) -> None:
+        _at_least("diffusion.steps", self.steps, 1)
+        self.process()
+
+    def process(self, respacing: str | None = None) -> GaussianDiffusion:
+        """The process; `respacing` instead of the training's own. Raises UsageError where the betas or it are impossible."""
+        schedule = Schedule.named(self.schedule, self.steps, self.respacing if respacing is None else respacing)
+        return GaussianDiffusion(schedule, self.mean, self.variance, self.rescale_timesteps)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training run."""
+
+    steps: int = 1500
+    """optimizer steps"""
+    batch_size: int = 64
+    """images in an optimizer step, over all processes and accumulation"""
+    accumulation: int = 1
+    """cut each process's share of the batch in this many parts, to fit in memory"""
+    lr: float = 1e-3
+    """learning rate of AdamW, after warm-up"""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """stay at lr, or fall to 0 by the last step"""
+    warmup_steps: int = 0
+    """optimizer steps over which the learning rate grows from 0"""
+    weight_decay: float = 0.0
+    """decoupled weight decay"""
+    grad_clip: float | None = None
+    """largest norm of the gradient; null: no clipping"""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """mixed precision of accelerate"""
+    ema_rates: tuple[float, ...] = (0.999,)
+    """moving averages of the weights to keep; pictures are drawn with the first"""
+    ema_warmup: bool = True
+    """begin the averages at a low rate, (1 + step) / (10 + step), so that short runs forget the start"""
+    seed: int = 0
+    """everything random follows from it"""
+    log_every: int = 50
+    """steps between lines of metrics.jsonl"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "log_every"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        if not self.lr > 0:
+            raise UsageError(f"train.lr is {self.lr}; it must be above 0")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise UsageError(f"train.grad_clip is {self.grad_clip}; it must be above 0, or null for no clipping")
+        if self.batch_size % self.accumulation:
+            raise UsageError(f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}")
+        if not self.ema_rates or not all(0 <= rate < 1 for rate in self.ema_rates):
+            raise UsageError(f"train.ema_rates is {list(self.ema_rates)}; it needs one or more rates from 0 to below 1")
+        if len(set(self.ema_rates)) < len(self.ema_rates):
+            raise UsageError(f"train.ema_rates is {list(self.ema_rates)}; each rate may stand there once")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The pictures drawn during training, and what sample.py draws where its flags say nothing else."""
+
+    every: int = 500
+    """optimizer steps between grids; 0: only after the last step"""
+    n: int = 100
+    """pictures in a grid"""
+    sampler: SamplerName = "ddpm"
+    """sampler"""
+    steps: str = "50"
+    """steps of the sampler: a count, sections like 10,15,20, or ddim50; empty: all"""
+
+    def __post_init__(self) -> None:
+        _at_least("sample.every", self.every, 0)
+        _at_least("sample.n", self.n, 1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every: int = 500
+    """optimizer steps between checkpoints; 0: only after the last step"""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every", self.every, 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        levels = len(self.model.channel_mult)
+        divisor = 2 ** (levels - 1)
+        if self.data.image_size % divisor:
+            nearest = max(divisor, round(self.data.image_size / divisor) * divisor)
+            raise UsageError(
+                f"data.image_size is {self.data.image_size}, which the {levels} levels of model.channel_mult "
+                f"do not divide: the nearest size that they do is {nearest}"
+            )
+        try:
+            space_timesteps(self.diffusion.steps, self.sample.steps)
+        except UsageError as error:
+            raise UsageError(f"sample.steps: {error}") from None
+
+    def network(self, num_classes: int) -> UNetModel:
+        """The network with fresh weights, for data of `num_classes` classes (0: none)."""
+        options = dataclasses.asdict(self.model)
+        class_cond = options.pop("class_cond")
+        if class_cond and not num_classes:
+            raise UsageError(
+                f"model.class_cond is true, but the data ({self.data.name}) have no classes: "
+                "set --model.class_cond false, or put the images into one folder a class"
+            )
+        outputs = 2 if self.diffusion.variance in ("learned", "learned_range") else 1
+        return UNetModel(
+            in_channels=self.data.channels,
+            out_channels=outputs * self.data.channels,
+            num_classes=num_classes if class_cond else None,
+            **options,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as YAML, every field spelled out."""
+        plain = json.loads(json.dumps(dataclasses.asdict(self)))  # YAML has no tuples
+        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration that `Config.save` or a person wrote. Raises UsageError where it is not one."""
+    return parse_command_line(["--config", str(path)])[0]
+
+
+def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Config, Path]:
+    """`--config FILE`, `--out FOLDER` and dotted overrides -> the configuration and the run's folder.
+
+    Raises UsageError, in one line, for an unknown key, a wrong type or an impossible combination.
+    """
+    # Known only to this parser: a file of ours may hold numbers like 1e-4, and fields explain themselves.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        description="Train a diffusion model. The same command again continues the run.",
+    )
+    parser.add_argument("--config", action="config", help="the run's YAML file; not given: the digits run")
+    parser.add_argument("--out", type=str, default=None, help="the run's folder; not given: runs/<name of the config>")
+    parser.add_class_arguments(Config)
+    try:
+        parsed = parser.parse_args(list(argv))
+        config_files = parsed.pop("config") or ["digits"]
+        out = parsed.pop("out") or Path("runs") / Path(str(config_files[-1])).stem
+        values = parser.instantiate(parsed)
+    except argparse.ArgumentError as error:
+        known = [action.dest for action in parser._actions if "." in action.dest]
+        raise UsageError(_one_line(str(error), known)) from None
+    sections = {f.name: values[f.name] for f in dataclasses.fields(Config)}
+    return Config(**sections), Path(out)
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if not value >= least:
+        raise UsageError(f"{name} is {value}; it must be at least {least}")
+
+
+def _one_line(message: str, known: list[str]) -> str:
+    """A parser's message in one line, with the nearest valid name or the valid values."""
+    message = " ".join(message.split())
+    unknown = (
+        re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
+        or re.search(r"Option '(?P<key>[\w.]+)' is not accepted", message)
+        or re.search(r"unrecognized arguments: --(?P<key>[\w.]+)", message)
+    )
+    if unknown:
+        parts: dict[str, Any] = unknown.groupdict()
+        key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
+        near = difflib.get_close_matches(key, ["config", "out", *known], n=1, cutoff=0.4)
+        return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")
+    wrong = re.search(r'Parser key "(?P<key>[\w.]+)": Expected an? (?P<type>.+)\. Got value: (?P<value>.*)', message)
+    if wrong:
+        options = re.findall(r"'(\w+)'", wrong["type"]) if "Literal" in wrong["type"] else []
+        if options:
+            near = difflib.get_close_matches(wrong["value"], options, n=1)
+            did_you_mean = f" (did you mean {near[0]}?)" if near else ""
+            return f"{wrong['key']} is {wrong['value']}; it must be one of {', '.join(options)}{did_you_mean}"
+        wanted = re.sub(r"<class '(\w+)'>", r"\1", wrong["type"])
+        return f"{wrong['key']} is {wrong['value']}; it must be of type {wanted}"
+    return message

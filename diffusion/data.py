@@ -1,0 +1,225 @@
+"""Images: where they come from, the paper's preprocessing, and their order as a function of seed and step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from diffusion.config import DataConfig
+from diffusion.errors import UsageError
+from diffusion.randomness import generator_for
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
+PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+IN_MEMORY_BYTES = 64 * 2**20
+"""Folders that are no larger than this once preprocessed are read whole at the start."""
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, C, H, W), uint8, and their labels (B,), int64 (0 where there are no classes)."""
+
+
+@dataclass
+class ArrayDataset(Dataset):
+    """Images in memory: (N, C, H, W), uint8, and labels (N,), int64."""
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self.images[list(indices)], self.labels[list(indices)]
+
+
+@dataclass
+class FolderDataset(Dataset):
+    """Image files that are read as they are needed."""
+
+    paths: list[Path]
+    labels: Tensor
+    class_names: tuple[str, ...]
+    image_size: int
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch | UsageError:
+        """A batch, or the error that one of its files gave: raised in a worker it would lose its one-line message."""
+        try:
+            images = [read_image(self.paths[i], self.image_size, self.channels) for i in indices]
+        except UsageError as error:
+            return error
+        return torch.from_numpy(np.stack(images)), self.labels[list(indices)]
+
+    def in_memory(self) -> ArrayDataset:
+        """All of it, read now. Raises UsageError with the name of a file that cannot be read."""
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(lambda path: read_image(path, self.image_size, self.channels), self.paths))
+        return ArrayDataset(torch.from_numpy(np.stack(images)), self.labels, self.class_names)
+
+
+def open_dataset(config: DataConfig) -> ArrayDataset | FolderDataset:
+    """The data set that a configuration names. Raises UsageError where it is not there or cannot be read."""
+    if config.name == "folder":
+        assert config.path is not None  # DataConfig has checked it
+        folder = _open_folder(Path(config.path), config.image_size, config.channels)
+        small = len(folder) * config.channels * config.image_size**2 <= IN_MEMORY_BYTES
+        return folder.in_memory() if small else folder
+    if config.name == "digits":
+        with (files("diffusion") / "digits.npz").open("rb") as file, np.load(file) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+        names = tuple(map(str, range(10)))
+    else:
+        images, labels, names = _open_torchvision(config.name, config.path)
+    if images.shape[1:3] != (config.image_size, config.image_size) or config.channels != (images.shape[3:] or (1,))[0]:
+        chw = np.stack([preprocess(Image.fromarray(image), config.image_size, config.channels) for image in images])
+    else:
+        chw = images.reshape(*images.shape[:3], config.channels).transpose(0, 3, 1, 2)
+    return ArrayDataset(torch.from_numpy(chw.copy()), torch.from_numpy(labels.astype(np.int64)), names)
+
+
+def _open_torchvision(name: str, path: str | None) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
+    from torchvision import datasets  # takes seconds to import, and only these two data sets need it
+
+    kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
+    try:
+        data = kind(path or "data", train=True, download=path is None)
+    except Exception as error:  # torchvision raises whatever its download or its files gave
+        reason = " ".join(str(error).split()).split(". ")[0]
+        if path is None:
+            raise UsageError(f"{name} could not be downloaded to data/ ({reason}): name its folder with --data.path") from None
+        raise UsageError(f"data.path {path} holds no {name} as torchvision lays it out ({reason})") from None
+    names = tuple(map(str, range(10))) if name == "mnist" else tuple(data.classes)
+    return np.asarray(data.data), np.asarray(data.targets), names
+
+
+def _open_folder(root: Path, image_size: int, channels: int) -> FolderDataset:
+    if not root.is_dir():
+        raise UsageError(f"data.path {root} is {'not a folder' if root.exists() else 'not there'}")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        raise UsageError(f"data.path {root} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    folders = [path.relative_to(root).parts[0] if path.parent != root else "" for path in paths]
+    names = sorted(set(folders) - {""})
+    if not names or "" in folders:  # images beside the class folders belong to no class, so there are no classes
+        return FolderDataset(paths, torch.zeros(len(paths), dtype=torch.int64), (), image_size, channels)
+    number = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([number[folder] for folder in folders])
+    return FolderDataset(paths, labels, tuple(names), image_size, channels)
+
+
+def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
+    """One file, preprocessed: (C, size, size), uint8. Raises UsageError with its name where it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if path.suffix.lower() == ".npy":
+                array = np.load(path, allow_pickle=False)
+                if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != channels:
+                    raise ValueError(f"{array.shape} {array.dtype}, not (height, width, {channels}) uint8")
+                layers = [preprocess(Image.fromarray(array[:, :, c]), size, 1) for c in range(channels)]
+                return np.concatenate(layers)
+            with Image.open(path) as image:
+                return preprocess(image, size, channels)
+    except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
+        raise UsageError(f"{path} cannot be read as an image ({' '.join(str(error).split())})") from None
+
+
+def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
+    """An image as the paper's pipeline cuts it: (C, size, size), uint8.
+
+    Halved by box filter while its short side is at least twice `size`, then bicubic to `size`, then the centre.
+    """
+    if channels not in PIL_MODES:
+        raise ValueError(f"{channels} channels need .npy files")
+    if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of PIL mode {image.mode}, whose range is not known; save it with 8 or 16 bits")
+    # Before any resizing: the colours of a palette image cannot be averaged by their numbers.
+    image = image.convert(PIL_MODES[channels])
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    array = np.asarray(image).reshape(image.height, image.width, channels)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return array[top : top + size, left : left + size].transpose(2, 0, 1)
+
+
+def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Which images make up the global batch of `step`.
+
+    Epochs are laid end to end, each shuffled anew, and cut into batches: every image is seen once an epoch, none
+    is dropped, and a batch may reach over the end of one.
+    """
+    indices: list[int] = []
+    position = step * batch_size
+    while len(indices) < batch_size:
+        epoch, start = divmod(position + len(indices), num_images)
+        order = _epoch_order(num_images, seed, epoch)
+        indices += order[start : start + batch_size - len(indices)].tolist()
+    return indices
+
+
+_last_order: tuple[tuple[int, int, int], Tensor] | None = None
+
+
+def _epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    """The shuffled epoch; the last one is kept, since every step of an epoch asks for it."""
+    global _last_order
+    key = (num_images, seed, epoch)
+    if _last_order is None or _last_order[0] != key:
+        _last_order = key, torch.randperm(num_images, generator=generator_for("cpu", seed, "epoch", epoch))
+    return _last_order[1]
+
+
+@dataclass
+class _Order(Sampler[list[int]]):
+    """This process's micro-batches, step after step: `parts` are its slices of the global batch."""
+
+    num_images: int
+    batch_size: int
+    seed: int
+    steps: range
+    parts: list[slice]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            indices = batch_indices(self.num_images, self.batch_size, self.seed, step)
+            yield from (indices[part] for part in self.parts)
+
+
+def micro_batches(
+    dataset: ArrayDataset | FolderDataset, batch_size: int, seed: int, steps: range, parts: list[slice], workers: int = 0
+) -> Iterator[Batch]:
+    """The images of `steps`: for each step this process's `parts` of the global batch, one after the other.
+
+    Raises UsageError with the name of a file that cannot be read.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_Order(len(dataset), batch_size, seed, steps, parts),  # type: ignore[arg-type]
+        collate_fn=lambda batch: batch,
+        num_workers=workers,
+        generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
+        pin_memory=torch.cuda.is_available(),
+    )
+    for batch in loader:
+        if isinstance(batch, UsageError):
+            raise batch
+        yield batch

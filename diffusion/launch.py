@@ -1,0 +1,43 @@
+"""What the launchers get wrong on a CPU, and the scripts' way to end."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from diffusion.errors import UsageError
+
+
+def check_launcher() -> None:
+    """Use the cores that `accelerate launch` hides; raise UsageError where it started fewer processes than asked for."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
+        return  # not started by it, or as one of several processes
+    command = " ".join(psutil.Process(os.getppid()).cmdline())
+    asked = re.search(r"--num[_-]processes[= ](\d+)", command)
+    if asked and int(asked[1]) > 1:
+        raise UsageError(
+            f"accelerate launch starts one process without GPUs, not {asked[1]}: "
+            f"use torchrun --nproc_per_node {asked[1]} {os.path.basename(sys.argv[0])} ..."
+        )
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # its default, which would leave every other core idle
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run `main`: 0, or 2 after one line on stderr where the user can put it right."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except UsageError as error:
+        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{name}{rank}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,94 @@
+"""Training losses: simple, variational and hybrid (Nichol & Dhariwal 2021, sections 2.2 and 3.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusion.process import GaussianDiffusion
+
+LossType = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""What losses and samplers ask of a network: (x_t (B, C, ...), t as the network is told it (B,)) -> its output."""
+
+
+def training_losses(
+    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, loss_type: LossType
+) -> dict[str, Tensor]:
+    """The loss of each image at its timestep, and its parts.
+
+    `mse` is the simple loss (eq. 14), plus the variational bound where the variance is learned, which then
+    trains the variance only: the mean is frozen in it (L_hybrid, eq. 16). `rescaled_mse` weighs that bound by
+    T / 1000, so that it is the paper's 0.001 at any T. `kl` is the variational bound of one step in bits per
+    dimension (eqs. 4 to 7), `rescaled_kl` that times T, an estimate of the whole bound.
+
+    Args:
+        x_start: (B, C, ...) in [-1, 1].
+        t: (B,), int64, in [0, T).
+        noise: like `x_start`, standard normal.
+
+    Returns `loss` and, where they are part of it, `mse` and `vb`, each (B,).
+    """
+    x_t = process.q_sample(x_start, t, noise)
+    output = model(x_t, process.network_t(t))
+    if loss_type in ("kl", "rescaled_kl"):
+        vb = variational_bound(process, output, x_start, x_t, t)
+        return {"loss": vb * process.num_timesteps if loss_type == "rescaled_kl" else vb}
+    mean_output = output.chunk(2, dim=1)[0] if process.learns_variance else output
+    mse = _mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
+    if not process.learns_variance:
+        return {"loss": mse, "mse": mse}
+    frozen = torch.cat([mean_output.detach(), output.chunk(2, dim=1)[1]], dim=1)
+    vb = variational_bound(process, frozen, x_start, x_t, t)
+    if loss_type == "rescaled_mse":
+        vb = vb * (process.num_timesteps / 1000)
+    return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def variational_bound(
+    process: GaussianDiffusion, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
+) -> Tensor:
+    """One term of the variational bound in bits per dimension, (B,): L_0 at t = 0 (eq. 5), else L_{t-1} (eq. 6)."""
+    true_mean, true_log_variance = process.q_posterior(x_start, x_t, t)
+    p = process.p_mean_variance(output, x_t, t, clip_denoised)
+    kl = _mean_flat(normal_kl(true_mean, true_log_variance, p.mean, p.log_variance))
+    nll = -_mean_flat(discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance))
+    return torch.where(t == 0, nll, kl) / math.log(2)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) in nats, element by element."""
+    # In the published order of the sum: near t = T the terms cancel, and float32 keeps three digits of the rest.
+    return 0.5 * (
+        -1 + log_variance2 - log_variance1
+        + torch.exp(log_variance1 - log_variance2)
+        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    )  # fmt: skip
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
+    """Log probability in nats of 8-bit values under a Gaussian, element by element.
+
+    A value owns the interval of half a level around it, the outermost two everything beyond (Ho et al. 2020,
+    eq. 13). `x` holds levels scaled to [-1, 1].
+    """
+    inverse_scale = torch.exp(-log_scales)
+    cdf_above = _approx_standard_normal_cdf(inverse_scale * (x - means + 1 / 255))
+    cdf_below = _approx_standard_normal_cdf(inverse_scale * (x - means - 1 / 255))
+    probability = torch.where(
+        x < -0.999, cdf_above, torch.where(x > 0.999, 1 - cdf_below, cdf_above - cdf_below)
+    )
+    return probability.clamp(min=1e-12).log()
+
+
+def _approx_standard_normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation with which the published models were trained and scored."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _mean_flat(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1)

@@ -1,0 +1,59 @@
+"""From images in [-1, 1] to what people look at."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from diffusion.data import PIL_MODES
+
+TILE = 64
+"""Smaller images are enlarged to about this many pixels in a grid."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to whole levels 0 to 255, the inverse of how they were read."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images (N, C, H, W), uint8, as one picture, row by row. Where C is none of 1 to 4, each channel is a grey tile."""
+    if images.shape[1] not in PIL_MODES:
+        columns *= images.shape[1]
+        images = rearrange(images, "n c h w -> (n c) 1 h w")
+    factor = max(1, TILE // max(images.shape[2:]))
+    images = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    border = max(1, factor // 4)
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    images = F.pad(images, (0, border, 0, border), value=255)
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(images)), value=255)
+    sheet = rearrange(images, "(r c) ch h w -> ch (r h) (c w)", c=columns)
+    return to_pil(F.pad(sheet, (border, 0, border, 0), value=255))
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One image (C, H, W), uint8, with 1 to 4 channels."""
+    array: NDArray[np.uint8] = rearrange(image.cpu(), "c h w -> h w c").numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Write `grid(images, columns)` as PNG; the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    grid(images, columns).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def grid_columns(n: int, num_classes: int) -> int:
+    """One column a class where there are few, else a square."""
+    return num_classes if 1 < num_classes <= 20 else math.ceil(math.sqrt(n))

@@ -1,0 +1,183 @@
+"""The diffusion process: q(x_t | x_0), its posterior, and p(x_{t-1} | x_t) from a network's output.
+
+Equation numbers are those of Nichol & Dhariwal (2021). Images are (B, C, ...) in [-1, 1]; t is (B,), int64,
+from 0 (nearly clean) to T - 1 (nearly noise).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion.schedule import Schedule
+
+MeanType = Literal["epsilon", "x_start", "previous_x"]
+VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+
+
+class PMeanVariance(NamedTuple):
+    """p(x_{t-1} | x_t): its mean and log variance, and the x_0 that the network believes in. Each shaped like x_t."""
+
+    mean: Tensor
+    log_variance: Tensor
+    pred_xstart: Tensor
+
+
+class GaussianDiffusion:
+    """A Gaussian diffusion process and the meaning of a network's output in it.
+
+    Args:
+        schedule: the betas.
+        mean_type: what the network predicts: the noise (epsilon), x_0, or the mean of x_{t-1}.
+        variance_type: where the variance of p comes from. `fixed_small` is the posterior's, `fixed_large` is beta;
+            `learned` reads its logarithm from a second half of the output's channels, `learned_range` reads there
+            how far it lies between the two fixed ones (eq. 15).
+        rescale_timesteps: tell the network t as if the original process had 1000 steps.
+
+    Attributes:
+        tables: what the equations need, by name: float64 arrays (T,), looked up in float32.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        mean_type: MeanType = "epsilon",
+        variance_type: VarianceType = "learned_range",
+        rescale_timesteps: bool = True,
+    ):
+        self.schedule = schedule
+        self.mean_type = mean_type
+        self.variance_type = variance_type
+
+        betas = schedule.betas
+        alphas_cumprod = np.cumprod(1 - betas)
+        alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+        # q(x_{t-1} | x_t, x_0), eqs. 10 and 11. Its variance is 0 at t = 0, so the logarithm takes the next one's.
+        posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
+        coef1 = betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod)
+        coef2 = (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod)
+        network_t = np.array(schedule.timestep_map, dtype=np.float32)
+        if rescale_timesteps:  # float32 as in the published code: the embedding's fastest sinusoid sees the difference
+            network_t = network_t * np.float32(1000 / schedule.original_steps)
+        self.tables: dict[str, NDArray[Any]] = {
+            "betas": betas,
+            "log_betas": np.log(betas),
+            "alphas_cumprod": alphas_cumprod,
+            "alphas_cumprod_prev": alphas_cumprod_prev,
+            "alphas_cumprod_next": np.append(alphas_cumprod[1:], 0.0),
+            "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
+            "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+            "posterior_variance": posterior_variance,
+            "posterior_log_variance_clipped": np.log(np.append(first_variance, posterior_variance[1:])),
+            "posterior_mean_coef1": coef1,
+            "posterior_mean_coef2": coef2,
+            "recip_posterior_mean_coef1": 1 / coef1,
+            "posterior_mean_coef2_over_coef1": coef2 / coef1,
+            "fixed_large_log_variance": np.log(np.append(first_variance, betas[1:])),
+            "network_t": network_t,
+        }
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of steps left after respacing."""
+        return len(self.schedule.betas)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network's output has a second half for the variance."""
+        return self.variance_type in ("learned", "learned_range")
+
+    def network_t(self, t: Tensor) -> Tensor:
+        """What the network is told for the steps `t`: (B,), the original process's numbering, rescaled if asked."""
+        return self._table("network_t", t.device)[t]
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t given x_0 and the noise (eq. 9)."""
+        signal = self._at("sqrt_alphas_cumprod", t, x_start)
+        return signal * x_start + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of q(x_t | x_0) (eq. 8)."""
+        log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start)
+        return self._at("sqrt_alphas_cumprod", t, x_start) * x_start, log_variance
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (cut off at t = 0) of q(x_{t-1} | x_t, x_0) (eqs. 10 to 12)."""
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+        return mean, self._at("posterior_log_variance_clipped", t, x_t)
+
+    def p_mean_variance(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> PMeanVariance:
+        """p(x_{t-1} | x_t) from the network's output at x_t.
+
+        Args:
+            output: (B, C, ...), or (B, 2C, ...) where the variance is learned.
+            clip_denoised: keep the predicted x_0 in [-1, 1].
+        """
+        mean_output, log_variance = self._split(output, x_t, t)
+        pred_xstart = self._predict_xstart(mean_output, x_t, t)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        # A network that predicts x_{t-1} has the last word on the mean; the others say it through x_0.
+        mean = mean_output if self.mean_type == "previous_x" else self.q_posterior(pred_xstart, x_t, t)[0]
+        return PMeanVariance(mean, log_variance.expand_as(x_t), pred_xstart)
+
+    def predict_eps(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        """The noise that leads from `pred_xstart` to x_t: eq. 9 solved for epsilon."""
+        scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart
+        return scaled / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
+
+    def mean_target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the mean's channels of the network should say at x_t."""
+        if self.mean_type == "epsilon":
+            return noise
+        return x_start if self.mean_type == "x_start" else self.q_posterior(x_start, x_t, t)[0]
+
+    def ddim_alphas(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alphas_cumprod at t, one step towards the data, and one step towards the noise, to multiply with `like`."""
+        return (
+            self._at("alphas_cumprod", t, like),
+            self._at("alphas_cumprod_prev", t, like),
+            self._at("alphas_cumprod_next", t, like),
+        )
+
+    def _split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean's part of the output, and the log variance."""
+        if self.variance_type == "fixed_small":
+            return output, self._at("posterior_log_variance_clipped", t, x_t)
+        if self.variance_type == "fixed_large":
+            return output, self._at("fixed_large_log_variance", t, x_t)
+        mean_output, variance_output = output.chunk(2, dim=1)
+        if self.variance_type == "learned":
+            return mean_output, variance_output
+        smallest = self._at("posterior_log_variance_clipped", t, x_t)
+        largest = self._at("log_betas", t, x_t)
+        fraction = (variance_output + 1) / 2
+        return mean_output, fraction * largest + (1 - fraction) * smallest
+
+    def _predict_xstart(self, mean_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.mean_type == "x_start":
+            return mean_output
+        if self.mean_type == "epsilon":
+            noise = self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * mean_output
+            return self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - noise
+        share_of_x_t = self._at("posterior_mean_coef2_over_coef1", t, x_t) * x_t
+        return self._at("recip_posterior_mean_coef1", t, x_t) * mean_output - share_of_x_t
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """The table `name` at `t`, shaped (B, 1, ...) to multiply with `like`."""
+        return self._table(name, t.device)[t].view(-1, *[1] * (like.ndim - 1))
+
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        """The table `name` in float32 on `device`, made at its first use."""
+        if (name, device) not in self._on_device:
+            self._on_device[name, device] = torch.tensor(self.tables[name], dtype=torch.float32, device=device)
+        return self._on_device[name, device]

@@ -1,0 +1,42 @@
+"""Randomness as a function of what it is for, never of what was drawn before.
+
+Everything random is drawn from a generator that is seeded with the run's seed and a key such as ("train", step).
+So a run that is interrupted and continued sees what an uninterrupted one sees, and picture i of a seed is the same
+at any batch size. (A GPU's generator gives other numbers than a CPU's.)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 16
+"""Pictures that share a generator: one each would cost a GPU a kernel launch per picture and step."""
+
+
+def seed_for(seed: int, *key: int | str) -> int:
+    """A 64-bit seed for `key`, independent of those for other keys."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator_for(device: torch.device | str, seed: int, *key: int | str) -> torch.Generator:
+    """A generator on `device` for `key`."""
+    return torch.Generator(device).manual_seed(seed_for(seed, *key))
+
+
+def picture_noise(indices: range, shape: Sequence[int], device: torch.device, seed: int, step: int | str) -> Tensor:
+    """Standard normal noise (len(indices), *shape) for the pictures `indices` of `seed` at one step of a sampler, or "x_T".
+
+    Drawn in blocks of `BLOCK` pictures and cut to those asked for, so a picture's noise depends on its index only.
+    """
+    first = indices.start // BLOCK
+    blocks = [
+        torch.randn(BLOCK, *shape, device=device, generator=generator_for(device, seed, "picture", step, block))
+        for block in range(first, (indices.stop - 1) // BLOCK + 1)
+    ]
+    return torch.cat(blocks)[indices.start - first * BLOCK : indices.stop - first * BLOCK]

@@ -1,0 +1,304 @@
+"""The training run over accelerate: one process or many, exact about what each step sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather
+from torch import Tensor
+from torch.func import functional_call
+
+from diffusion import checkpoint, pictures
+from diffusion.config import Config, TrainConfig
+from diffusion.data import micro_batches, open_dataset
+from diffusion.ema import EMA
+from diffusion.errors import UsageError
+from diffusion.losses import training_losses
+from diffusion.randomness import generator_for, seed_for
+from diffusion.samplers import draw
+
+MAY_CHANGE = {
+    "data": {"path", "workers"},
+    "model": {"use_checkpoint"},
+    "train": {"steps", "accumulation", "lr", "lr_schedule", "warmup_steps", "weight_decay", "grad_clip", "precision",
+              "ema_warmup", "log_every"},
+    "sample": {"every", "n", "sampler", "steps"},
+    "checkpoint": {"every"},
+}  # fmt: skip
+"""What a continued run may set anew; anything else would make it another run."""
+
+
+class Trainer:
+    """A run: made new in the folder `out`, or continued from its newest checkpoint.
+
+    `step` counts the optimizer steps that are done. Raises UsageError where the run cannot begin.
+    """
+
+    def __init__(self, config: Config, out: Path):
+        self.config, self.out = config, out
+        self.accelerator = accelerator = Accelerator(mixed_precision=config.train.precision)
+        self.parts = _parts(config.train, accelerator.process_index, accelerator.num_processes)
+        if config.train.precision == "fp16" and accelerator.device.type == "cpu":
+            raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
+        found = checkpoint.newest(out)
+        saved = checkpoint.open_checkpoint(found) if found else None
+        if saved:
+            _check_same_run(saved.config, config, out)
+        with accelerator.main_process_first():  # one process downloads, the others find it there
+            self.dataset = open_dataset(config.data)
+        if len(self.dataset) < config.train.batch_size:
+            raise UsageError(
+                f"the data hold {len(self.dataset)} images, fewer than train.batch_size {config.train.batch_size}"
+            )
+        self.class_names = self.dataset.class_names if config.model.class_cond else ()
+        if saved and saved.class_names != self.class_names:
+            raise UsageError(f"the data's classes are {_names(self.class_names)}, and {_names(saved.class_names)} in {out}")
+
+        self.process = config.diffusion.process()
+        torch.manual_seed(seed_for(config.train.seed, "weights"))
+        self.network = config.network(len(self.class_names))
+        if saved:
+            weights = saved.weights()
+            checkpoint.check_fits(self.network, weights, saved.path)
+            self.network.load_state_dict(weights)
+        self.network.to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
+        )
+        self.ema = EMA(self.network, config.train.ema_rates, config.train.ema_warmup)
+        # Only `model` is wrapped (DDP, autocast); names and averages stay those of `network`.
+        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.step = 0
+        if saved:
+            self._restore(saved)
+        if accelerator.is_main_process:
+            _begin_folder(out, config, self.step)
+        accelerator.wait_for_everyone()
+
+    def run(self, on_step: Callable[[int, dict[str, Any] | None], None] = lambda step, metrics: None) -> None:
+        """Train to the last step. `on_step` hears each step done, and the metrics at those that log."""
+        train, accelerator = self.config.train, self.accelerator
+        steps = range(self.step, train.steps)
+        batches = micro_batches(
+            self.dataset, train.batch_size, train.seed, steps, self.parts, self.config.data.workers
+        )
+        meter = _Meter(accelerator)
+        self.model.train()
+        for step in steps:
+            lr = learning_rate(train, step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            t, noise, flip = self._random(step)
+            for part in self.parts:
+                images, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+                x_start = images.float() / 127.5 - 1
+                x_start = torch.where(flip[part, None, None, None], x_start.flip(-1), x_start)
+                torch.manual_seed(seed_for(train.seed, "dropout", step, part.start))
+                with nullcontext() if part == self.parts[-1] else accelerator.no_sync(self.model):
+                    denoiser = self._denoiser(self.model, y)
+                    loss = training_losses(
+                        self.process, denoiser, x_start, t[part], noise[part], self.config.diffusion.loss
+                    )["loss"]
+                    accelerator.backward(loss.mean() / len(self.parts))
+                meter.see(loss.detach(), t[part] * 4 // self.process.num_timesteps)
+            accelerator.unscale_gradients(self.optimizer)
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+            if train.grad_clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), train.grad_clip, grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if not accelerator.optimizer_step_was_skipped:  # fp16 found its loss scale too large
+                self.ema.update(step)
+            self.step = step + 1
+            logs = self.step % train.log_every == 0 or self.step == train.steps
+            on_step(self.step, self._log(meter, grad_norm, lr) if logs else None)
+            if _due(self.config.sample.every, self.step, train.steps):
+                with meter.paused():
+                    self.sample()
+            if _due(self.config.checkpoint.every, self.step, train.steps):
+                with meter.paused():
+                    self.save()
+
+    @property
+    def last_grid(self) -> Path:
+        """Where the grid of the present step belongs."""
+        return self.out / "samples" / f"step_{self.step:08d}.png"
+
+    def sample(self) -> None:
+        """Draw the grid of fixed noise with the first moving average; the weights in training are not touched."""
+        config, accelerator = self.config, self.accelerator
+        path = self.last_grid
+        share = math.ceil(config.sample.n / accelerator.num_processes)
+        # Every process draws as many, so that gathering is one call; the surplus of the last is cut off.
+        indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        classes = len(self.class_names)
+        average = self.ema.averages[config.train.ema_rates[0]]
+
+        def model(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+            return functional_call(self.network, average, (x, t, y))
+
+        self.network.eval()
+        images = draw(
+            config.sample.sampler,
+            config.diffusion.process(config.sample.steps),
+            model,
+            (config.data.channels, config.data.image_size, config.data.image_size),
+            indices=indices,
+            labels=torch.tensor(indices) % classes if classes else None,
+            seed=config.train.seed,
+            batch_size=max(1, config.train.batch_size // accelerator.num_processes // config.train.accumulation),
+            device=accelerator.device,
+        )
+        self.network.train()
+        images = gather(pictures.to_uint8(images).to(accelerator.device))[: config.sample.n]
+        if accelerator.is_main_process:
+            pictures.save_grid(images, path, pictures.grid_columns(config.sample.n, classes))
+
+
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            checkpoint.save(
+                checkpoint.checkpoint_folder(self.out, self.step),
+                step=self.step,
+                config=self.config,
+                class_names=self.class_names,
+                weights=self.network.state_dict(),
+                averages=self.ema.averages,
+                training={
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else None,
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        training = saved.training()
+        groups = self.optimizer.state_dict()["param_groups"]  # as configured now: the rates may be new
+        self.optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
+        if self.accelerator.scaler and training["scaler"]:
+            self.accelerator.scaler.load_state_dict(training["scaler"])
+        for rate, average in self.ema.averages.items():
+            kept = saved.ema(rate)
+            checkpoint.check_fits(self.network, kept, saved.path / f"ema_{rate}.safetensors")
+            for name, value in average.items():
+                value.copy_(kept[name])
+        self.step = saved.step
+
+    def _random(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps, noise and flips of the whole global batch of `step`, the same in every process."""
+        data, device = self.config.data, self.accelerator.device
+        batch = self.config.train.batch_size
+        generator = generator_for(device, self.config.train.seed, "step", step)
+        t = torch.randint(self.process.num_timesteps, (batch,), device=device, generator=generator)
+        noise = torch.randn(batch, data.channels, data.image_size, data.image_size, device=device, generator=generator)
+        flip = torch.rand(batch, device=device, generator=generator) < (0.5 if data.random_flip else 0.0)
+        return t, noise, flip
+
+    def _denoiser(self, model: torch.nn.Module, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, t: model(x, t, y if self.class_names else None)
+
+    def _log(self, meter: _Meter, grad_norm: Tensor, lr: float) -> dict[str, Any]:
+        metrics: dict[str, Any] = {"step": self.step, **meter.read(), "grad_norm": grad_norm.item(), "lr": lr}
+        if self.accelerator.is_main_process:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        return metrics
+
+
+class _Meter:
+    """Sums of the loss by quarter of t, kept on the device and read only when it is time to log."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.sums = torch.zeros(2, 4, device=accelerator.device)
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count this time, which goes into something else than training."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def see(self, loss: Tensor, quarter: Tensor) -> None:
+        in_quarter = F.one_hot(quarter, 4).float()
+        # A loss that is not finite belongs to its own quarter only.
+        self.sums += torch.stack([torch.where(in_quarter > 0, loss[:, None], 0).sum(0), in_quarter.sum(0)])
+
+    def read(self) -> dict[str, Any]:
+        sums = self.accelerator.reduce(self.sums.clone()).tolist()  # waits for the device
+        now = time.perf_counter()
+        images = sum(sums[1])
+        metrics = {"loss": sum(sums[0]) / images, "images_per_second": images / (now - self.started)}
+        quarters = {f"loss_q{q + 1}": total / n if n else None for q, (total, n) in enumerate(zip(*sums, strict=True))}
+        self.sums.zero_()
+        self.started = now
+        return metrics | quarters
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """The learning rate of optimizer step `step` (0, 1, ...): linear warm-up, then constant or half a cosine."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.lr_schedule == "constant":
+        return train.lr
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return train.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _parts(train: TrainConfig, rank: int, processes: int) -> list[slice]:
+    """This process's slices of the global batch, one for each accumulated micro-batch."""
+    size, rest = divmod(train.batch_size, processes * train.accumulation)
+    if rest:
+        raise UsageError(
+            f"train.batch_size {train.batch_size} does not divide into {processes} processes "
+            f"times train.accumulation {train.accumulation}"
+        )
+    starts = [(micro * processes + rank) * size for micro in range(train.accumulation)]
+    return [slice(start, start + size) for start in starts]
+
+
+def _due(every: int, step: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _check_same_run(saved: Config, now: Config, out: Path) -> None:
+    """Raise UsageError where the configuration is another run's than the one in `out`."""
+    for section in dataclasses.fields(Config):
+        old, new = getattr(saved, section.name), getattr(now, section.name)
+        for entry in dataclasses.fields(old):
+            before, after = getattr(old, entry.name), getattr(new, entry.name)
+            if before != after and entry.name not in MAY_CHANGE.get(section.name, ()):
+                raise UsageError(
+                    f"{section.name}.{entry.name} is {after}, and {before} in the run {out} that this would continue: "
+                    "set it back, or begin another run with --out"
+                )
+
+
+def _begin_folder(out: Path, config: Config, step: int) -> None:
+    """Write the configuration, and take back what the metrics say of steps after `step`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        config.save(out / "config.yaml")
+        metrics = out / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(line + "\n" for line in kept))
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def _names(class_names: tuple[str, ...]) -> str:
+    return ", ".join(class_names) or "none"

@@ -1,0 +1,263 @@
+"""The U-Net of Nichol & Dhariwal (2021), section 2.5 and appendix A, with the published parameter names.
+
+    x ─ conv ─┬─ level 0 ─┬─ down ─ level 1 ─┬─ ... ─ middle ─ ... ─ level 1 ─ up ─ level 0 ─ out
+              └───────────┴── long skips, one for each input block ──────────────────┘
+
+A level is a row of residual blocks, each followed by attention at the resolutions that ask for it. Every residual
+branch and the output end in a convolution that starts at zero (`zero_module`), so at first each block is the
+identity on its skip path and the network's output is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusion.errors import UsageError
+from diffusion.layers import Downsample, Upsample, conv_nd, normalization, timestep_embedding, zero_module
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, the timestep's embedding between them, and a skip path.
+
+    Args:
+        channels: input channels.
+        emb_channels: width of the embedding.
+        dropout: probability, before the last convolution.
+        out_channels: output channels; another number than `channels` puts a 1x1 convolution on the skip path.
+        use_scale_shift_norm: the embedding scales and shifts the second normalisation instead of being added.
+        use_checkpoint: recompute the activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int,
+        dims: int = 2,
+        use_scale_shift_norm: bool = False,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            normalization(channels),
+            nn.SiLU(),
+            conv_nd(dims, channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(),
+            nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels),
+        )
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, channels, ...), emb (B, emb_channels) -> (B, out_channels, ...)."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        emb_out = self.emb_layers(emb).to(h.dtype)
+        emb_out = emb_out[(...,) + (None,) * (h.ndim - 2)]
+        if self.use_scale_shift_norm:
+            scale, shift = emb_out.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + emb_out)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Multi-head self-attention over all positions, added to its input.
+
+    The channels of `qkv` are split into heads first and into q, k and v inside each head, as in the published
+    weights.
+    """
+
+    def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False):
+        super().__init__()
+        if channels % num_heads:
+            raise UsageError(f"num_heads {num_heads} does not divide the {channels} channels of an attention block")
+        self.num_heads = num_heads
+        self.use_checkpoint = use_checkpoint
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> the same shape."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(2))
+        q, k, v = rearrange(qkv, "b (heads three c) n -> three b heads n c", heads=self.num_heads, three=3)
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b (heads c) n")
+        return x + self.proj_out(h).reshape(x.shape)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """Layers in a row, of which the residual blocks are given the timestep's embedding too."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """The U-Net with timestep embedding, attention, and optional class conditioning.
+
+    Args:
+        in_channels: channels of x.
+        model_channels: the base width; a multiple of 32.
+        out_channels: channels of the output (twice the image's where the variance is learned).
+        num_res_blocks: residual blocks at each level on the way down; one more on the way up.
+        attention_resolutions: the downsampling factors at which attention is used (4: at a quarter of the size).
+        dropout: probability in the residual blocks.
+        channel_mult: the width of each level, in multiples of `model_channels`.
+        conv_resample: learned convolutions in down- and upsampling.
+        dims: 1, 2 or 3 axes after the channels; of three, the first keeps its length.
+        num_classes: condition on this many classes; None for none.
+        use_checkpoint: save memory by recomputing activations.
+        num_heads: attention heads; `num_heads_upsample` on the way up (-1: the same number).
+        use_scale_shift_norm: condition on the embedding through the normalisation's scale and shift.
+
+    Raises UsageError where a width is not a multiple of 32 or of the heads.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+    ):
+        super().__init__()
+        if model_channels % 32:
+            raise UsageError(f"model_channels is {model_channels}; normalisation in 32 groups needs a multiple of 32")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.model_channels = model_channels
+        self.num_classes = num_classes
+        self.dims = dims
+        self.size_divisor = 2 ** (len(channel_mult) - 1)
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        emb_channels = 4 * model_channels
+
+        def res_block(channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(
+                channels, emb_channels, dropout, out_channels, dims, use_scale_shift_norm, use_checkpoint
+            )
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        ch = model_channels
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(conv_nd(dims, in_channels, model_channels, 3, padding=1))]
+        )
+        skip_channels = [ch]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [res_block(ch, mult * model_channels)]
+                ch = mult * model_channels
+                if 2**level in attention_resolutions:
+                    layers.append(AttentionBlock(ch, num_heads, use_checkpoint))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skip_channels.append(ch)
+            if level != len(channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims)))
+                skip_channels.append(ch)
+
+        self.middle_block = TimestepEmbedSequential(
+            res_block(ch, ch),
+            AttentionBlock(ch, num_heads, use_checkpoint),
+            res_block(ch, ch),
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [res_block(ch + skip_channels.pop(), mult * model_channels)]
+                ch = mult * model_channels
+                if 2**level in attention_resolutions:
+                    layers.append(AttentionBlock(ch, heads_up, use_checkpoint))
+                if level and i == num_res_blocks:
+                    layers.append(Upsample(ch, conv_resample, dims))
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            normalization(ch),
+            nn.SiLU(),
+            zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """The output for noisy images.
+
+        Args:
+            x: (B, in_channels, ...), its last one (`dims` 1) or two sizes divisible by 2^(levels - 1).
+            timesteps: (B,), need not be whole.
+            y: (B,) class labels, if and only if the model has classes.
+
+        Returns (B, out_channels, ...). Raises UsageError where the size or the labels do not fit.
+        """
+        self._check(x, y)
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h = x
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)
+
+    def _check(self, x: Tensor, y: Tensor | None) -> None:
+        if (y is not None) != (self.num_classes is not None):
+            has = "no classes" if self.num_classes is None else f"{self.num_classes} classes"
+            raise UsageError(f"the model has {has}, and the call {'no' if y is None else 'gives'} labels y")
+        sizes = x.shape[2:] if self.dims < 3 else x.shape[3:]
+        if any(size % self.size_divisor for size in sizes):
+            raise UsageError(
+                f"an input of size {'x'.join(map(str, sizes))} does not fit: "
+                f"the levels halve it to a {self.size_divisor}th, so each size must be a multiple of {self.size_divisor}"
+            )

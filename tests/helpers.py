@@ -1,0 +1,53 @@
+"""The golden figures and the known weights and noise that they were computed with."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusion import GaussianDiffusion, Schedule, UNetModel
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    """A golden file: a dict of arrays (.npz) or what the JSON says."""
+    path = GOLDEN / name
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def fill(model, seed):
+    """Give every parameter the known value of the golden figures' guide, in alphabetical order."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            z = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(z / math.sqrt(p[0].numel()))
+            else:
+                p.copy_(1 + 0.1 * z if name.endswith("weight") else 0.1 * z)
+    return model
+
+
+def small_unet(variance="learned_range", **options):
+    """The network that losses and samples were computed with."""
+    learned = variance in ("learned", "learned_range")
+    arguments = dict(
+        in_channels=3, model_channels=32, out_channels=6 if learned else 3, num_res_blocks=1,
+        attention_resolutions=(2,), channel_mult=(1, 2), num_heads=2, use_scale_shift_norm=True,
+    )  # fmt: skip
+    return fill(UNetModel(**(arguments | options)), 1 if learned else 2)
+
+
+def process(schedule="cosine", steps=1000, respacing="", mean="epsilon", variance="learned_range", rescale=True):
+    return GaussianDiffusion(Schedule.named(schedule, steps, respacing), mean, variance, rescale)
+
+
+def tensor(array):
+    return torch.from_numpy(array)
