@@ -57,3 +57,17 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 def grid_columns(n: int, num_classes: int) -> int:
     """One column a class where there are few, else a square."""
     return num_classes if 1 < num_classes <= 20 else math.ceil(math.sqrt(n))
+
+
+def save_images(images: Tensor, folder: Path) -> None:
+    """Write images (N, C, H, W), uint8, as PNG files 000000.png, 000001.png, ..."""
+    for i, image in enumerate(images):
+        to_pil(image).save(folder / f"{i:06d}.png")
+
+
+def save_npz(images: Tensor, labels: list[int] | None, path: Path) -> None:
+    """Write images as `arr_0` (N, H, W, C), uint8, and labels as `arr_1`, as the published evaluation reads them."""
+    arrays = [rearrange(images.cpu(), "n c h w -> n h w c").numpy()]
+    if labels is not None:
+        arrays.append(np.array(labels, dtype=np.int64))
+    np.savez(path, *arrays)
