@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ class DiffusionConfig:
     """T, the number of steps"""
     schedule: ScheduleName = "cosine"
     """noise schedule"""
-    respacing: str = ""
+    respacing: int | str = ""
     """train on some of the steps only: a count, sections like 10,15,20, or ddim50; empty: all"""
     mean: MeanType = "epsilon"
     """what the network predicts"""
@@ -140,9 +141,10 @@ class DiffusionConfig:
         _at_least("diffusion.steps", self.steps, 1)
         self.process()
 
-    def process(self, respacing: str | None = None) -> GaussianDiffusion:
-        """The process; `respacing` instead of the training's own. Raises UsageError where the betas or it are impossible."""
-        schedule = Schedule.named(self.schedule, self.steps, self.respacing if respacing is None else respacing)
+    def process(self, respacing: int | str | None = None) -> GaussianDiffusion:
+        """The process, with `respacing` in place of the training's. Raises UsageError where either is impossible."""
+        kept = self.respacing if respacing is None else respacing
+        schedule = Schedule.named(self.schedule, self.steps, str(kept))
         return GaussianDiffusion(schedule, self.mean, self.variance, self.rescale_timesteps)
 
 
@@ -182,7 +184,7 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "weight_decay", "seed"):
             _at_least(f"train.{name}", getattr(self, name), 0)
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise UsageError(f"train.lr is {self.lr}; it must be above 0")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise UsageError(f"train.grad_clip is {self.grad_clip}; it must be above 0, or null for no clipping")
@@ -204,7 +206,7 @@ class SampleConfig:
     """pictures in a grid"""
     sampler: SamplerName = "ddpm"
     """sampler"""
-    steps: str = "50"
+    steps: int | str = 50
     """steps of the sampler: a count, sections like 10,15,20, or ddim50; empty: all"""
 
     def __post_init__(self) -> None:
@@ -244,7 +246,7 @@ class Config:
                 f"do not divide: the nearest size that they do is {nearest}"
             )
         try:
-            space_timesteps(self.diffusion.steps, self.sample.steps)
+            space_timesteps(self.diffusion.steps, str(self.sample.steps))
         except UsageError as error:
             raise UsageError(f"sample.steps: {error}") from None
 
@@ -292,6 +294,8 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
     parser.add_argument("--out", type=str, default=None, help="the run's folder; not given: runs/<name of the config>")
     parser.add_class_arguments(Config)
     try:
+        for file in _config_files(argv):
+            _check_file(file)
         parsed = parser.parse_args(list(argv))
         config_files = parsed.pop("config") or ["digits"]
         out = parsed.pop("out") or Path("runs") / Path(str(config_files[-1])).stem
@@ -306,6 +310,25 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
 def _at_least(name: str, value: float, least: int) -> None:
     if not value >= least:
         raise UsageError(f"{name} is {value}; it must be at least {least}")
+
+
+def _config_files(argv: Sequence[str]) -> list[str]:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", action="append", default=[])
+    return finder.parse_known_args(list(argv))[0].config
+
+
+def _check_file(file: str) -> None:
+    """Raise UsageError where a file is not YAML made of sections, which the parser would answer at length."""
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise UsageError(f"--config {file}: {(error.strerror or str(error)).lower()}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
+    sections = [f.name for f in dataclasses.fields(Config)]
+    if not isinstance(content, dict) or any(not isinstance(content.get(name, {}), dict) for name in sections):
+        raise UsageError(f"--config {file} must be made of sections ({', '.join(sections)}) of keys, as configs/digits.yaml is")
 
 
 def _one_line(message: str, known: list[str]) -> str:
@@ -329,5 +352,7 @@ def _one_line(message: str, known: list[str]) -> str:
             did_you_mean = f" (did you mean {near[0]}?)" if near else ""
             return f"{wrong['key']} is {wrong['value']}; it must be one of {', '.join(options)}{did_you_mean}"
         wanted = re.sub(r"<class '(\w+)'>", r"\1", wrong["type"])
+        if wanted == "tuple":
+            return f"{wrong['key']} is {wrong['value']}; it must be a list like [1,2]"
         return f"{wrong['key']} is {wrong['value']}; it must be of type {wanted}"
     return message

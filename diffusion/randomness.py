@@ -21,7 +21,8 @@ BLOCK = 16
 def seed_for(seed: int, *key: int | str) -> int:
     """A 64-bit seed for `key`, independent of those for other keys."""
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
-    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # The length ends the key, since a SeedSequence does not see zeros at its end.
+    return int(np.random.SeedSequence([seed, *words, len(words)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator_for(device: torch.device | str, seed: int, *key: int | str) -> torch.Generator:

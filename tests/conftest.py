@@ -2,5 +2,16 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+import pytest
+
+os.environ["ACCELERATE_USE_CPU"] = "true"  # promises to the bit are those of one kind of device
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state():
+    """accelerate keeps the process's precision and launcher for ever; a test starts without."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

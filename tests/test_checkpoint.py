@@ -1,0 +1,102 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from diffusion import UsageError, checkpoint
+from diffusion.config import Config
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of digits with checkpoints at steps 9 and 10, and the network saved there."""
+    torch.manual_seed(0)
+    config = Config()
+    network = config.network(10)
+    averages = {0.999: {name: p + 1 for name, p in network.state_dict().items()}}
+    for step in (9, 10):
+        checkpoint.save(
+            checkpoint.checkpoint_folder(tmp_path / "run", step), step=step, config=config,
+            class_names=tuple("0123456789"), weights=network.state_dict(), averages=averages,
+            training={"optimizer": {"state": {}}, "scaler": None},
+        )  # fmt: skip
+    return tmp_path / "run", network
+
+
+def test_what_is_saved_comes_back(run):
+    path, network = run
+    saved = checkpoint.open_checkpoint(path)
+    assert (saved.step, saved.config, saved.class_names) == (10, Config(), tuple("0123456789"))
+    weights, average = saved.weights(), saved.ema(0.999)
+    for name, value in network.state_dict().items():
+        assert torch.equal(weights[name], value)
+        assert torch.equal(average[name], value + 1)
+    assert saved.training() == {"optimizer": {"state": {}}, "scaler": None}
+    loaded = saved.network(weights)
+    y = torch.tensor([3, 4])
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])
+    assert torch.equal(loaded(x, t, y), network(x, t, y))
+
+
+def test_a_checkpoint_is_named_or_the_newest_taken(run):
+    path, _ = run
+    assert checkpoint.open_checkpoint(path).step == 10
+    assert checkpoint.open_checkpoint(path / "checkpoints/step_00000009").step == 9
+
+
+def test_what_was_left_by_a_kill_is_not_a_checkpoint(run):
+    path, _ = run
+    shutil.copytree(path / "checkpoints/step_00000010", path / "checkpoints/.step_00000011.tmp")
+    assert checkpoint.open_checkpoint(path).step == 10
+
+
+@pytest.mark.parametrize("name", ["state.json", "config.yaml", "model.safetensors", "ema_0.999.safetensors", "training.pt"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_damaged_checkpoint_names_the_file(run, name, damage):
+    path, _ = run
+    file = path / "checkpoints/step_00000010" / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[: len(content) // 3 if damage == "cut" else 0])
+    with pytest.raises(UsageError, match=rf"step_00000010 is not whole: {name} is (missing|damaged)") as caught:
+        saved = checkpoint.open_checkpoint(path)
+        saved.weights(), saved.ema(0.999), saved.training()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_architecture_is_told_apart(run):
+    path, _ = run
+    folder = path / "checkpoints/step_00000010"
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("num_res_blocks: 1", "num_res_blocks: 2"))
+    saved = checkpoint.open_checkpoint(path)
+    with pytest.raises(UsageError, match="of another architecture: input_blocks"):
+        saved.network(saved.weights())
+
+
+@pytest.mark.parametrize(("path", "says"), [("nowhere", "nowhere is not there"), ("", "no run that has saved one")])
+def test_where_there_is_no_checkpoint_it_says_so(tmp_path, path, says):
+    with pytest.raises(UsageError, match=says):
+        checkpoint.open_checkpoint(tmp_path / path)
+
+
+def test_a_format_from_the_future_is_refused(run):
+    path, _ = run
+    file = path / "checkpoints/step_00000010/state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(UsageError, match="has format 99; this version reads 1"):
+        checkpoint.open_checkpoint(path)
+
+
+def test_nothing_in_a_checkpoint_is_run(run, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    path, _ = run
+    torch.save({"optimizer": Trap()}, path / "checkpoints/step_00000010/training.pt")
+    with pytest.raises(UsageError, match=r"training\.pt is damaged"):
+        checkpoint.open_checkpoint(path).training()
+    assert not (tmp_path / "sprung").exists()

@@ -1,0 +1,132 @@
+import dataclasses
+
+import pytest
+import yaml
+from helpers import ROOT
+
+from diffusion import UsageError
+from diffusion.config import Config, load_config, parse_command_line
+
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def parse(*argv):
+    return parse_command_line(argv)[0]
+
+
+def test_the_default_is_the_digits_file():
+    assert parse() == load_config(ROOT / "configs/digits.yaml") == Config()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_file_spells_out_every_field_and_builds_its_network(path):
+    written = yaml.safe_load(path.read_text())
+    for section in dataclasses.fields(Config):
+        fields = {f.name for f in dataclasses.fields(section.default_factory)}
+        assert written[section.name].keys() == fields, section.name
+    config = parse("--config", str(path), "--data.path", "x") if path.stem == "folder" else load_config(path)
+    config.network(10)
+
+
+def test_cifar10_is_the_published_run():
+    config = load_config(ROOT / "configs/cifar10.yaml")
+    assert sum(p.numel() for p in config.network(0).parameters()) == 52546438
+    assert (config.diffusion.steps, config.diffusion.schedule, config.model.dropout) == (4000, "cosine", 0.3)
+    assert (config.train.lr, config.train.batch_size, config.train.ema_rates) == (1e-4, 128, (0.9999,))
+    process = config.diffusion.process("")
+    assert (process.mean_type, process.variance_type) == ("epsilon", "learned_range")
+
+
+def test_overrides_beat_the_file_and_both_beat_the_defaults(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("train:\n  lr: 2e-4\n  steps: 7\nsample:\n  steps: 25\n")
+    config, out = parse_command_line(["--config", str(file), "--train.steps", "9"])
+    assert (config.train.lr, config.train.steps, config.train.batch_size) == (2e-4, 9, Config().train.batch_size)
+    assert config.sample.steps == 25
+    assert str(out) == "runs/mine"
+
+
+def test_what_is_saved_loads_as_the_same(tmp_path):
+    config = parse("--train.lr", "1e-5", "--train.ema_rates", "[0.9, 0.99]", "--train.grad_clip", "0.5", "--train.precision", "no")
+    config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--train.stps", "3"], "unknown key train.stps: did you mean train.steps?"),
+        (["--lr", "3"], "unknown key lr"),
+        (["3"], "unrecognized arguments: 3"),
+        (["--train.steps"], "--train.steps: expected one argument"),
+        (["--train.steps", "many"], "train.steps is many; it must be of type int"),
+        (["--train.steps", "1.5"], "train.steps is 1.5; it must be of type int"),
+        (["--train.steps", "0"], "train.steps is 0; it must be at least 1"),
+        (["--train.lr", "-1"], "train.lr is -1.0; it must be above 0"),
+        (["--train.lr", ".inf"], "train.lr is inf"),
+        (["--train.ema_rates", "0.9"], "train.ema_rates is 0.9; it must be a list like [1,2]"),
+        (["--train.ema_rates", "[1.0]"], "train.ema_rates is [1.0]"),
+        (["--train.ema_rates", "[0.9,0.9]"], "each rate may stand there once"),
+        (["--train.accumulation", "3"], "train.accumulation 3 does not divide train.batch_size 64"),
+        (["--train.grad_clip", "0"], "train.grad_clip is 0.0"),
+        (["--train.precision", "fp8"], "train.precision is fp8; it must be one of no, bf16, fp16"),
+        (["--diffusion.schedule", "cosin"], "must be one of linear, cosine (did you mean cosine?)"),
+        (["--diffusion.schedule", "linear", "--diffusion.steps", "20", "--sample.steps", "5"], "beta of 1"),
+        (["--diffusion.respacing", "2000"], "2000 steps are more than the schedule's 1000"),
+        (["--sample.steps", "2000"], "sample.steps: respacing '2000': 2000 steps are more than the schedule's 1000"),
+        (["--data.image_size", "9"], "the nearest size that they do is 8"),
+        (["--data.image_size", "1"], "the nearest size that they do is 2"),
+        (["--data.name", "digit"], "data.name is digit; it must be one of digits, mnist, cifar10, folder (did you mean digits?)"),
+        (["--data.name", "folder"], "say which with --data.path"),
+        (["--data.path", "x"], "data.name is digits, which ship with the package"),
+        (["--data.random_flip", "true"], "a mirrored digit is no digit"),
+        (["--model.model_channels", "40"], "a multiple of 32, such as 32"),
+        (["--model.attention_resolutions", "[4]"], "no downsampling factor of 2 levels: choose from 1, 2"),
+        (["--model.num_heads", "3"], "model.num_heads is 3, which does not divide 64 channels"),
+        (["--model.num_heads_upsample", "5"], "model.num_heads_upsample is 5, which does not divide 64"),
+        (["--model.channel_mult", "[]"], "model.channel_mult is []"),
+        (["--model.dropout", "1"], "model.dropout is 1.0"),
+        (["--model.class_cond", "maybe"], "model.class_cond is maybe; it must be of type bool"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file or directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_wrong_command_line_gets_one_line(argv, says):
+    with pytest.raises(UsageError) as caught:
+        parse(*argv)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train:\n  lrr: 1\n", "unknown key train.lrr: did you mean train.lr?"),
+        ("trian:\n  lr: 1\n", "unknown key trian.lr: did you mean train.lr?"),
+        ("train:\n  lr: fast\n", "train.lr is fast; it must be of type float"),
+        ("train: [\n", "line 2"),
+        ("train: 3\n", "must be made of sections"),
+        ("- 1\n", "must be made of sections"),
+        ("\x00", "is not YAML"),
+        ("", "must be made of sections"),
+    ],
+)
+def test_a_wrong_file_gets_one_line(tmp_path, text, says):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_config(file)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section in dataclasses.fields(Config):
+        for f in dataclasses.fields(section.default_factory):
+            start = text.index(f"--{section.name}.{f.name} ", text.index("options:"))
+            entry = text[start : text.index("default:", start)]
+            assert len(entry.split()) > 3, entry

@@ -1,0 +1,186 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from helpers import golden
+from PIL import Image
+
+from diffusion import UsageError
+from diffusion.config import DataConfig
+from diffusion.data import FolderDataset, batch_indices, micro_batches, open_dataset, preprocess, read_image
+
+REAL_DATA = os.environ.get("DIFFUSION_TEST_DATA")
+"""A folder that holds MNIST/raw as torchvision lays it out; tests that need it are skipped without."""
+
+
+def picture(path, size=(40, 30), colour=(200, 30, 90), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path)
+    return path
+
+
+def folder(path, image_size=8, channels=3):
+    return open_dataset(DataConfig(name="folder", path=str(path), image_size=image_size, channels=channels))
+
+
+@pytest.mark.parametrize("name", ["48x40", "130x77", "33x32"])
+def test_preprocessing_is_the_published_one(name):
+    figures = golden("preprocessing.npz")
+    ours = preprocess(Image.fromarray(figures[f"input_{name}"]), 32, 3)
+    np.testing.assert_array_equal(ours.astype(np.float32) / 127.5 - 1, figures[f"output_{name}"])
+
+
+def test_digits_are_the_shipped_ones():
+    data = open_dataset(DataConfig())
+    images, labels = data.__getitems__([0, 1796])
+    assert (len(data), images.shape, images.dtype) == (1797, (2, 1, 8, 8), torch.uint8)
+    assert labels.tolist() == [0, 8]
+    assert data.class_names == tuple("0123456789")
+    assert data.images.max() == 255
+
+
+def test_digits_come_in_any_size_and_colour():
+    data = open_dataset(DataConfig(image_size=16, channels=3))
+    assert data.images.shape == (1797, 3, 16, 16)
+    assert torch.equal(data.images[:, 0], data.images[:, 2])
+
+
+@pytest.mark.skipif(not REAL_DATA, reason="DIFFUSION_TEST_DATA is not set")
+def test_mnist_is_read_where_it_lies():
+    data = open_dataset(DataConfig(name="mnist", path=REAL_DATA, image_size=28))
+    assert (len(data), data.images.shape[1:], data.labels[:5].tolist()) == (60000, (1, 28, 28), [5, 0, 4, 1, 9])
+
+
+def test_class_folders_make_classes(tmp_path):
+    picture(tmp_path / "dog/b.png")
+    picture(tmp_path / "cat/deep/a.JPG")
+    data = folder(tmp_path)
+    assert data.class_names == ("cat", "dog")
+    assert data.labels.tolist() == [0, 1]
+    assert data.images.shape == (2, 3, 8, 8)
+
+
+def test_a_folder_without_class_folders_has_no_classes(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "more/b.png")
+    assert folder(tmp_path).class_names == ()
+    assert len(folder(tmp_path)) == 2
+
+
+def test_palette_images_become_colours_before_they_are_resized(tmp_path):
+    red_and_blue = Image.fromarray(np.repeat([[[255, 0, 0], [0, 0, 255]]], 64, 0).repeat(32, 1).astype(np.uint8))
+    red_and_blue.save(tmp_path / "rgb.png")
+    red_and_blue.convert("P").save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.png", 8, 3), read_image(tmp_path / "rgb.png", 8, 3))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
+def test_every_kind_of_colour_is_one_setting(tmp_path, channels, mode):
+    picture(tmp_path / "a.png", mode=mode)
+    assert folder(tmp_path, channels=channels).images.shape == (1, channels, 8, 8)
+
+
+def test_any_number_of_channels_comes_from_npy(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (8, 8, 7)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(folder(tmp_path, channels=7).images[0], array.transpose(2, 0, 1))
+
+
+def test_sixteen_bits_keep_their_range(tmp_path):
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "a.png")
+    assert (folder(tmp_path, channels=1).images == 40000 >> 8).all()
+
+
+def broken(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    whole = picture(tmp_path / "whole.png", size=(300, 300), colour=(1, 2, 3)).read_bytes()
+    for name, content in {"empty.png": b"", "text.jpg": b"hello", "cut.png": whole[:-200], "x.npy": b"\x93NUMPY"}.items():
+        path = broken(tmp_path / name, content)
+        with pytest.raises(UsageError, match=f"{name} cannot be read as an image") as caught:
+            folder(tmp_path)
+        assert "\n" not in str(caught.value)
+        path.unlink()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_breaks_later_is_named_too(tmp_path, workers):
+    paths = [picture(tmp_path / f"{i}.png") for i in range(7)] + [broken(tmp_path / "bad.png", b"no")]
+    lazy = FolderDataset(paths, torch.zeros(8, dtype=torch.int64), (), 8, 3)
+    with pytest.raises(UsageError, match=r"bad\.png cannot be read as an image") as caught:
+        list(micro_batches(lazy, 4, 0, range(2), [slice(0, 4)], workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_arrays_are_not_opened(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(UsageError, match=r"a\.npy cannot be read"):
+        folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path / "nowhere", "nowhere is not there"),
+        (lambda path: broken(path / "file", b""), "file is not a folder"),
+        (lambda path: path, "holds no images"),
+    ],
+)
+def test_where_there_is_no_data_it_says_so(tmp_path, make, says):
+    with pytest.raises(UsageError, match=says):
+        folder(make(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_path_without_the_data_set_says_so(tmp_path, name):
+    with pytest.raises(UsageError, match=f"{tmp_path} holds no {name}") as caught:
+        open_dataset(DataConfig(name=name, path=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- order: a function of seed and step --------------------------------------------------------------------------
+
+
+def test_every_image_is_seen_once_an_epoch():
+    seen = [i for step in range(10) for i in batch_indices(25, 10, seed=0, step=step)]
+    for epoch in range(4):
+        assert sorted(seen[25 * epoch : 25 * (epoch + 1)]) == list(range(25))
+    assert seen[:25] != seen[25:50]
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    assert sorted(batch_indices(5, 10, seed=0, step=3)) == sorted(2 * list(range(5)))
+
+
+def test_the_order_does_not_depend_on_how_one_got_there():
+    straight = [batch_indices(100, 16, 3, step) for step in range(20)]
+    assert [batch_indices(100, 16, 3, step) for step in reversed(range(20))] == straight[::-1]
+    assert batch_indices(100, 16, 4, 0) != straight[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_and_micro_batches_share_out_the_same_images(workers):
+    data = open_dataset(DataConfig())
+
+    def of(parts):
+        return [images for images, _ in micro_batches(data, 8, 0, range(3, 6), parts, workers)]
+
+    whole = of([slice(0, 8)])
+    halves = of([slice(0, 4), slice(4, 8)])
+    ranks = [of([slice(0, 4)]), of([slice(4, 8)])]
+    for step in range(3):
+        assert torch.equal(torch.cat(halves[2 * step : 2 * step + 2]), whole[step])
+        assert torch.equal(torch.cat([rank[step] for rank in ranks]), whole[step])
+
+
+def test_reading_data_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    list(micro_batches(open_dataset(DataConfig()), 8, 0, range(2), [slice(0, 8)]))
+    assert torch.equal(torch.rand(1), expected)

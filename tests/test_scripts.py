@@ -1,0 +1,248 @@
+"""The scripts as a user runs them: whole commands, and what they say to bad input."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from PIL import Image
+
+import sample
+import train
+from diffusion import checkpoint
+from diffusion.launch import exit_code
+
+BIN = Path(sys.executable).parent
+SMALL = ["--train.steps", "3", "--train.batch_size", "16", "--train.log_every", "1",
+         "--sample.n", "6", "--sample.steps", "2"]  # fmt: skip
+
+
+def command(*argv, code=0, cwd=ROOT):
+    """Run a whole command; its output."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run([str(a) for a in argv], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def script(module, monkeypatch, capsys, *argv):
+    """Run a script's main in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    code = exit_code(module.main)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three steps, made by the plain script."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = command(sys.executable, "train.py", "--out", out, *SMALL)
+    assert str(out) in done.stdout.splitlines()[0]
+    assert str(out / "samples/step_00000003.png") in done.stdout.splitlines()[-1]
+    assert "3/3" in done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "unconditional"
+    command(sys.executable, "train.py", "--out", out, *SMALL, "--model.class_cond", "false")
+    return out
+
+
+def readme_commands():
+    """Every command of the README's shell blocks that trains or samples, with the prompt's continuation lines joined."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [line for line in lines if re.match(r"(accelerate launch|python|torchrun\b.*) ?\S*(train|sample)\.py", line)]
+
+
+def test_the_readme_shows_the_commands_that_this_file_runs():
+    assert len(readme_commands()) >= 6
+
+
+def test_the_commands_of_the_readme_work(tmp_path):
+    """All of them, in their order, in one folder, with the training cut short."""
+    short = "--train.steps 3 --train.batch_size 16 --sample.steps 2 --sample.n 6"
+    for line in readme_commands():
+        if "--data.path" in line:
+            continue  # needs the reader's own images
+        if "train.py" in line:
+            line = re.sub(r"--train.steps \d+", "", line) + " " + short
+        for name in ("train.py", "sample.py", "configs/"):
+            line = line.replace(name, f"{ROOT}/{name}")
+        command(*shlex.split(re.sub(r"^python", sys.executable, line)), cwd=tmp_path)
+    assert list(tmp_path.rglob("*.png"))
+
+
+def test_accelerate_launch_does_what_python_does(run, tmp_path):
+    command("accelerate", "launch", "train.py", "--out", tmp_path / "run", *SMALL)
+    saved = [checkpoint.open_checkpoint(path).ema(0.999) for path in (run, tmp_path / "run")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_the_same_command_continues(run, monkeypatch, capsys):
+    code, out, _ = script(train, monkeypatch, capsys, "--out", run, *SMALL)
+    assert code == 0
+    assert "continues after step 3" in out
+    assert "has its 3 steps already; --train.steps gives it more" in out
+
+
+def test_two_processes_train_save_resume_and_sample(run, tmp_path):
+    """They see what one process sees, and either continues what the other saved."""
+    torchrun = ["torchrun", "--nproc_per_node", "2"]
+    two = tmp_path / "two"
+    command(*torchrun, "train.py", "--out", two, *SMALL, "--train.steps", "2")
+    assert "continues after step 2" in command(*torchrun, "train.py", "--out", two, *SMALL).stdout
+    steps = [checkpoint.open_checkpoint(path).step for path in (run, two)]
+    assert steps == [3, 3]
+    one, both = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, two))
+    assert [line["step"] for line in both] == [1, 2, 3]
+    for a, b in zip(one, both, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    for name, launcher in (("one.png", [sys.executable]), ("both.png", torchrun)):
+        command(*launcher, "sample.py", "--ckpt", two, "--n", 5, "--steps", 3, "--out", tmp_path / name)
+    drawn = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "both.png")]
+    assert abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def test_a_launcher_that_starts_too_few_says_what_to_use():
+    done = command("accelerate", "launch", "--quiet", "--cpu", "--num_processes", "2", "train.py", code=1)
+    assert "use torchrun --nproc_per_node 2 train.py" in done.stderr
+
+
+def draw(run, monkeypatch, capsys, tmp_path, *flags, n=20, name="x.npz"):
+    out = tmp_path / name
+    code, _, err = script(sample, monkeypatch, capsys, "--ckpt", run, "--npz", "--out", out, "--n", n, "--steps", 3, *flags)
+    assert code == 0, err
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+def test_sampling_needs_no_flag_but_the_run(run, monkeypatch, capsys):
+    code, out, err = script(sample, monkeypatch, capsys, "--ckpt", run)
+    assert code == 0, err
+    path = Path(out.strip().split(": ", 1)[1])
+    assert path.is_relative_to(run)
+    assert Image.open(path).format == "PNG"
+    assert "2/2" in err  # progress
+
+
+def test_a_picture_is_the_same_at_any_batch_size(run, monkeypatch, capsys, tmp_path):
+    whole = draw(run, monkeypatch, capsys, tmp_path)["arr_0"].astype(int)
+    for n, batch_size in ((20, 1), (20, 7), (11, 64)):
+        part = draw(run, monkeypatch, capsys, tmp_path, "--batch_size", batch_size, n=n)["arr_0"].astype(int)
+        # the network's sums take another order in another batch: at most one level of 255
+        assert abs(part - whole[:n]).max() <= 1
+    assert len({picture.tobytes() for picture in whole}) == 20
+
+
+def test_seeds_samplers_averages_and_eta_change_the_pictures(run, monkeypatch, capsys, tmp_path):
+    variants = [[], ["--seed", 1], ["--sampler", "ddim"], ["--sampler", "ddim", "--eta", 1], ["--ema", "none"]]
+    drawn = {draw(run, monkeypatch, capsys, tmp_path, *flags)["arr_0"].tobytes() for flags in variants}
+    assert len(drawn) == len(variants)
+    again = draw(run, monkeypatch, capsys, tmp_path, "--ema", "0.999")["arr_0"].tobytes()
+    assert again in drawn
+
+
+def test_classes_are_drawn_in_turn(run, unconditional, monkeypatch, capsys, tmp_path):
+    assert draw(run, monkeypatch, capsys, tmp_path, n=12)["arr_1"].tolist() == [*range(10), 0, 1]
+    assert draw(run, monkeypatch, capsys, tmp_path, "--classes", "7,3", n=3)["arr_1"].tolist() == [7, 3, 7]
+    assert draw(unconditional, monkeypatch, capsys, tmp_path).keys() == {"arr_0"}
+
+
+def test_images_are_those_of_the_array(run, monkeypatch, capsys, tmp_path):
+    array = draw(run, monkeypatch, capsys, tmp_path, n=3)["arr_0"]
+    code, _, _ = script(sample, monkeypatch, capsys, "--ckpt", run, "--images", "--out", tmp_path / "i", "--n", 3, "--steps", 3)
+    assert code == 0
+    files = sorted((tmp_path / "i").iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    np.testing.assert_array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), array[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--ckpt", "nowhere"], "checkpoint nowhere is not there"),
+        (["--ckpt", str(ROOT)], "no run that has saved one"),
+        ([], "--ckpt"),
+        (["--ckpt", "RUN", "--n", "0"], "--n is 0; it must be at least 1"),
+        (["--ckpt", "RUN", "--n", "few"], "--n: invalid int value: 'few'"),
+        (["--ckpt", "RUN", "--batch_size", "0"], "--batch_size is 0"),
+        (["--ckpt", "RUN", "--seed", "-1"], "--seed is -1"),
+        (["--ckpt", "RUN", "--steps", "1001"], "1001 steps are more than the schedule's 1000"),
+        (["--ckpt", "RUN", "--steps", "fast"], "'fast' is not understood"),
+        (["--ckpt", "RUN", "--eta", "0.5"], "it belongs to ddim"),
+        (["--ckpt", "RUN", "--sampler", "ddim", "--eta", "2"], "from 0 to 1"),
+        (["--ckpt", "RUN", "--sampler", "plms"], "invalid choice: 'plms'"),
+        (["--ckpt", "RUN", "--classes", "10"], "'10', which is no class name and no number from 0 to 9"),
+        (["--ckpt", "RUN", "--classes", "cat"], "'cat', which is no class name"),
+        (["--ckpt", "UNCONDITIONAL", "--classes", "1"], "has no classes"),
+        (["--ckpt", "RUN", "--ema", "0.5"], "--ema is 0.5; "),
+        (["--ckpt", "RUN", "--out", "/proc/x/grid.png"], "--out /proc/x/grid.png cannot be written"),
+        (["--ckpt", "RUN", "--out", "grid.jpg"], "must end in .png"),
+        (["--ckpt", "RUN", "--out", "RUN"], "is a folder"),
+        (["--ckpt", "RUN", "--images", "--out", "RUN"], "is not empty"),
+        (["--ckpt", "RUN", "--images", "--npz"], "not allowed with"),
+        (["--ckpt", "RUN", "--stps", "3"], "unrecognized arguments: --stps 3"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_sample_answers_bad_input_in_one_line(run, unconditional, monkeypatch, capsys, flags, says):
+    before = sorted(run.rglob("*"))
+    flags = [{"RUN": run, "UNCONDITIONAL": unconditional}.get(flag, flag) for flag in flags]
+    code, out, err = script(sample, monkeypatch, capsys, *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("sample.py: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--train.stps", "3"], "did you mean train.steps?"),
+        (["--data.name", "folder", "--data.path", "nowhere"], "data.path nowhere is not there"),
+        (["--data.image_size", "9"], "the nearest size that they do is 8"),
+        (["--out", "/proc/x"], "--out /proc/x cannot be written"),
+        (["--out", "README.md"], "--out README.md cannot be written"),
+        (["--diffusion.schedule", "linear", "--diffusion.steps", "10"], "a linear schedule of 10 steps"),
+        (["--train.batch_size", "1798"], "1797 images, fewer than train.batch_size 1798"),
+    ],
+    ids=" ".join,
+)
+def test_train_answers_bad_input_in_one_line(monkeypatch, capsys, tmp_path, flags, says):
+    monkeypatch.chdir(ROOT)
+    code, out, err = script(train, monkeypatch, capsys, "--out", tmp_path / "run", *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("train.py: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_overwritten(unconditional, monkeypatch, capsys, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(unconditional, copy)
+    weights = copy / "checkpoints/step_00000003/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    flags = [*SMALL, "--model.class_cond", "false", "--train.steps", "4"]
+    for module, argv in ((train, ["--out", copy, *flags]), (sample, ["--ckpt", copy, "--ema", "none"])):
+        code, _, err = script(module, monkeypatch, capsys, *argv)
+        assert code == 2
+        assert "step_00000003 is not whole: model.safetensors is damaged" in err
+        assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before

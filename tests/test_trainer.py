@@ -1,0 +1,230 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion import UsageError, checkpoint
+from diffusion.config import Config
+from diffusion.losses import training_losses
+from diffusion.trainer import Trainer, learning_rate
+
+
+def small(**sections):
+    """Six steps of digits; `train__lr=1` and the like change a field."""
+    values = {"train__steps": 6, "train__batch_size": 16, "train__log_every": 2, "sample__every": 0, "sample__n": 4,
+              "sample__steps": 2, "checkpoint__every": 0} | sections  # fmt: skip
+    config = Config()
+    for key, value in values.items():
+        section, name = key.split("__")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+    return config
+
+
+def train(config, out):
+    trainer = Trainer(config, out)
+    trainer.run()
+    return trainer
+
+
+def state(trainer):
+    """Every tensor of a run, by name."""
+    tensors = dict(trainer.network.state_dict())
+    for rate, average in trainer.ema.averages.items():
+        tensors |= {f"ema {rate} {name}": value for name, value in average.items()}
+    for i, moments in trainer.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer {i} {name}": value for name, value in moments.items()}
+    return tensors
+
+
+def assert_same_bits(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    heard = []
+    trainer = Trainer(small(sample__every=4, checkpoint__every=4), tmp_path / "run")
+    trainer.run(lambda step, metrics: heard.append((step, metrics)))
+    assert [step for step, _ in heard] == [1, 2, 3, 4, 5, 6]
+    assert {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()} == {
+        "config.yaml", "metrics.jsonl", "samples/step_00000004.png", "samples/step_00000006.png",
+        *(f"checkpoints/step_0000000{step}/{name}" for step in (4, 6) for name in
+          ("config.yaml", "state.json", "model.safetensors", "ema_0.999.safetensors", "training.pt")),
+    }  # fmt: skip
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines == [line for _, line in heard if line]
+    for line in lines:
+        assert line.keys() == {"step", "loss", "images_per_second", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr"}
+        assert all(value is None or math.isfinite(value) for value in line.values())
+    assert Image.open(trainer.last_grid).size[0] > 4 * 64
+
+
+def test_training_learns(tmp_path):
+    train(small(train__steps=60, train__log_every=10), tmp_path)
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_continued_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, stop):
+    config = small(model__dropout=0.3, train__accumulation=2, train__ema_rates=(0.9, 0.99))
+    whole = train(config, tmp_path / "whole")
+    train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=stop)), tmp_path / "parts")
+    resumed = Trainer(config, tmp_path / "parts")
+    assert resumed.step == stop
+    resumed.run()
+    assert_same_bits(state(resumed), state(whole))
+    last = [metrics(tmp_path / name)[-1] for name in ("whole", "parts")]
+    if stop == 4:  # the last line then speaks of the same steps
+        assert last[0] | {"images_per_second": 0} == last[1] | {"images_per_second": 0}
+
+
+def test_metrics_of_steps_that_are_done_again_are_taken_back(tmp_path):
+    train(small(train__steps=4), tmp_path)
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 5}\n')
+    train(small(), tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_is_the_whole_batch_in_parts(tmp_path, accumulation):
+    whole = train(small(train__grad_clip=0.1), tmp_path / "whole")
+    parts = train(small(train__grad_clip=0.1, train__accumulation=accumulation), tmp_path / "parts")
+    # What they compute is compared, not their weights: a bias before a normalisation of one channel a group has a
+    # gradient of nothing but rounding, which Adam blows up to full steps.
+    x, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 10.0, 500.0, 999.0]), torch.tensor([1, 2, 3, 4])
+    torch.testing.assert_close(parts.network(x, t, y), whole.network(x, t, y), atol=1e-4, rtol=1e-3)
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_clipping_bounds_the_step_of_plain_gradient_descent(tmp_path):
+    trainer = Trainer(small(train__steps=1, train__grad_clip=1e-3), tmp_path)
+    seen = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (seen.append([p.grad.clone() for p in trainer.network.parameters()]), step())
+    trainer.run()
+    assert torch.nn.utils.get_total_norm(seen[0]).item() == pytest.approx(1e-3, rel=1e-3)
+    assert metrics(tmp_path)[0]["grad_norm"] > 0.1  # what is logged is the norm before clipping
+
+
+def test_sampling_leaves_the_weights_in_training_untouched(tmp_path):
+    trainer = train(small(model__dropout=0.1), tmp_path / "a")
+    before = {name: value.clone() for name, value in state(trainer).items()}
+    generator = torch.get_rng_state()
+    trainer.sample()
+    assert_same_bits(state(trainer), before)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert trainer.network.training
+    often = train(small(model__dropout=0.1, sample__every=1), tmp_path / "b")
+    assert_same_bits(state(often), before)
+
+
+def test_the_grid_shows_the_average_and_not_the_weights(tmp_path):
+    trainer = Trainer(small(), tmp_path)
+    trainer.sample()
+    first = trainer.last_grid.read_bytes()
+    torch.nn.init.normal_(trainer.network.out[2].weight)
+    trainer.sample()
+    assert trainer.last_grid.read_bytes() == first
+    torch.nn.init.normal_(trainer.ema.averages[0.999]["out.2.weight"])
+    trainer.sample()
+    assert trainer.last_grid.read_bytes() != first
+
+
+def test_no_initialisation_touches_what_zero_module_set(tmp_path):
+    trainer = Trainer(small(), tmp_path)
+    for weights in (trainer.network.state_dict(), trainer.ema.averages[0.999]):
+        ends = [name for name in weights if name.endswith(("out_layers.3.weight", "proj_out.weight", "out.2.weight"))]
+        assert len(ends) == 13
+        assert all((weights[name] == 0).all() for name in ends)
+
+
+def test_bf16_trains_with_float32_weights(tmp_path):
+    trainer = train(small(train__precision="bf16"), tmp_path)
+    assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path))
+
+
+def test_a_seed_is_a_run(tmp_path):
+    runs = [train(small(train__seed=seed), tmp_path / str(i)) for i, seed in enumerate((0, 0, 1))]
+    assert_same_bits(state(runs[0]), state(runs[1]))
+    assert not torch.equal(runs[0].network.out[2].weight, runs[2].network.out[2].weight)
+
+
+@pytest.mark.parametrize("random_flip", [True, False])
+def test_flips_mirror_half_of_the_images(tmp_path, monkeypatch, random_flip):
+    left_is_white = Image.new("L", (8, 8))
+    left_is_white.paste(255, (0, 0, 4, 8))
+    for i in range(16):
+        left_is_white.save(tmp_path / f"{i}.png")
+    seen = []
+
+    def spy(process, model, x_start, *rest):
+        seen.append(x_start)
+        return training_losses(process, model, x_start, *rest)
+
+    monkeypatch.setattr("diffusion.trainer.training_losses", spy)
+    data = dataclasses.replace(Config().data, name="folder", path=str(tmp_path), random_flip=random_flip)
+    train(dataclasses.replace(small(model__class_cond=False), data=data), tmp_path / "run")
+    images = torch.cat(seen)
+    mirrored = (images[:, 0, :, 0] == -1).all(1) & (images[:, 0, :, 7] == 1).all(1)
+    straight = (images[:, 0, :, 0] == 1).all(1) & (images[:, 0, :, 7] == -1).all(1)
+    assert (mirrored | straight).all()
+    assert 0.3 < mirrored.float().mean() < 0.7 if random_flip else not mirrored.any()
+
+
+def test_learning_rates():
+    train = dataclasses.replace(Config().train, lr=2.0, warmup_steps=4, steps=104)
+    assert [learning_rate(train, step) for step in (0, 1, 3, 4, 103)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = dataclasses.replace(train, lr_schedule="cosine")
+    assert [learning_rate(cosine, step) for step in (0, 4, 54)] == pytest.approx([0.5, 2.0, 1.0])
+    assert 0 < learning_rate(cosine, 103) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model__num_res_blocks": 2}, "model.num_res_blocks is 2, and 1 in the run"),
+        ({"train__seed": 1}, "train.seed is 1, and 0 in the run"),
+        ({"train__ema_rates": (0.9,)}, "train.ema_rates"),
+        ({"diffusion__schedule": "linear"}, "diffusion.schedule is linear, and cosine in the run"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(tmp_path, change, says):
+    train(small(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=says):
+        Trainer(small(**change), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_may_change_may_change(tmp_path):
+    train(small(), tmp_path)
+    trainer = train(small(train__steps=8, train__lr=1e-4, train__accumulation=2, sample__steps=3), tmp_path)
+    assert trainer.step == 8
+    assert metrics(tmp_path)[-1]["lr"] == 1e-4
+    assert checkpoint.open_checkpoint(tmp_path).step == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"train__batch_size": 2000}, "hold 1797 images, fewer than train.batch_size 2000"),
+        ({"train__precision": "fp16"}, "fp16, which needs a GPU"),
+    ],
+)
+def test_what_cannot_begin_says_so(tmp_path, change, says):
+    with pytest.raises(UsageError, match=says):
+        Trainer(small(**change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
