@@ -121,7 +121,9 @@ def choose_labels(saved: Checkpoint, wanted: str | None, n: int) -> list[int] | 
             near = difflib.get_close_matches(word, names, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:10])}" + (
                 f" and {len(names) - 10} more" if len(names) > 10 else "")  # fmt: skip
-            raise UsageError(f"--classes has {word!r}, which is no class name and no number from 0 to {len(names) - 1}: {hint}")
+            raise UsageError(
+                f"--classes has {word!r}, which is no class name and no number from 0 to {len(names) - 1}: {hint}"
+            )
     return labels
 
 

@@ -21,8 +21,8 @@ def main() -> None:
     main_process = trainer.accelerator.is_main_process
     if main_process:
         begun = f"continues after step {trainer.step}" if trainer.step else "begins"
-        print(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, {trainer.accelerator.num_processes} process(es) "
-              f"on {trainer.accelerator.device.type}")  # fmt: skip
+        where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
+        print(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}")
     if trainer.step >= config.train.steps:
         if main_process:
             print(f"it has its {config.train.steps} steps already; --train.steps gives it more")
@@ -38,7 +38,9 @@ def main() -> None:
 
     def on_step(step: int, metrics: dict[str, Any] | None) -> None:
         if metrics:
-            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False
+            )
         bar.update()
 
     with bar:

@@ -1,11 +1,11 @@
 """Checkpoints: a folder that holds all that a run is, and is whole or absent.
 
-    step_00001500/
-        config.yaml            the resolved configuration
-        state.json             the step, the class names, who wrote it
-        model.safetensors      the weights in training
-        ema_0.999.safetensors  a moving average, one file a rate
-        training.pt            the optimizer's state and the loss scale (read with weights_only)
+step_00001500/
+    config.yaml            the resolved configuration
+    state.json             the step, the class names, who wrote it
+    model.safetensors      the weights in training
+    ema_0.999.safetensors  a moving average, one file a rate
+    training.pt            the optimizer's state and the loss scale (read with weights_only)
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ class Checkpoint:
 
     def network(self, weights: Weights) -> UNetModel:
         """The network with `weights`. Raises UsageError where they are of another architecture."""
-        with torch.device("meta"):  # no time for an initialisation that is overwritten
-            model = self.config.network(len(self.class_names))
+        model = self.config.network(len(self.class_names))
         check_fits(model, weights, self.path)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights)
         return model
 
 
@@ -100,7 +99,11 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def newest(run: Path) -> Path | None:
     """A run's checkpoint with the highest step, or None."""
-    found = {int(m[1]): path for path in (run / "checkpoints").glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name))}
+    found = {
+        int(m[1]): path
+        for path in (run / "checkpoints").glob("step_*")
+        if (m := re.fullmatch(r"step_(\d+)", path.name))
+    }
     return found[max(found)] if found else None
 
 

@@ -49,7 +49,9 @@ class DataConfig:
         _at_least("data.channels", self.channels, 1)
         _at_least("data.workers", self.workers, 0)
         if self.random_flip and self.name in ("digits", "mnist"):
-            raise UsageError(f"data.random_flip is true, but a mirrored digit is no digit: set it false for {self.name}")
+            raise UsageError(
+                f"data.random_flip is true, but a mirrored digit is no digit: set it false for {self.name}"
+            )
         if self.path is not None and self.name == "digits":
             raise UsageError(
                 f"data.path is {self.path}, but data.name is digits, which ship with the package: "
@@ -99,7 +101,9 @@ class ModelConfig:
         if self.num_heads_upsample != -1:
             _at_least("model.num_heads_upsample", self.num_heads_upsample, 1)
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise UsageError(f"model.channel_mult is {list(self.channel_mult)}; it must be a list of whole numbers >= 1")
+            raise UsageError(
+                f"model.channel_mult is {list(self.channel_mult)}; it must be a list of whole numbers >= 1"
+            )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         factors = [2**level for level in range(len(self.channel_mult))]
@@ -115,7 +119,9 @@ class ModelConfig:
             for name in ("num_heads", "num_heads_upsample"):
                 heads = self.num_heads if getattr(self, name) == -1 else getattr(self, name)
                 if mult * self.model_channels % heads:
-                    raise UsageError(f"model.{name} is {heads}, which does not divide {mult * self.model_channels} channels")
+                    raise UsageError(
+                        f"model.{name} is {heads}, which does not divide {mult * self.model_channels} channels"
+                    )
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,9 @@ class TrainConfig:
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise UsageError(f"train.grad_clip is {self.grad_clip}; it must be above 0, or null for no clipping")
         if self.batch_size % self.accumulation:
-            raise UsageError(f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}")
+            raise UsageError(
+                f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}"
+            )
         if not self.ema_rates or not all(0 <= rate < 1 for rate in self.ema_rates):
             raise UsageError(f"train.ema_rates is {list(self.ema_rates)}; it needs one or more rates from 0 to below 1")
         if len(set(self.ema_rates)) < len(self.ema_rates):
@@ -328,7 +336,9 @@ def _check_file(file: str) -> None:
         raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
     sections = [f.name for f in dataclasses.fields(Config)]
     if not isinstance(content, dict) or any(not isinstance(content.get(name, {}), dict) for name in sections):
-        raise UsageError(f"--config {file} must be made of sections ({', '.join(sections)}) of keys, as configs/digits.yaml is")
+        raise UsageError(
+            f"--config {file} must be made of sections ({', '.join(sections)}) of keys, as configs/digits.yaml is"
+        )
 
 
 def _one_line(message: str, known: list[str]) -> str:

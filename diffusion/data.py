@@ -101,7 +101,9 @@ def _open_torchvision(name: str, path: str | None) -> tuple[NDArray[np.uint8], N
     except Exception as error:  # torchvision raises whatever its download or its files gave
         reason = " ".join(str(error).split()).split(". ")[0]
         if path is None:
-            raise UsageError(f"{name} could not be downloaded to data/ ({reason}): name its folder with --data.path") from None
+            raise UsageError(
+                f"{name} could not be downloaded to data/ ({reason}): name its folder with --data.path"
+            ) from None
         raise UsageError(f"data.path {path} holds no {name} as torchvision lays it out ({reason})") from None
     names = tuple(map(str, range(10))) if name == "mnist" else tuple(data.classes)
     return np.asarray(data.data), np.asarray(data.targets), names
@@ -149,7 +151,9 @@ def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8
     if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of PIL mode {image.mode}, whose range is not known; save it with 8 or 16 bits")
+        raise ValueError(
+            f"its pixels are of PIL mode {image.mode}, whose range is not known; save it with 8 or 16 bits"
+        )
     # Before any resizing: the colours of a palette image cannot be averaged by their numbers.
     image = image.convert(PIL_MODES[channels])
     while min(image.size) >= 2 * size:
@@ -205,7 +209,12 @@ class _Order(Sampler[list[int]]):
 
 
 def micro_batches(
-    dataset: ArrayDataset | FolderDataset, batch_size: int, seed: int, steps: range, parts: list[slice], workers: int = 0
+    dataset: ArrayDataset | FolderDataset,
+    batch_size: int,
+    seed: int,
+    steps: range,
+    parts: list[slice],
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """The images of `steps`: for each step this process's `parts` of the global batch, one after the other.
 
@@ -213,7 +222,7 @@ def micro_batches(
     """
     loader = DataLoader(
         dataset,
-        batch_sampler=_Order(len(dataset), batch_size, seed, steps, parts),  # type: ignore[arg-type]
+        batch_sampler=_Order(len(dataset), batch_size, seed, steps, parts),
         collate_fn=lambda batch: batch,
         num_workers=workers,
         generator=torch.Generator(),  # else it would draw from the global one, which dropout uses

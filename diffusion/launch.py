@@ -14,7 +14,7 @@ from diffusion.errors import UsageError
 
 
 def check_launcher() -> None:
-    """Use the cores that `accelerate launch` hides; raise UsageError where it started fewer processes than asked for."""
+    """Use the cores that `accelerate launch` hides; raise UsageError where it started too few processes."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return  # not started by it, or as one of several processes
     command = " ".join(psutil.Process(os.getppid()).cmdline())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ def zero_module(module: M) -> M:
     return module
 
 
-def conv_nd(dims: int, *args, **kwargs) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """A convolution over `dims` axes (1, 2 or 3), with the arguments of `nn.Conv2d`."""
     return {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims](*args, **kwargs)
 
@@ -32,8 +32,7 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation that computes in float32 whatever the input's type, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            out = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        out = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
         return out.to(x.dtype)
 
 

@@ -79,9 +79,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
     inverse_scale = torch.exp(-log_scales)
     cdf_above = _approx_standard_normal_cdf(inverse_scale * (x - means + 1 / 255))
     cdf_below = _approx_standard_normal_cdf(inverse_scale * (x - means - 1 / 255))
-    probability = torch.where(
-        x < -0.999, cdf_above, torch.where(x > 0.999, 1 - cdf_below, cdf_above - cdf_below)
-    )
+    probability = torch.where(x < -0.999, cdf_above, torch.where(x > 0.999, 1 - cdf_below, cdf_above - cdf_below))
     return probability.clamp(min=1e-12).log()
 
 

@@ -25,7 +25,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """Images (N, C, H, W), uint8, as one picture, row by row. Where C is none of 1 to 4, each channel is a grey tile."""
+    """Images (N, C, H, W), uint8, as one picture, row by row; a channel is a grey tile where C is above 4."""
     if images.shape[1] not in PIL_MODES:
         columns *= images.shape[1]
         images = rearrange(images, "n c h w -> (n c) 1 h w")

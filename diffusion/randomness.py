@@ -31,7 +31,7 @@ def generator_for(device: torch.device | str, seed: int, *key: int | str) -> tor
 
 
 def picture_noise(indices: range, shape: Sequence[int], device: torch.device, seed: int, step: int | str) -> Tensor:
-    """Standard normal noise (len(indices), *shape) for the pictures `indices` of `seed` at one step of a sampler, or "x_T".
+    """Standard normal noise (len(indices), *shape) for pictures of `seed` at one step of a sampler, or at "x_T".
 
     Drawn in blocks of `BLOCK` pictures and cut to those asked for, so a picture's noise depends on its index only.
     """

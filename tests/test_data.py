@@ -99,7 +99,12 @@ def broken(path, content):
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     whole = picture(tmp_path / "whole.png", size=(300, 300), colour=(1, 2, 3)).read_bytes()
-    for name, content in {"empty.png": b"", "text.jpg": b"hello", "cut.png": whole[:-200], "x.npy": b"\x93NUMPY"}.items():
+    for name, content in {
+        "empty.png": b"",
+        "text.jpg": b"hello",
+        "cut.png": whole[:-200],
+        "x.npy": b"\x93NUMPY",
+    }.items():
         path = broken(tmp_path / name, content)
         with pytest.raises(UsageError, match=f"{name} cannot be read as an image") as caught:
             folder(tmp_path)

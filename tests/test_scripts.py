@@ -61,7 +61,7 @@ def unconditional(tmp_path_factory):
 
 
 def readme_commands():
-    """Every command of the README's shell blocks that trains or samples, with the prompt's continuation lines joined."""
+    """Every command of the README's shell blocks that trains or samples."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = [line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     return [line for line in lines if re.match(r"(accelerate launch|python|torchrun\b.*) ?\S*(train|sample)\.py", line)]
@@ -106,7 +106,9 @@ def test_two_processes_train_save_resume_and_sample(run, tmp_path):
     assert "continues after step 2" in command(*torchrun, "train.py", "--out", two, *SMALL).stdout
     steps = [checkpoint.open_checkpoint(path).step for path in (run, two)]
     assert steps == [3, 3]
-    one, both = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, two))
+    one, both = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, two)
+    )
     assert [line["step"] for line in both] == [1, 2, 3]
     for a, b in zip(one, both, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
@@ -124,7 +126,9 @@ def test_a_launcher_that_starts_too_few_says_what_to_use():
 
 def draw(run, monkeypatch, capsys, tmp_path, *flags, n=20, name="x.npz"):
     out = tmp_path / name
-    code, _, err = script(sample, monkeypatch, capsys, "--ckpt", run, "--npz", "--out", out, "--n", n, "--steps", 3, *flags)
+    code, _, err = script(
+        sample, monkeypatch, capsys, "--ckpt", run, "--npz", "--out", out, "--n", n, "--steps", 3, *flags
+    )
     assert code == 0, err
     with np.load(out) as arrays:
         return dict(arrays)
@@ -164,7 +168,9 @@ def test_classes_are_drawn_in_turn(run, unconditional, monkeypatch, capsys, tmp_
 
 def test_images_are_those_of_the_array(run, monkeypatch, capsys, tmp_path):
     array = draw(run, monkeypatch, capsys, tmp_path, n=3)["arr_0"]
-    code, _, _ = script(sample, monkeypatch, capsys, "--ckpt", run, "--images", "--out", tmp_path / "i", "--n", 3, "--steps", 3)
+    code, _, _ = script(
+        sample, monkeypatch, capsys, "--ckpt", run, "--images", "--out", tmp_path / "i", "--n", 3, "--steps", 3
+    )
     assert code == 0
     files = sorted((tmp_path / "i").iterdir())
     assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]

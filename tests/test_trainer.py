@@ -19,7 +19,9 @@ def small(**sections):
     config = Config()
     for key, value in values.items():
         section, name = key.split("__")
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
     return config
 
 
@@ -63,7 +65,17 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines == [line for _, line in heard if line]
     for line in lines:
-        assert line.keys() == {"step", "loss", "images_per_second", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "lr"}
+        assert line.keys() == {
+            "step",
+            "loss",
+            "images_per_second",
+            "loss_q1",
+            "loss_q2",
+            "loss_q3",
+            "loss_q4",
+            "grad_norm",
+            "lr",
+        }
         assert all(value is None or math.isfinite(value) for value in line.values())
     assert Image.open(trainer.last_grid).size[0] > 4 * 64
 
