@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from diffusion.checkpoint import Checkpoint, open_checkpoint
 from diffusion.errors import UsageError
-from diffusion.launch import check_launcher, exit_code
+from diffusion.launch import check_launcher, exit_code, on_cpu
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +65,7 @@ def main() -> None:
     from diffusion import pictures
     from diffusion.samplers import draw
 
-    state = PartialState()
+    state = PartialState(cpu=on_cpu())
     share = math.ceil(n / state.num_processes)  # every process draws as many; the last one's surplus is cut off
     indices = range(state.process_index * share, (state.process_index + 1) * share)
     bar = tqdm(

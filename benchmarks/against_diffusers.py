@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -21,7 +22,7 @@ from diffusion.ema import EMA
 from diffusion.losses import training_losses
 
 
-def diffusers_unet(config: Config, num_classes: int) -> UNet2DModel:
+def diffusers_unet(config: Config, num_classes: int) -> Any:
     """The network of a configuration, in diffusers' words."""
     model = config.model
     attention = [2**level in model.attention_resolutions for level in range(len(model.channel_mult))]

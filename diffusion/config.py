@@ -147,10 +147,9 @@ class DiffusionConfig:
         _at_least("diffusion.steps", self.steps, 1)
         self.process()
 
-    def process(self, respacing: int | str | None = None) -> GaussianDiffusion:
-        """The process, with `respacing` in place of the training's. Raises UsageError where either is impossible."""
-        kept = self.respacing if respacing is None else respacing
-        schedule = Schedule.named(self.schedule, self.steps, str(kept))
+    def process(self, respacing: int | str = "") -> GaussianDiffusion:
+        """The process, with `respacing`, if any, in place of the training's. Raises UsageError where it cannot be."""
+        schedule = Schedule.named(self.schedule, self.steps, str(respacing or self.respacing))
         return GaussianDiffusion(schedule, self.mean, self.variance, self.rescale_timesteps)
 
 

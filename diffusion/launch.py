@@ -28,6 +28,11 @@ def check_launcher() -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def on_cpu() -> bool:
+    """Whether to tell accelerate so: without a GPU it would take each of torchrun's processes for the only one."""
+    return not torch.accelerator.is_available()
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run `main`: 0, or 2 after one line on stderr where the user can put it right."""
     name = os.path.basename(sys.argv[0])

@@ -23,6 +23,7 @@ from diffusion.config import Config, TrainConfig
 from diffusion.data import micro_batches, open_dataset
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
+from diffusion.launch import on_cpu
 from diffusion.losses import training_losses
 from diffusion.randomness import generator_for, seed_for
 from diffusion.samplers import draw
@@ -46,7 +47,7 @@ class Trainer:
 
     def __init__(self, config: Config, out: Path):
         self.config, self.out = config, out
-        self.accelerator = accelerator = Accelerator(mixed_precision=config.train.precision)
+        self.accelerator = accelerator = Accelerator(mixed_precision=config.train.precision, cpu=on_cpu())
         self.parts = _parts(config.train, accelerator.process_index, accelerator.num_processes)
         if config.train.precision == "fp16" and accelerator.device.type == "cpu":
             raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
@@ -293,9 +294,9 @@ def _begin_folder(out: Path, config: Config, step: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         config.save(out / "config.yaml")
         metrics = out / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(line + "\n" for line in kept))
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        # A line without an end was cut off by a kill.
+        metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
 

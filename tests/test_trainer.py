@@ -102,7 +102,7 @@ def test_a_continued_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, st
 
 def test_metrics_of_steps_that_are_done_again_are_taken_back(tmp_path):
     train(small(train__steps=4), tmp_path)
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 5}\n')
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 5}\n{"st')
     train(small(), tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6]
 
