@@ -38,6 +38,8 @@ def exit_code(main: Callable[[], None]) -> int:
     name = os.path.basename(sys.argv[0])
     try:
         main()
+        if torch.distributed.is_initialized():  # its threads would end the interpreter with an abort now and then
+            torch.distributed.destroy_process_group()
     except UsageError as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{name}{rank}: {error}", file=sys.stderr)
