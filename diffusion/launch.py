@@ -17,7 +17,10 @@ def check_launcher() -> None:
     """Use the cores that `accelerate launch` hides; raise UsageError where it started too few processes."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return  # not started by it, or as one of several processes
-    command = " ".join(psutil.Process(os.getppid()).cmdline())
+    try:
+        command = " ".join(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        command = ""  # not ours to read: then there is nothing to say
     asked = re.search(r"--num[_-]processes[= ](\d+)", command)
     if asked and int(asked[1]) > 1:
         raise UsageError(
@@ -38,7 +41,8 @@ def exit_code(main: Callable[[], None]) -> int:
     name = os.path.basename(sys.argv[0])
     try:
         main()
-        if torch.distributed.is_initialized():  # its threads would end the interpreter with an abort now and then
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Its threads would end the interpreter with an abort now and then.
             torch.distributed.destroy_process_group()
     except UsageError as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
