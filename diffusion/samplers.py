@@ -61,10 +61,8 @@ def ddim(
         eps = process.predict_eps(x, t, pred_xstart)
         alpha_bar, alpha_bar_prev, _ = process.ddim_alphas(t, x)
         sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
-        x = pred_xstart * torch.sqrt(alpha_bar_prev) + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
-        z = noise(step)
-        if step != process.num_timesteps - 1:
-            x = x + sigma * z
+        mean = pred_xstart * torch.sqrt(alpha_bar_prev) + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
+        x = mean + sigma * noise(step)  # sigma is 0 at the last step
     return x
 
 

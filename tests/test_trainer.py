@@ -130,6 +130,18 @@ def test_clipping_bounds_the_step_of_plain_gradient_descent(tmp_path):
     assert metrics(tmp_path)[0]["grad_norm"] > 0.1  # what is logged is the norm before clipping
 
 
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_average_follows_every_step(tmp_path, warmup):
+    trainer = Trainer(small(train__ema_rates=(0.5,), train__ema_warmup=warmup), tmp_path)
+    weights = [trainer.network.out[2].weight.detach().clone()]
+    trainer.run(lambda step, metrics: weights.append(trainer.network.out[2].weight.detach().clone()))
+    average = weights[0]
+    for n, weight in enumerate(weights[1:]):
+        rate = min(0.5, (1 + n) / (10 + n)) if warmup else 0.5
+        average = rate * average + (1 - rate) * weight
+    torch.testing.assert_close(trainer.ema.averages[0.5]["out.2.weight"], average)
+
+
 def test_sampling_leaves_the_weights_in_training_untouched(tmp_path):
     trainer = train(small(model__dropout=0.1), tmp_path / "a")
     before = {name: value.clone() for name, value in state(trainer).items()}
@@ -223,8 +235,10 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, change, says):
 
 def test_what_may_change_may_change(tmp_path):
     train(small(), tmp_path)
-    trainer = train(small(train__steps=8, train__lr=1e-4, train__accumulation=2, sample__steps=3), tmp_path)
+    changes = dict(train__steps=8, train__lr=1e-4, train__weight_decay=0.1, train__accumulation=2, sample__steps=3)
+    trainer = train(small(**changes), tmp_path)
     assert trainer.step == 8
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert metrics(tmp_path)[-1]["lr"] == 1e-4
     assert checkpoint.open_checkpoint(tmp_path).step == 8
 
