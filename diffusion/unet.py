@@ -1,5 +1,8 @@
 """The U-Net of Nichol & Dhariwal (2021), section 2.5 and appendix A, with the published parameter names.
 
+The options of its sequel (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", section 3) are the last ones of the
+same class.
+
     x ─ conv ─┬─ level 0 ─┬─ down ─ level 1 ─┬─ ... ─ middle ─ ... ─ level 1 ─ up ─ level 0 ─ out
               └───────────┴── long skips, one for each input block ──────────────────┘
 
@@ -11,6 +14,7 @@ identity on its skip path and the network's output is 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +36,7 @@ class ResBlock(nn.Module):
         out_channels: output channels; another number than `channels` puts a 1x1 convolution on the skip path.
         use_scale_shift_norm: the embedding scales and shifts the second normalisation instead of being added.
         use_checkpoint: recompute the activations in the backward pass instead of keeping them.
+        resample: an `Upsample` or `Downsample` without weights, for both paths of a block that changes the size.
     """
 
     def __init__(
@@ -43,10 +48,12 @@ class ResBlock(nn.Module):
         dims: int = 2,
         use_scale_shift_norm: bool = False,
         use_checkpoint: bool = False,
+        resample: Upsample | Downsample | None = None,
     ):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
+        self.resample = resample
         self.in_layers = nn.Sequential(
             normalization(channels),
             nn.SiLU(),
@@ -71,7 +78,11 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)
+        if self.resample is None:
+            h = self.in_layers(x)
+        else:
+            h = self.in_layers[2](self.resample(self.in_layers[:2](x)))
+            x = self.resample(x)
         emb_out = self.emb_layers(emb).to(h.dtype)
         emb_out = emb_out[(...,) + (None,) * (h.ndim - 2)]
         if self.use_scale_shift_norm:
@@ -87,15 +98,18 @@ class AttentionBlock(nn.Module):
     """Multi-head self-attention over all positions, added to its input.
 
     The channels of `qkv` are split into heads first and into q, k and v inside each head, as in the published
-    weights.
+    weights; with `new_order` into q, k and v first.
     """
 
-    def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False):
+    def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False, new_order: bool = False):
         super().__init__()
         if channels % num_heads:
             raise UsageError(f"num_heads {num_heads} does not divide the {channels} channels of an attention block")
         self.num_heads = num_heads
         self.use_checkpoint = use_checkpoint
+        self.split = (
+            "b n (three heads c) -> three b heads n c" if new_order else "b n (heads three c) -> three b heads n c"
+        )
         self.norm = normalization(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
@@ -110,7 +124,7 @@ class AttentionBlock(nn.Module):
         # The two convolutions of size 1 as matrix products, and positions before channels: a fifth faster.
         h = self.norm(x).flatten(2).transpose(1, 2)
         qkv = F.linear(h, self.qkv.weight.squeeze(2), self.qkv.bias)
-        q, k, v = rearrange(qkv, "b n (heads three c) -> three b heads n c", heads=self.num_heads, three=3)
+        q, k, v = rearrange(qkv, self.split, heads=self.num_heads, three=3)
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)")
         h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
         return x + h.transpose(1, 2).reshape(x.shape)
@@ -142,6 +156,10 @@ class UNetModel(nn.Module):
         use_checkpoint: save memory by recomputing activations.
         num_heads: attention heads; `num_heads_upsample` on the way up (-1: the same number).
         use_scale_shift_norm: condition on the embedding through the normalisation's scale and shift.
+        num_head_channels: the width of a head, in place of the number of heads (-1: by number).
+        resblock_updown: down- and upsample inside residual blocks.
+        use_new_attention_order: split q, k and v across heads.
+        image_size: of no effect, since the network runs at any size; the sequel's class has it.
 
     Raises UsageError where a width is not a multiple of 32 or of the heads.
     """
@@ -154,7 +172,7 @@ class UNetModel(nn.Module):
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
         dropout: float = 0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
         conv_resample: bool = True,
         dims: int = 2,
         num_classes: int | None = None,
@@ -162,6 +180,10 @@ class UNetModel(nn.Module):
         num_heads: int = 1,
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
+        num_head_channels: int = -1,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        image_size: int | None = None,
     ):
         super().__init__()
         if model_channels % 32:
@@ -175,8 +197,19 @@ class UNetModel(nn.Module):
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         emb_channels = 4 * model_channels
 
-        def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(channels, emb_channels, dropout, out_channels, dims, use_scale_shift_norm, use_checkpoint)
+        def res_block(channels: int, out_channels: int, resample: Upsample | Downsample | None = None) -> ResBlock:
+            return ResBlock(
+                channels, emb_channels, dropout, out_channels, dims, use_scale_shift_norm, use_checkpoint, resample
+            )
+
+        def attention(channels: int, heads: int) -> AttentionBlock:
+            heads = heads if num_head_channels == -1 else channels // num_head_channels
+            return AttentionBlock(channels, heads, use_checkpoint, use_new_attention_order)
+
+        def resample(kind: type[Upsample] | type[Downsample], channels: int) -> nn.Module:
+            if resblock_updown:
+                return res_block(channels, channels, kind(channels, False, dims))
+            return kind(channels, conv_resample, dims)
 
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels),
@@ -186,38 +219,37 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        ch = model_channels
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(conv_nd(dims, in_channels, model_channels, 3, padding=1))]
-        )
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        ch = widths[0]
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
         skip_channels = [ch]
-        for level, mult in enumerate(channel_mult):
+        for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(ch, mult * model_channels)]
-                ch = mult * model_channels
+                layers: list[nn.Module] = [res_block(ch, width)]
+                ch = width
                 if 2**level in attention_resolutions:
-                    layers.append(AttentionBlock(ch, num_heads, use_checkpoint))
+                    layers.append(attention(ch, num_heads))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 skip_channels.append(ch)
-            if level != len(channel_mult) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims)))
+            if level != len(widths) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(resample(Downsample, ch)))
                 skip_channels.append(ch)
 
         self.middle_block = TimestepEmbedSequential(
             res_block(ch, ch),
-            AttentionBlock(ch, num_heads, use_checkpoint),
+            attention(ch, num_heads),
             res_block(ch, ch),
         )
 
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for i in range(num_res_blocks + 1):
-                layers = [res_block(ch + skip_channels.pop(), mult * model_channels)]
-                ch = mult * model_channels
+                layers = [res_block(ch + skip_channels.pop(), width)]
+                ch = width
                 if 2**level in attention_resolutions:
-                    layers.append(AttentionBlock(ch, heads_up, use_checkpoint))
+                    layers.append(attention(ch, heads_up))
                 if level and i == num_res_blocks:
-                    layers.append(Upsample(ch, conv_resample, dims))
+                    layers.append(resample(Upsample, ch))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
@@ -261,3 +293,18 @@ class UNetModel(nn.Module):
                 f"the levels halve it {self.size_divisor.bit_length() - 1} times, "
                 f"so each must be a multiple of {self.size_divisor}"
             )
+
+
+class SuperResModel(UNetModel):
+    """A U-Net that is given a smaller image too: it is enlarged and stacked onto x (section 6 of the sequel).
+
+    Takes the arguments of `UNetModel`; `in_channels` are those of x alone.
+    """
+
+    def __init__(self, in_channels: int, *args: Any, **kwargs: Any):
+        super().__init__(2 * in_channels, *args, **kwargs)
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, *, low_res: Tensor) -> Tensor:  # type: ignore[override]
+        """As `UNetModel.forward`, with `low_res` (B, in_channels, ...) of any size."""
+        enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear")
+        return super().forward(torch.cat([x, enlarged], dim=1), timesteps, y)

@@ -3,24 +3,31 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from helpers import fill, golden, process, small_unet, tensor
 
 from diffusion import UNetModel, UsageError
 from diffusion.losses import training_losses
-from diffusion.unet import AttentionBlock, ResBlock
+from diffusion.unet import AttentionBlock, ResBlock, SuperResModel
 
-NETWORKS = {name: case for name, case in golden("unet.json").items() if name not in ("superres", "adm")}
+NETWORKS = golden("unet.json")
+CLASSES = {"UNetModel": UNetModel, "SuperResModel": SuperResModel}
+
+
+def build(case, **options):
+    return CLASSES[case["model"]](**case["kwargs"], **options)
 
 
 @pytest.fixture(params=NETWORKS)
 def network(request):
     case = NETWORKS[request.param]
-    return case, fill(UNetModel(**case["kwargs"]), case["seed"]), golden(f"unet_{request.param}.npz")
+    return case, fill(build(case), case["seed"]), golden(f"unet_{request.param}.npz")
 
 
 def run(model, arrays):
-    labels = {"y": tensor(arrays["y"])} if "y" in arrays else {}
-    return model(tensor(arrays["x"]), tensor(arrays["t"]), **labels)
+    return model(
+        tensor(arrays["x"]), tensor(arrays["t"]), **{k: tensor(arrays[k]) for k in ("y", "low_res") if k in arrays}
+    )
 
 
 def test_output_and_gradients_are_the_published_ones(network):
@@ -40,7 +47,7 @@ def test_names_and_shapes_are_the_published_ones(network):
 
 def test_checkpointing_changes_neither_output_nor_gradients(network):
     case, model, arrays = network
-    twin = fill(UNetModel(**case["kwargs"], use_checkpoint=True), case["seed"])
+    twin = fill(build(case, use_checkpoint=True), case["seed"])
     outputs = [run(m, arrays) for m in (model, twin)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
     for out in outputs:
@@ -49,36 +56,61 @@ def test_checkpointing_changes_neither_output_nor_gradients(network):
         torch.testing.assert_close(q.grad, p.grad, msg=name)
 
 
+FIRST = dict(model_channels=128, num_heads=4, use_scale_shift_norm=True)
+SEQUEL = dict(model_channels=256, num_head_channels=64, resblock_updown=True, use_scale_shift_norm=True)
 PUBLISHED = {
-    "cifar10_uncond": dict(
-        model_channels=128, num_res_blocks=3, channel_mult=(1, 2, 2, 2), attention_resolutions=(2, 4)
-    ),
-    "imagenet64_uncond": dict(
-        model_channels=128, num_res_blocks=3, channel_mult=(1, 2, 3, 4), attention_resolutions=(4, 8)
-    ),
-    "imagenet64_cond": dict(
+    "cifar10_uncond": FIRST | dict(num_res_blocks=3, channel_mult=(1, 2, 2, 2), attention_resolutions=(2, 4)),
+    "imagenet64_uncond": FIRST | dict(num_res_blocks=3, channel_mult=(1, 2, 3, 4), attention_resolutions=(4, 8)),
+    "imagenet64_cond": FIRST | dict(
         model_channels=192, num_res_blocks=3, channel_mult=(1, 2, 3, 4), attention_resolutions=(4, 8), num_classes=1000
+    ),
+    "upsample_cond_256": FIRST | dict(
+        model_channels=192, num_res_blocks=2, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(16, 32),
+        num_classes=1000, upsampler=True,
     ),
     "lsun_bedroom_256": dict(
         model_channels=128, num_res_blocks=2, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(16,),
-        num_heads=1, use_scale_shift_norm=False,
     ),
+    "adm_imagenet64_cond": SEQUEL | dict(
+        model_channels=192, num_res_blocks=3, channel_mult=(1, 2, 3, 4), attention_resolutions=(2, 4, 8),
+        num_classes=1000, use_new_attention_order=True,
+    ),
+    "adm_imagenet256_uncond": SEQUEL | dict(
+        num_res_blocks=2, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(8, 16, 32)
+    ),
+    "adm_lsun_256": SEQUEL | dict(num_res_blocks=2, channel_mult=(1, 1, 2, 2, 4, 4), attention_resolutions=(8, 16, 32)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks_have_their_number_of_parameters(name):
-    arguments = dict(in_channels=3, out_channels=6, num_heads=4, use_scale_shift_norm=True) | PUBLISHED[name]
+    arguments = dict(PUBLISHED[name])
+    kind = SuperResModel if arguments.pop("upsampler", False) else UNetModel
     with torch.device("meta"):
-        model = UNetModel(**arguments)
+        model = kind(in_channels=3, out_channels=6, **arguments)
     assert sum(p.numel() for p in model.parameters()) == golden("published_parameters.json")[name]
+
+
+def test_the_order_of_heads_is_a_permutation_of_the_weights():
+    """The sequel's order holds q of all heads, then k, then v: with its rows regrouped it is the first paper's."""
+    torch.manual_seed(0)
+    ours, sequels = AttentionBlock(64, 4), AttentionBlock(64, 4, new_order=True)
+    torch.nn.init.normal_(ours.proj_out.weight)
+    sequels.load_state_dict(ours.state_dict())
+    for name in ("weight", "bias"):
+        rows = getattr(ours.qkv, name).detach()
+        getattr(sequels.qkv, name).data = rearrange(
+            rows, "(heads three c) ... -> (three heads c) ...", heads=4, three=3
+        )
+    x = torch.randn(2, 64, 4, 4)
+    torch.testing.assert_close(sequels(x), ours(x))
 
 
 def test_keywords_are_the_published_ones():
     assert list(inspect.signature(UNetModel).parameters) == [
         "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions", "dropout",
         "channel_mult", "conv_resample", "dims", "num_classes", "use_checkpoint", "num_heads", "num_heads_upsample",
-        "use_scale_shift_norm",
+        "use_scale_shift_norm", "num_head_channels", "resblock_updown", "use_new_attention_order", "image_size",
     ]  # fmt: skip
 
 
@@ -118,10 +150,12 @@ def test_an_attention_block_starts_as_the_identity(dims, heads):
 def test_the_network_starts_at_exactly_zero(case):
     torch.manual_seed(0)
     kwargs = case["kwargs"]
-    model = UNetModel(**kwargs)
+    model = build(case)
     shape = [16] * kwargs.get("dims", 2)
     y = torch.tensor([0, 1]) if "num_classes" in kwargs else None
-    out = model(torch.randn(2, kwargs["in_channels"], *shape), torch.tensor([0.0, 999.0]), y)
+    x = torch.randn(2, kwargs["in_channels"], *shape)
+    low_res = {"low_res": x[..., ::2, ::2]} if case["model"] == "SuperResModel" else {}
+    out = model(x, torch.tensor([0.0, 999.0]), y, **low_res)
     assert out.shape == (2, kwargs["out_channels"], *shape)
     assert (out == 0).all()
 
