@@ -39,7 +39,7 @@ def training_losses(
         vb = variational_bound(process, output, x_start, x_t, t)
         return {"loss": vb * process.num_timesteps if loss_type == "rescaled_kl" else vb}
     mean_output = output.chunk(2, dim=1)[0] if process.learns_variance else output
-    mse = _mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
+    mse = mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
     if not process.learns_variance:
         return {"loss": mse, "mse": mse}
     frozen = torch.cat([mean_output.detach(), output.chunk(2, dim=1)[1]], dim=1)
@@ -55,8 +55,8 @@ def variational_bound(
     """One term of the variational bound in bits per dimension, (B,): L_0 at t = 0 (eq. 5), else L_{t-1} (eq. 6)."""
     true_mean, true_log_variance = process.q_posterior(x_start, x_t, t)
     p = process.p_mean_variance(output, x_t, t, clip_denoised)
-    kl = _mean_flat(normal_kl(true_mean, true_log_variance, p.mean, p.log_variance))
-    nll = -_mean_flat(discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance))
+    kl = mean_flat(normal_kl(true_mean, true_log_variance, p.mean, p.log_variance))
+    nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance))
     return torch.where(t == 0, nll, kl) / math.log(2)
 
 
@@ -88,5 +88,6 @@ def _approx_standard_normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _mean_flat(x: Tensor) -> Tensor:
+def mean_flat(x: Tensor) -> Tensor:
+    """The mean of each image: (B, ...) -> (B,)."""
     return x.flatten(1).mean(1)
