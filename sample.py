@@ -147,7 +147,7 @@ def choose_out(saved: Checkpoint, args: argparse.Namespace, name: str) -> Path:
     """The file or folder to write, which is made sure to be writable before anything is drawn."""
     suffix = "" if args.images else ".npz" if args.npz else ".png"
     run = saved.path.parent.parent if saved.path.parent.name == "checkpoints" else saved.path
-    out: Path = args.out or run / "samples" / f"{saved.path.name}_{name}{suffix}"
+    out: Path = args.out or _unused(run / "samples" / f"{saved.path.name}_{name}{suffix}")
     if not args.images and out.is_dir():
         raise UsageError(f"--out {out} is a folder: name a {suffix} file, or add --images")
     if not args.images and out.suffix != suffix:
@@ -163,6 +163,12 @@ def choose_out(saved: Checkpoint, args: argparse.Namespace, name: str) -> Path:
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
     return out
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with a number where there is such a file already: no picture is overwritten unasked."""
+    tried = [path.with_stem(f"{path.stem}_{i}") if i > 1 else path for i in range(1, 10_000)]
+    return next(candidate for candidate in tried if not candidate.exists())
 
 
 if __name__ == "__main__":

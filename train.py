@@ -25,7 +25,7 @@ def main() -> None:
         print(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}")
     if trainer.step >= config.train.steps:
         if main_process:
-            print(f"it has its {config.train.steps} steps already; --train.steps gives it more")
+            print(f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do")
         return
     bar = tqdm(
         total=config.train.steps,

@@ -32,7 +32,7 @@ class DataConfig:
     """The images."""
 
     name: Literal["digits", "mnist", "cifar10", "folder"] = "digits"
-    """which data set; digits ship with the package, folder is your own images (class folders make classes)"""
+    """which data set; digits ship with the package, folder is your own images"""
     path: str | None = None
     """where the data lie: torchvision's root for mnist and cifar10 (not given: downloaded to data/), or your folder"""
     image_size: int = 8
@@ -86,7 +86,7 @@ class ModelConfig:
     use_checkpoint: bool = False
     """recompute activations in the backward pass: less memory, a third more work"""
     class_cond: bool = True
-    """condition on the data's classes"""
+    """condition on the data's classes; in a folder of images, these are its folders"""
 
     def __post_init__(self) -> None:
         _at_least("model.model_channels", self.model_channels, 32)
@@ -298,14 +298,14 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
         description="Train a diffusion model. The same command again continues the run.",
     )
     parser.add_argument("--config", action="config", help="the run's YAML file; not given: the digits run")
-    parser.add_argument("--out", type=str, default=None, help="the run's folder; not given: runs/<name of the config>")
+    parser.add_argument("--out", type=str, default=None, help="the run's folder; not given: runs/<name of --config>")
     parser.add_class_arguments(Config)
     try:
         for file in _config_files(argv):
             _check_file(file)
         parsed = parser.parse_args(list(argv))
-        config_files = parsed.pop("config") or ["digits"]
-        out = parsed.pop("out") or Path("runs") / Path(str(config_files[-1])).stem
+        config_files = parsed.pop("config")
+        out = parsed.pop("out") or _default_out(Path(str(config_files[-1])) if config_files else Path("digits"))
         values = parser.instantiate(parsed)
     except argparse.ArgumentError as error:
         known = [action.dest for action in parser._actions if "." in action.dest]
@@ -317,6 +317,11 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
 def _at_least(name: str, value: float, least: int) -> None:
     if not value >= least:
         raise UsageError(f"{name} is {value}; it must be at least {least}")
+
+
+def _default_out(config_file: Path) -> Path:
+    is_runs_own = (config_file.parent / "metrics.jsonl").exists()
+    return config_file.parent if is_runs_own else Path("runs") / config_file.stem
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:
@@ -362,6 +367,6 @@ def _one_line(message: str, known: list[str]) -> str:
             return f"{wrong['key']} is {wrong['value']}; it must be one of {', '.join(options)}{did_you_mean}"
         wanted = re.sub(r"<class '(\w+)'>", r"\1", wrong["type"])
         if wanted == "tuple":
-            return f"{wrong['key']} is {wrong['value']}; it must be a list like [1,2]"
+            return f"{wrong['key']} is {wrong['value']}; it must be a list: [{wrong['value']}]"
         return f"{wrong['key']} is {wrong['value']}; it must be of type {wanted}"
     return message

@@ -96,8 +96,11 @@ def _open_torchvision(name: str, path: str | None) -> tuple[NDArray[np.uint8], N
     from torchvision import datasets  # takes seconds to import, and only these two data sets need it
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
+    inside = {"mnist": "MNIST", "cifar10": "cifar-10-batches-py"}[name]
+    root = Path(path or "data")
+    root = root.parent if root.name == inside else root  # torchvision wants the folder that holds it
     try:
-        data = kind(path or "data", train=True, download=path is None)
+        data = kind(root, train=True, download=path is None)
     except Exception as error:  # torchvision raises whatever its download or its files gave
         reason = " ".join(str(error).split()).split(". ")[0]
         if path is None:

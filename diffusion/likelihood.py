@@ -1,4 +1,4 @@
-"""The variational bound on the likelihood in bits per dimension (Nichol & Dhariwal 2021, section 2.1 and appendix A)."""
+"""The variational bound on the likelihood in bits per dimension (Nichol & Dhariwal 2021, section 2.1)."""
 
 from __future__ import annotations
 

@@ -55,8 +55,10 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 
 
 def grid_columns(n: int, num_classes: int) -> int:
-    """One column a class where there are few, else a square."""
-    return num_classes if 1 < num_classes <= 20 else math.ceil(math.sqrt(n))
+    """About a square; where there are few classes, in turn, each has columns of its own."""
+    if not 1 < num_classes <= 20:
+        return math.ceil(math.sqrt(n))
+    return num_classes * max(1, round(math.sqrt(n) / num_classes))
 
 
 def save_images(images: Tensor, folder: Path) -> None:

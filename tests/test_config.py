@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -66,7 +67,7 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--train.steps", "0"], "train.steps is 0; it must be at least 1"),
         (["--train.lr", "-1"], "train.lr is -1.0; it must be above 0"),
         (["--train.lr", ".inf"], "train.lr is inf"),
-        (["--train.ema_rates", "0.9"], "train.ema_rates is 0.9; it must be a list like [1,2]"),
+        (["--train.ema_rates", "0.9"], "train.ema_rates is 0.9; it must be a list: [0.9]"),
         (["--train.ema_rates", "[1.0]"], "train.ema_rates is [1.0]"),
         (["--train.ema_rates", "[0.9,0.9]"], "each rate may stand there once"),
         (["--train.accumulation", "3"], "train.accumulation 3 does not divide train.batch_size 64"),
@@ -132,3 +133,10 @@ def test_help_explains_every_field(capsys):
             start = text.index(f"--{section.name}.{f.name} ", text.index("options:"))
             entry = text[start : text.index("default:", start)]
             assert len(entry.split()) > 3, entry
+
+
+def test_a_runs_own_configuration_continues_that_run(tmp_path):
+    Config().save(tmp_path / "config.yaml")
+    assert parse_command_line(["--config", str(tmp_path / "config.yaml")])[1] == Path("runs/config")
+    (tmp_path / "metrics.jsonl").touch()
+    assert parse_command_line(["--config", str(tmp_path / "config.yaml")])[1] == tmp_path

@@ -48,7 +48,8 @@ def test_digits_come_in_any_size_and_colour():
 
 @pytest.mark.skipif(not REAL_DATA, reason="DIFFUSION_TEST_DATA is not set")
 def test_mnist_is_read_where_it_lies():
-    data = open_dataset(DataConfig(name="mnist", path=REAL_DATA, image_size=28))
+    data = open_dataset(DataConfig(name="mnist", path=f"{REAL_DATA}/MNIST", image_size=28))
+    assert torch.equal(data.images, open_dataset(DataConfig(name="mnist", path=REAL_DATA, image_size=28)).images)
     assert (len(data), data.images.shape[1:], data.labels[:5].tolist()) == (60000, (1, 28, 28), [5, 0, 4, 1, 9])
 
 

@@ -33,6 +33,8 @@ def test_classes_make_columns():
     assert grid_columns(100, 10) == 10
     assert grid_columns(16, 0) == 4
     assert grid_columns(17, 1000) == 5
+    assert grid_columns(100, 3) == 9
+    assert grid_columns(4, 10) == 10
 
 
 def test_a_picture_is_whole_or_absent(tmp_path):

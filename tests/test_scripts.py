@@ -86,6 +86,8 @@ def test_the_commands_of_the_readme_work(tmp_path):
             line = line.replace(name, f"{ROOT}/{name}")
         command(*shlex.split(re.sub(r"^python", sys.executable, line)), cwd=tmp_path)
     assert list(tmp_path.rglob("*.png"))
+    python = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    command(sys.executable, "-c", python, cwd=tmp_path)
 
 
 def test_accelerate_launch_does_what_python_does(run, tmp_path):
@@ -98,7 +100,7 @@ def test_the_same_command_continues(run, monkeypatch, capsys):
     code, out, _ = script(train, monkeypatch, capsys, "--out", run, *SMALL)
     assert code == 0
     assert "continues after step 3" in out
-    assert "has its 3 steps already; --train.steps gives it more" in out
+    assert "it has done 3 steps, and train.steps is 3: nothing is left to do" in out
 
 
 def test_two_processes_train_save_resume_and_sample(run, tmp_path):
@@ -145,6 +147,10 @@ def test_sampling_needs_no_flag_but_the_run(run, monkeypatch, capsys):
     assert path.is_relative_to(run)
     assert Image.open(path).format == "PNG"
     assert "2/2" in err  # progress
+    first = path.read_bytes()
+    _, out, _ = script(sample, monkeypatch, capsys, "--ckpt", run, "--n", 1)
+    assert Path(out.strip().split(": ", 1)[1]) != path
+    assert path.read_bytes() == first
 
 
 def test_a_picture_is_the_same_at_any_batch_size(run, monkeypatch, capsys, tmp_path):
