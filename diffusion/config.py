@@ -24,6 +24,7 @@ from diffusion.losses import LossType
 from diffusion.process import GaussianDiffusion, MeanType, VarianceType
 from diffusion.samplers import SamplerName
 from diffusion.schedule import Schedule, ScheduleName, space_timesteps
+from diffusion.timesteps import TimestepsName
 from diffusion.unet import UNetModel
 
 
@@ -179,6 +180,8 @@ class TrainConfig:
     """moving averages of the weights to keep; pictures are drawn with the first"""
     ema_warmup: bool = True
     """begin the averages at a low rate, (1 + step) / (10 + step), so that short runs forget the start"""
+    timesteps: TimestepsName = "uniform"
+    """which timesteps to train on: uniform, or by importance (meant for the kl losses)"""
     seed: int = 0
     """everything random follows from it"""
     log_every: int = 50

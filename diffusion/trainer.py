@@ -27,6 +27,7 @@ from diffusion.launch import on_cpu
 from diffusion.losses import training_losses
 from diffusion.randomness import generator_for, seed_for
 from diffusion.samplers import draw
+from diffusion.timesteps import LossSecondMoment
 
 MAY_CHANGE = {
     "data": {"path", "workers"},
@@ -68,6 +69,8 @@ class Trainer:
             )
 
         self.process = config.diffusion.process()
+        by_importance = config.train.timesteps == "loss_second_moment"
+        self.importance = LossSecondMoment(self.process.num_timesteps) if by_importance else None
         torch.manual_seed(seed_for(config.train.seed, "weights"))
         self.network = config.network(len(self.class_names))
         if saved:
@@ -100,7 +103,8 @@ class Trainer:
             lr = learning_rate(train, step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            t, noise, flip = self._random(step)
+            t, weights, noise, flip = self._random(step)
+            seen = torch.zeros_like(weights)
             for part in self.parts:
                 images, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
                 x_start = images.float() / 127.5 - 1
@@ -111,8 +115,11 @@ class Trainer:
                     loss = training_losses(
                         self.process, denoiser, x_start, t[part], noise[part], self.config.diffusion.loss
                     )["loss"]
-                    accelerator.backward(loss.mean() / len(self.parts))
-                meter.see(loss.detach(), t[part] * 4 // self.process.num_timesteps)
+                    accelerator.backward((loss * weights[part]).mean() / len(self.parts))
+                seen[part] = loss.detach()
+                meter.see(seen[part], t[part] * 4 // self.process.num_timesteps)
+            if self.importance:
+                self.importance.update(t, accelerator.reduce(seen))  # every process learns of the whole batch
             accelerator.unscale_gradients(self.optimizer)
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if train.grad_clip is not None:
@@ -180,6 +187,7 @@ class Trainer:
                 training={
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": scaler.state_dict() if scaler else None,
+                    "importance": self.importance.state_dict() if self.importance else None,
                 },
             )
         self.accelerator.wait_for_everyone()
@@ -190,6 +198,8 @@ class Trainer:
         self.optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
         if self.accelerator.scaler and training["scaler"]:
             self.accelerator.scaler.load_state_dict(training["scaler"])
+        if self.importance:
+            self.importance.load_state_dict(training["importance"])
         for rate, average in self.ema.averages.items():
             kept = saved.ema(rate)
             checkpoint.check_fits(self.network, kept, saved.path / f"ema_{rate}.safetensors")
@@ -197,15 +207,19 @@ class Trainer:
                 value.copy_(kept[name])
         self.step = saved.step
 
-    def _random(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps, noise and flips of the whole global batch of `step`, the same in every process."""
+    def _random(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Timesteps, their weights, noise and flips of the whole global batch of `step`, the same in every process."""
         data, device = self.config.data, self.accelerator.device
         batch = self.config.train.batch_size
         generator = generator_for(device, self.config.train.seed, "step", step)
         t = torch.randint(self.process.num_timesteps, (batch,), device=device, generator=generator)
+        weights = torch.ones(batch, device=device)
+        if self.importance:
+            t, weights = self.importance.draw(batch, generator_for("cpu", self.config.train.seed, "timesteps", step))
+            t, weights = t.to(device), weights.to(device)
         noise = torch.randn(batch, data.channels, data.image_size, data.image_size, device=device, generator=generator)
         flip = torch.rand(batch, device=device, generator=generator) < (0.5 if data.random_flip else 0.0)
-        return t, noise, flip
+        return t, weights, noise, flip
 
     def _denoiser(self, model: torch.nn.Module, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, t: model(x, t, y if self.class_names else None)

@@ -86,15 +86,23 @@ def test_training_learns(tmp_path):
     assert losses[-1] < 0.75 * losses[0]
 
 
-@pytest.mark.parametrize("stop", [1, 4])
-def test_a_continued_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, stop):
-    config = small(model__dropout=0.3, train__accumulation=2, train__ema_rates=(0.9, 0.99))
+BY_IMPORTANCE = dict(
+    train__timesteps="loss_second_moment", diffusion__steps=2, diffusion__loss="rescaled_kl", train__steps=8
+)
+
+
+@pytest.mark.parametrize(("stop", "changes"), [(1, {}), (4, {}), (2, BY_IMPORTANCE), (4, BY_IMPORTANCE)])
+def test_a_continued_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, stop, changes):
+    config = small(model__dropout=0.3, train__accumulation=2, train__ema_rates=(0.9, 0.99), **changes)
     whole = train(config, tmp_path / "whole")
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=stop)), tmp_path / "parts")
     resumed = Trainer(config, tmp_path / "parts")
     assert resumed.step == stop
     resumed.run()
     assert_same_bits(state(resumed), state(whole))
+    if changes:
+        assert whole.importance.probabilities()[0] != 0.5  # it has seen enough to choose
+        assert (whole.importance.probabilities() == resumed.importance.probabilities()).all()
     last = [metrics(tmp_path / name)[-1] for name in ("whole", "parts")]
     if stop == 4:  # the last line then speaks of the same steps
         assert last[0] | {"images_per_second": 0} == last[1] | {"images_per_second": 0}
@@ -107,10 +115,11 @@ def test_metrics_of_steps_that_are_done_again_are_taken_back(tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6]
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_is_the_whole_batch_in_parts(tmp_path, accumulation):
-    whole = train(small(train__grad_clip=0.1), tmp_path / "whole")
-    parts = train(small(train__grad_clip=0.1, train__accumulation=accumulation), tmp_path / "parts")
+@pytest.mark.parametrize(("accumulation", "changes"), [(2, {}), (4, {}), (2, BY_IMPORTANCE)])
+def test_accumulation_is_the_whole_batch_in_parts(tmp_path, accumulation, changes):
+    changes = changes | {"train__grad_clip": 0.1}
+    whole = train(small(**changes), tmp_path / "whole")
+    parts = train(small(train__accumulation=accumulation, **changes), tmp_path / "parts")
     # What they compute is compared, not their weights: a bias before a normalisation of one channel a group has a
     # gradient of nothing but rounding, which Adam blows up to full steps.
     x, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 10.0, 500.0, 999.0]), torch.tensor([1, 2, 3, 4])

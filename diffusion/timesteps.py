@@ -1,0 +1,63 @@
+"""Which timesteps to train on: uniformly, or by importance (Nichol & Dhariwal 2021, section 3.3)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TimestepsName = Literal["uniform", "loss_second_moment"]
+
+
+class LossSecondMoment:
+    """Draws t in proportion to sqrt(E[L_t^2]), from the last losses seen at each t (eq. 18).
+
+    Until every t has a full history, all are equally likely.
+
+    Args:
+        num_timesteps: T.
+        history: losses remembered for each t.
+        uniform_prob: share of the draws that stays uniform, so that no t is forgotten.
+    """
+
+    def __init__(self, num_timesteps: int, history: int = 10, uniform_prob: float = 0.001):
+        self.uniform_prob = uniform_prob
+        self._losses = np.zeros((num_timesteps, history))
+        self._counts = np.zeros(num_timesteps, dtype=np.int64)
+
+    def probabilities(self) -> np.ndarray:
+        """How likely each t is: (T,), float64, summing to 1."""
+        num_timesteps, history = self._losses.shape
+        if (self._counts < history).any():
+            return np.full(num_timesteps, 1 / num_timesteps)
+        weights = np.sqrt((self._losses**2).mean(axis=1))
+        return weights / weights.sum() * (1 - self.uniform_prob) + self.uniform_prob / num_timesteps
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`n` timesteps (n,), int64, and what to multiply their losses with, 1 / (T p_t), so that the mean keeps its
+        expectation: (n,), float32. Both on the CPU, as the generator must be."""
+        p = torch.from_numpy(self.probabilities())
+        t = torch.multinomial(p, n, replacement=True, generator=generator)
+        return t, (1 / (len(p) * p[t])).float()
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Remember the unweighted losses (n,) of the timesteps (n,), in order. Losses that are not finite are not."""
+        for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            if not np.isfinite(loss):
+                continue
+            if self._counts[step] == self._losses.shape[1]:
+                self._losses[step, :-1] = self._losses[step, 1:]
+                self._losses[step, -1] = loss
+            else:
+                self._losses[step, self._counts[step]] = loss
+                self._counts[step] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, for a checkpoint."""
+        return {"losses": torch.from_numpy(self._losses.copy()), "counts": torch.from_numpy(self._counts.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._losses, self._counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
