@@ -7,20 +7,14 @@ import difflib
 import math
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from diffusion.checkpoint import Checkpoint, open_checkpoint
 from diffusion.errors import UsageError
-from diffusion.launch import check_launcher, exit_code, on_cpu
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+from diffusion.launch import Parser, check_launcher, check_writable, exit_code, on_cpu, progress_bar
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="sample.py", description="Draw pictures with a trained model.", allow_abbrev=False)
+    parser = Parser(prog="sample.py", description="Draw pictures with a trained model.", allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="a run's folder (its newest checkpoint is used) or a checkpoint's")
     add("--n", type=int, help="how many pictures (default: as in the run's grids)")
@@ -53,14 +47,12 @@ def main() -> None:
         raise UsageError(f"--eta is {args.eta} with --sampler {sampler}: it belongs to ddim, and lies from 0 to 1")
     process = config.diffusion.process(config.sample.steps if args.steps is None else args.steps)
     labels = choose_labels(saved, args.classes, n)
-    rate = choose_average(saved, args.ema)
     out = choose_out(saved, args, f"{sampler}{process.num_timesteps}_seed{args.seed}")
-    network = saved.network(saved.weights() if rate is None else saved.ema(rate)).eval()
+    network = saved.network(saved.chosen_weights(args.ema)).eval()
 
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather
-    from tqdm import tqdm
 
     from diffusion import pictures
     from diffusion.samplers import draw
@@ -68,9 +60,7 @@ def main() -> None:
     state = PartialState(cpu=on_cpu())
     share = math.ceil(n / state.num_processes)  # every process draws as many; the last one's surplus is cut off
     indices = range(state.process_index * share, (state.process_index + 1) * share)
-    bar = tqdm(
-        total=math.ceil(share / args.batch_size) * process.num_timesteps, unit="step", disable=not state.is_main_process
-    )
+    bar = progress_bar(math.ceil(share / args.batch_size) * process.num_timesteps, state.is_main_process)
 
     def progress(steps):
         for step in steps:
@@ -127,22 +117,6 @@ def choose_labels(saved: Checkpoint, wanted: str | None, n: int) -> list[int] | 
     return labels
 
 
-def choose_average(saved: Checkpoint, wanted: str | None) -> float | None:
-    """The moving average to draw with; None for the weights in training."""
-    rates = saved.config.train.ema_rates
-    if wanted is None:
-        return rates[0]
-    if wanted == "none":
-        return None
-    try:
-        rate = float(wanted)
-    except ValueError:
-        rate = math.nan
-    if rate not in rates:
-        raise UsageError(f"--ema is {wanted}; {saved.path} has {', '.join(map(str, rates))}, or none")
-    return rate
-
-
 def choose_out(saved: Checkpoint, args: argparse.Namespace, name: str) -> Path:
     """The file or folder to write, which is made sure to be writable before anything is drawn."""
     suffix = "" if args.images else ".npz" if args.npz else ".png"
@@ -152,16 +126,9 @@ def choose_out(saved: Checkpoint, args: argparse.Namespace, name: str) -> Path:
         raise UsageError(f"--out {out} is a folder: name a {suffix} file, or add --images")
     if not args.images and out.suffix != suffix:
         raise UsageError(f"--out {out} must end in {suffix}")
-    try:
-        folder = out if args.images else out.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-        if args.images and any(folder.iterdir()):
-            raise UsageError(f"--out {out} is not empty: name a new folder")
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+    if args.images and out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"--out {out} is not empty: name a new folder")
+    check_writable(out if args.images else out.parent, f"--out {out}")
     return out
 
 

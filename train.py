@@ -6,16 +6,14 @@ import sys
 from typing import Any
 
 from diffusion.config import parse_command_line
-from diffusion.launch import check_launcher, exit_code
+from diffusion.launch import check_launcher, exit_code, progress_bar
 
 
 def main() -> None:
     config, out = parse_command_line(sys.argv[1:])
     check_launcher()
 
-    from tqdm import tqdm  # after the parser, so that --help and a mistyped key answer at once
-
-    from diffusion.trainer import Trainer
+    from diffusion.trainer import Trainer  # after the parser, so that --help and a mistyped key answer at once
 
     trainer = Trainer(config, out)
     main_process = trainer.accelerator.is_main_process
@@ -27,14 +25,7 @@ def main() -> None:
         if main_process:
             print(f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do")
         return
-    bar = tqdm(
-        total=config.train.steps,
-        initial=trainer.step,
-        unit="step",
-        disable=not main_process,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no second-by-second account
-    )
+    bar = progress_bar(config.train.steps, main_process, done=trainer.step)
 
     def on_step(step: int, metrics: dict[str, Any] | None) -> None:
         if metrics:

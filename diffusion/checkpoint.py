@@ -49,6 +49,16 @@ class Checkpoint:
         """The moving average at `rate`."""
         return _load_tensors(self.path / f"ema_{rate}.safetensors")
 
+    def chosen_weights(self, wanted: str | None = None) -> dict[str, Tensor]:
+        """What a person's `--ema` names: a moving average by its rate, "none" for the weights in training, or None for
+        the run's first average. Raises UsageError where the run has it not."""
+        rates = {str(rate): rate for rate in self.config.train.ema_rates}
+        if wanted == "none":
+            return self.weights()
+        if wanted is not None and wanted not in rates:
+            raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(rates)}, or none")
+        return self.ema(self.config.train.ema_rates[0] if wanted is None else rates[wanted])
+
     def training(self) -> dict[str, Any]:
         """What `save` was given as `training`. Plain data and tensors only: nothing in the file is run."""
         path = self.path / "training.pt"

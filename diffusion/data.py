@@ -72,8 +72,11 @@ class FolderDataset(Dataset):
         return ArrayDataset(torch.from_numpy(np.stack(images)), self.labels, self.class_names)
 
 
-def open_dataset(config: DataConfig) -> ArrayDataset | FolderDataset:
-    """The data set that a configuration names. Raises UsageError where it is not there or cannot be read."""
+def open_dataset(config: DataConfig, train: bool = True) -> ArrayDataset | FolderDataset:
+    """The data set that a configuration names; of mnist and cifar10 the part for training or the one for testing.
+
+    Raises UsageError where it is not there or cannot be read.
+    """
     if config.name == "folder":
         assert config.path is not None  # DataConfig has checked it
         folder = _open_folder(Path(config.path), config.image_size, config.channels)
@@ -84,7 +87,7 @@ def open_dataset(config: DataConfig) -> ArrayDataset | FolderDataset:
             images, labels = arrays["images"], arrays["labels"]
         names = tuple(map(str, range(10)))
     else:
-        images, labels, names = _open_torchvision(config.name, config.path)
+        images, labels, names = _open_torchvision(config.name, config.path, train)
     if images.shape[1:3] != (config.image_size, config.image_size) or config.channels != (images.shape[3:] or (1,))[0]:
         chw = np.stack([preprocess(Image.fromarray(image), config.image_size, config.channels) for image in images])
     else:
@@ -92,7 +95,9 @@ def open_dataset(config: DataConfig) -> ArrayDataset | FolderDataset:
     return ArrayDataset(torch.from_numpy(chw.copy()), torch.from_numpy(labels.astype(np.int64)), names)
 
 
-def _open_torchvision(name: str, path: str | None) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
+def _open_torchvision(
+    name: str, path: str | None, train: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...]]:
     from torchvision import datasets  # takes seconds to import, and only these two data sets need it
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
@@ -100,7 +105,7 @@ def _open_torchvision(name: str, path: str | None) -> tuple[NDArray[np.uint8], N
     root = Path(path or "data")
     root = root.parent if root.name == inside else root  # torchvision wants the folder that holds it
     try:
-        data = kind(root, train=True, download=path is None)
+        data = kind(root, train=train, download=path is None)
     except Exception as error:  # torchvision raises whatever its download or its files gave
         reason = " ".join(str(error).split()).split(". ")[0]
         if path is None:

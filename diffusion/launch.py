@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from diffusion.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def check_launcher() -> None:
@@ -34,6 +46,21 @@ def check_launcher() -> None:
 def on_cpu() -> bool:
     """Whether to tell accelerate so: without a GPU it would take each of torchrun's processes for the only one."""
     return not torch.accelerator.is_available()
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make `folder`, and raise UsageError, naming the flag, where no file can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{flag} cannot be written: {error.strerror}") from None
+
+
+def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
+    """A bar of `total` steps on stderr, where `shown`."""
+    interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs no second-by-second account
+    return tqdm(total=total, initial=done, unit="step", disable=not shown, dynamic_ncols=True, mininterval=interval)
 
 
 def exit_code(main: Callable[[], None]) -> int:

@@ -15,6 +15,7 @@ import torch
 from helpers import ROOT
 from PIL import Image
 
+import evaluate
 import sample
 import train
 from diffusion import checkpoint
@@ -262,3 +263,61 @@ def test_a_damaged_checkpoint_is_named_and_nothing_overwritten(unconditional, mo
         assert "step_00000003 is not whole: model.safetensors is damaged" in err
         assert err.count("\n") == 1
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+# --- evaluate.py -------------------------------------------------------------------------------------------------
+
+
+def score(run, monkeypatch, capsys, tmp_path, *flags):
+    argv = ["--ckpt", run, "--steps", 3, "--n", 10, "--out", tmp_path / "bits.json", *flags]
+    code, out, err = script(evaluate, monkeypatch, capsys, *argv)
+    assert code == 0, err
+    figures = json.loads((tmp_path / "bits.json").read_text())
+    assert out.startswith(f"{figures['bits_per_dim']:.4f} +- {figures['standard_error']:.4f} bits per dimension")
+    return figures
+
+
+def test_every_image_is_scored_once_whatever_the_batch(run, monkeypatch, capsys, tmp_path):
+    figures = score(run, monkeypatch, capsys, tmp_path, "--batch_size", 4)  # the last batch holds two
+    assert figures["images"] == 10
+    assert figures["bits_per_dim"] == pytest.approx(figures["prior"] + sum(figures["terms"]), rel=1e-5)
+    assert len(figures["terms"]) == figures["steps"] == 3
+    for batch_size in (1, 10, 64):
+        again = score(run, monkeypatch, capsys, tmp_path, "--batch_size", batch_size)
+        assert again["bits_per_dim"] == pytest.approx(figures["bits_per_dim"], rel=1e-5)
+        assert again["standard_error"] == pytest.approx(figures["standard_error"], rel=1e-3)
+    assert score(run, monkeypatch, capsys, tmp_path, "--seed", 1)["bits_per_dim"] != figures["bits_per_dim"]
+    command("torchrun", "--nproc_per_node", 2, "--", "evaluate.py", "--ckpt", run, "--steps", 3, "--n", 9,
+            "--out", tmp_path / "two.json")  # fmt: skip
+    nine = score(run, monkeypatch, capsys, tmp_path, "--n", 9)
+    assert json.loads((tmp_path / "two.json").read_text())["bits_per_dim"] == pytest.approx(
+        nine["bits_per_dim"], rel=1e-5
+    )
+
+
+def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_path):
+    singles = []
+    for n in range(1, 5):
+        total = score(run, monkeypatch, capsys, tmp_path, "--n", n)["bits_per_dim"] * n
+        singles.append(total - sum(singles))
+    error = score(run, monkeypatch, capsys, tmp_path, "--n", 4)["standard_error"]
+    assert error == pytest.approx(np.std(singles, ddof=1) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--n", "0"], "--n is 0"),
+        (["--steps", "2000"], "2000 steps are more than"),
+        (["--split", "test"], "digits has no such part"),
+        (["--data.path", "x"], "data.path is x, but data.name is digits"),
+        (["--ema", "0.1"], "--ema is 0.1"),
+        (["--out", "/proc/x/y.json"], "--out /proc/x/y.json cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_evaluate_answers_bad_input_in_one_line(run, monkeypatch, capsys, flags, says):
+    code, out, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, *flags)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1

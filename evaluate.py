@@ -1,0 +1,118 @@
+"""Bits per dimension of a data set under a trained model: `python evaluate.py --ckpt RUN`. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+from diffusion.checkpoint import open_checkpoint
+from diffusion.errors import UsageError
+from diffusion.launch import Parser, check_launcher, check_writable, exit_code, on_cpu, progress_bar
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="evaluate.py", allow_abbrev=False, description="Bits per dimension of images under a trained model."
+    )
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="a run's folder (its newest checkpoint is used) or a checkpoint's")
+    add("--data.path", dest="data_path", help="where the data lie (default: where the run had them)")
+    add("--split", choices=["train", "test"], default="train", help="of mnist and cifar10 (default: train)")
+    add("--n", type=int, help="score the first n images only (default: all)")
+    add(
+        "--steps",
+        default="",
+        help="steps of the bound: a count, or sections like 10,15,20 (default: all of training's)",
+    )
+    add("--ema", help="a moving average's rate, or none for the weights in training (default: the run's first)")
+    add("--seed", type=int, default=0, help="of the noise, which for an image depends on nothing else (default: 0)")
+    add("--batch_size", type=int, default=64, help="images scored at once (default: 64)")
+    add("--out", type=Path, help="write the figures there too, as JSON")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    check_launcher()
+    for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}; it must be at least {least}")
+    saved = open_checkpoint(args.ckpt)
+    data = saved.config.data
+    if args.split == "test" and data.name not in ("mnist", "cifar10"):
+        raise UsageError(f"--split is test, but {data.name} has no such part: use another folder with --data.path")
+    process = saved.config.diffusion.process(args.steps)
+    if args.out:
+        check_writable(args.out.parent, f"--out {args.out}")
+
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from diffusion.data import open_dataset
+    from diffusion.likelihood import bits_per_dim
+    from diffusion.randomness import picture_noise
+
+    dataset = open_dataset(dataclasses.replace(data, path=args.data_path or data.path), train=args.split == "train")
+    if saved.class_names and dataset.class_names != saved.class_names:
+        given = ", ".join(dataset.class_names) or "none"
+        raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
+    n = min(len(dataset), args.n or len(dataset))
+    network = saved.network(saved.chosen_weights(args.ema)).eval()
+
+    state = PartialState(cpu=on_cpu())
+    network.to(state.device)
+    share = math.ceil(n / state.num_processes)
+    mine = range(min(n, state.process_index * share), min(n, (state.process_index + 1) * share))
+    batches = [
+        range(start, min(start + args.batch_size, mine.stop)) for start in range(mine.start, mine.stop, args.batch_size)
+    ]
+    bar = progress_bar(len(batches) * process.num_timesteps, state.is_main_process)
+    # Sums over images of: 1, the bound, its square, the prior, and the terms of the bound.
+    sums = torch.zeros(4 + process.num_timesteps, dtype=torch.float64)
+
+    def progress(steps):
+        for step in steps:
+            yield step
+            bar.update()
+
+    with bar:
+        for batch in batches:
+            loaded = dataset.__getitems__(batch)
+            if isinstance(loaded, UsageError):
+                raise loaded
+            x_start = loaded[0].to(state.device).float() / 127.5 - 1
+            y = loaded[1].to(state.device) if saved.class_names else None
+            noise = partial(picture_noise, batch, x_start.shape[1:], state.device, args.seed)
+            bits = bits_per_dim(process, partial(network, y=y), x_start, noise, progress=progress)
+            total = bits.total.double().cpu()
+            head = torch.stack([torch.ones_like(total), total, total**2, bits.prior.double().cpu()])
+            sums += torch.cat([head.sum(1), bits.vb.double().sum(0).cpu()])
+    count, bound, square, prior, *vb = torch.stack(gather_object([sums])).sum(0).tolist()
+    deviation = math.sqrt(max(0.0, square / count - (bound / count) ** 2) * count / max(1, count - 1))
+    figures = {
+        "bits_per_dim": bound / count,
+        "standard_error": deviation / math.sqrt(count),
+        "prior": prior / count,
+        "terms": [term / count for term in vb],
+        "images": int(count),
+        "steps": process.num_timesteps,
+    }
+    if state.is_main_process:
+        if args.out:
+            args.out.write_text(json.dumps(figures))
+        print(f"{figures['bits_per_dim']:.4f} +- {figures['standard_error']:.4f} bits per dimension: "
+              f"{int(count)} images, {process.num_timesteps} steps, {saved.path}")  # fmt: skip
+        print(
+            f"prior {figures['prior']:.6f}; the terms by quarter of t: "
+            + ", ".join(f"{sum(figures['terms'][q * len(vb) // 4 : (q + 1) * len(vb) // 4]):.4f}" for q in range(4))
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
