@@ -145,7 +145,7 @@ class DiffusionConfig:
     """tell the network the timestep on a scale of 0 to 1000, whatever T is"""
 
     def __post_init__(self) -> None:
-        _at_least("diffusion.steps", self.steps, 1)
+        _at_least("diffusion.steps", self.steps, 1, most=100_000)
         self.process()
 
     def process(self, respacing: int | str = "") -> GaussianDiffusion:
@@ -304,11 +304,12 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
     parser.add_argument("--out", type=str, default=None, help="the run's folder; not given: runs/<name of --config>")
     parser.add_class_arguments(Config)
     try:
-        for file in _config_files(argv):
+        config_files, overrides = _split(argv)
+        for file in config_files:
             _check_file(file)
-        parsed = parser.parse_args(list(argv))
-        config_files = parsed.pop("config")
-        out = parsed.pop("out") or _default_out(Path(str(config_files[-1])) if config_files else Path("digits"))
+        parsed = parser.parse_args([*(f"--config={file}" for file in config_files), *overrides])
+        parsed.pop("config")
+        out = parsed.pop("out") or _default_out(Path(config_files[-1] if config_files else "digits"))
         values = parser.instantiate(parsed)
     except argparse.ArgumentError as error:
         known = [action.dest for action in parser._actions if "." in action.dest]
@@ -317,9 +318,11 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
     return Config(**sections), Path(out)
 
 
-def _at_least(name: str, value: float, least: int) -> None:
+def _at_least(name: str, value: float, least: int, most: int = 10**9) -> None:
     if not value >= least:
         raise UsageError(f"{name} is {value}; it must be at least {least}")
+    if value > most:
+        raise UsageError(f"{name} is {value}; it must be at most {most}")
 
 
 def _default_out(config_file: Path) -> Path:
@@ -327,25 +330,44 @@ def _default_out(config_file: Path) -> Path:
     return config_file.parent if is_runs_own else Path("runs") / config_file.stem
 
 
-def _config_files(argv: Sequence[str]) -> list[str]:
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files of --config, and the other arguments, which beat them wherever they stand."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", action="append", default=[])
-    return finder.parse_known_args(list(argv))[0].config
+    found, others = finder.parse_known_args(list(argv))
+    return found.config, others
 
 
 def _check_file(file: str) -> None:
     """Raise UsageError where a file is not YAML made of sections, which the parser would answer at length."""
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        text = Path(file).read_text()
+        content = yaml.safe_load(text)
+        tree = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(f"--config {file}: {(error.strerror or str(error)).lower()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
-    sections = [f.name for f in dataclasses.fields(Config)]
-    if not isinstance(content, dict) or any(not isinstance(content.get(name, {}), dict) for name in sections):
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in sections):
         raise UsageError(
             f"--config {file} must be made of sections ({', '.join(sections)}) of keys, as configs/digits.yaml is"
         )
+    known = [f"{name}.{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)]  # type: ignore[arg-type]
+    for name, keys in content.items():
+        if name not in sections:
+            first = f"{name}.{next(iter(keys))}" if isinstance(keys, dict) and keys else str(name)
+            raise UsageError(_unknown(first, known))
+        required = {f.name: f.type for f in dataclasses.fields(sections[name]) if "None" not in str(f.type)}  # type: ignore[arg-type]
+        for key, value in keys.items():
+            if value is None and key in required:
+                raise UsageError(f"{name}.{key} is null in --config {file}; it must be of type {required[key]}")
+    assert isinstance(tree, yaml.MappingNode)  # as its content is a dict
+    for mapping in (tree, *(value for _, value in tree.value)):  # YAML itself would take the last of two
+        names = [key.value for key, _ in mapping.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"--config {file} has the key {name} twice")
 
 
 def _one_line(message: str, known: list[str]) -> str:
@@ -359,8 +381,16 @@ def _one_line(message: str, known: list[str]) -> str:
     if unknown:
         parts: dict[str, Any] = unknown.groupdict()
         key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
-        near = difflib.get_close_matches(key, ["config", "out", *known], n=1, cutoff=0.4)
-        return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")
+        return _unknown(key, ["config", "out", *known])
+    union = re.search(
+        r'Parser key "(?P<key>[\w.]+)": Does not validate against any .*Given value: (?P<value>.*)', message
+    )
+    if union:
+        types = [
+            kind.replace("NoneType", "null")
+            for kind in dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
+        ]
+        return f"{union['key']} is {union['value']}; it must be of type {' or '.join(types)}"
     wrong = re.search(r'Parser key "(?P<key>[\w.]+)": Expected an? (?P<type>.+)\. Got value: (?P<value>.*)', message)
     if wrong:
         options = re.findall(r"'(\w+)'", wrong["type"]) if "Literal" in wrong["type"] else []
@@ -373,3 +403,8 @@ def _one_line(message: str, known: list[str]) -> str:
             return f"{wrong['key']} is {wrong['value']}; it must be a list: [{wrong['value']}]"
         return f"{wrong['key']} is {wrong['value']}; it must be of type {wanted}"
     return message
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")

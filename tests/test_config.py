@@ -45,6 +45,7 @@ def test_overrides_beat_the_file_and_both_beat_the_defaults(tmp_path):
     assert (config.train.lr, config.train.steps, config.train.batch_size) == (2e-4, 9, Config().train.batch_size)
     assert config.sample.steps == 25
     assert str(out) == "runs/mine"
+    assert parse_command_line(["--train.steps", "9", "--config", str(file)])[0] == config
 
 
 def test_what_is_saved_loads_as_the_same(tmp_path):
@@ -71,6 +72,8 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--train.ema_rates", "[1.0]"], "train.ema_rates is [1.0]"),
         (["--train.ema_rates", "[0.9,0.9]"], "each rate may stand there once"),
         (["--train.accumulation", "3"], "train.accumulation 3 does not divide train.batch_size 64"),
+        (["--diffusion.steps", str(10**30)], "it must be at most 100000"),
+        (["--train.grad_clip", "true"], "train.grad_clip is true; it must be of type float or null"),
         (["--train.grad_clip", "0"], "train.grad_clip is 0.0"),
         (["--train.precision", "fp8"], "train.precision is fp8; it must be one of no, bf16, fp16"),
         (["--diffusion.schedule", "cosin"], "must be one of linear, cosine (did you mean cosine?)"),
@@ -109,6 +112,9 @@ def test_a_wrong_command_line_gets_one_line(argv, says):
         ("train:\n  lr: fast\n", "train.lr is fast; it must be of type float"),
         ("train: [\n", "line 2"),
         ("train: 3\n", "must be made of sections"),
+        ("out: elsewhere\n", "unknown key out"),
+        ("train:\n  lr: 1e-3\n  lr: 1e-4\n", "has the key lr twice"),
+        ("train:\n  lr: null\n", "train.lr is null"),
         ("- 1\n", "must be made of sections"),
         ("\x00", "is not YAML"),
         ("", "must be made of sections"),
