@@ -47,7 +47,9 @@ def main() -> None:
     if args.split == "test" and data.name not in ("mnist", "cifar10"):
         raise UsageError(f"--split is test, but {data.name} has no such part: use another folder with --data.path")
     process = saved.config.diffusion.process(args.steps)
-    if args.out:
+    if args.out is not None:
+        if args.out.is_dir():
+            raise UsageError(f"--out {args.out} is a folder: name a .json file")
         check_writable(args.out.parent, f"--out {args.out}")
 
     import torch

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,22 @@ class Checkpoint:
             raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(rates)}, or none")
         return self.ema(self.config.train.ema_rates[0] if wanted is None else rates[wanted])
 
-    def training(self) -> dict[str, Any]:
-        """What `save` was given as `training`. Plain data and tensors only: nothing in the file is run."""
+    def training(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """What `save` was given as `training`, with an optimizer's state that fits `parameters`.
+
+        Plain data and tensors only: nothing in the file is run. Raises UsageError where it is damaged or does not fit.
+        """
         path = self.path / "training.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            training = torch.load(path, map_location="cpu", weights_only=True)
+            moments = training["optimizer"]["state"]
+            shapes = [moments[i][name].shape for i in range(len(parameters)) for name in ("exp_avg", "exp_avg_sq")]
+            training["scaler"], training["importance"]
         except Exception as error:  # torch raises whatever the broken part gave
             raise _damaged(path, error) from None
+        if shapes != [p.shape for p in parameters for _ in range(2)]:  # a fused optimizer would not look
+            raise UsageError(f"checkpoint {self.path}: the optimizer's state in {path.name} is of another network")
+        return training
 
     def network(self, weights: Weights) -> UNetModel:
         """The network with `weights`. Raises UsageError where they are of another architecture."""
@@ -127,9 +136,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     state_path = folder / "state.json"
     try:
         state = json.loads(state_path.read_text())
-        step, class_names = int(state["step"]), tuple(map(str, state["class_names"]))
+        step, class_names = state["step"], tuple(map(str, state["class_names"]))
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step is {step!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(state_path, error) from None
+    if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
+        raise UsageError(f"checkpoint {folder} is of step {step}: give the folder its name back, step_{step:08d}")
     if state.get("format") != FORMAT:
         raise UsageError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
     try:

@@ -309,7 +309,10 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
             _check_file(file)
         parsed = parser.parse_args([*(f"--config={file}" for file in config_files), *overrides])
         parsed.pop("config")
-        out = parsed.pop("out") or _default_out(Path(config_files[-1] if config_files else "digits"))
+        out = parsed.pop("out")
+        if out == "":
+            raise UsageError("--out is empty: name the run's folder")
+        out = out or _default_out(Path(config_files[-1] if config_files else "digits"))
         values = parser.instantiate(parsed)
     except argparse.ArgumentError as error:
         known = [action.dest for action in parser._actions if "." in action.dest]

@@ -193,7 +193,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        training = saved.training()
+        training = saved.training(list(self.network.parameters()))
         groups = self.optimizer.state_dict()["param_groups"]  # as configured now: the rates may be new
         self.optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
         if self.accelerator.scaler and training["scaler"]:

@@ -8,6 +8,11 @@ from diffusion import UsageError, checkpoint
 from diffusion.config import Config
 
 
+def training(network):
+    moments = {i: {"exp_avg": p * 2, "exp_avg_sq": p * 3} for i, p in enumerate(network.state_dict().values())}
+    return {"optimizer": {"state": moments}, "scaler": None, "importance": None}
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run of digits with checkpoints at steps 9 and 10, and the network saved there."""
@@ -19,7 +24,7 @@ def run(tmp_path):
         checkpoint.save(
             checkpoint.checkpoint_folder(tmp_path / "run", step), step=step, config=config,
             class_names=tuple("0123456789"), weights=network.state_dict(), averages=averages,
-            training={"optimizer": {"state": {}}, "scaler": None},
+            training=training(network),
         )  # fmt: skip
     return tmp_path / "run", network
 
@@ -32,7 +37,8 @@ def test_what_is_saved_comes_back(run):
     for name, value in network.state_dict().items():
         assert torch.equal(weights[name], value)
         assert torch.equal(average[name], value + 1)
-    assert saved.training() == {"optimizer": {"state": {}}, "scaler": None}
+    moments = saved.training(list(network.parameters()))["optimizer"]["state"]
+    assert all(torch.equal(moments[i]["exp_avg"], p * 2) for i, p in enumerate(network.parameters()))
     loaded = saved.network(weights)
     y = torch.tensor([3, 4])
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0])
@@ -56,7 +62,7 @@ def test_what_was_left_by_a_kill_is_not_a_checkpoint(run):
 )
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
 def test_a_damaged_checkpoint_names_the_file(run, name, damage):
-    path, _ = run
+    path, network = run
     file = path / "checkpoints/step_00000010" / name
     content = file.read_bytes()
     file.unlink()
@@ -65,7 +71,7 @@ def test_a_damaged_checkpoint_names_the_file(run, name, damage):
 
     def read_all():
         saved = checkpoint.open_checkpoint(path)
-        return saved.weights(), saved.ema(0.999), saved.training()
+        return saved.weights(), saved.ema(0.999), saved.training(list(network.parameters()))
 
     with pytest.raises(UsageError, match=rf"step_00000010 is not whole: {name} is (missing|damaged)") as caught:
         read_all()
@@ -88,6 +94,32 @@ def test_where_there_is_no_checkpoint_it_says_so(tmp_path, path, says):
         checkpoint.open_checkpoint(tmp_path / path)
 
 
+@pytest.mark.parametrize("content", [{}, [1], {"optimizer": {"state": {}}, "scaler": None, "importance": None}])
+def test_an_optimizer_without_its_state_is_damaged(run, content):
+    path, network = run
+    torch.save(content, path / "checkpoints/step_00000010/training.pt")
+    with pytest.raises(UsageError, match=r"training\.pt is damaged"):
+        checkpoint.open_checkpoint(path).training(list(network.parameters()))
+
+
+def test_an_optimizer_of_another_network_is_refused(run):
+    path, network = run
+    other = training(network)
+    other["optimizer"]["state"][3]["exp_avg"] = torch.zeros(5)
+    torch.save(other, path / "checkpoints/step_00000010/training.pt")
+    with pytest.raises(UsageError, match="of another network"):
+        checkpoint.open_checkpoint(path).training(list(network.parameters()))
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "10", None, 9])
+def test_a_step_that_cannot_be_is_refused(run, step):
+    path, _ = run
+    file = path / "checkpoints/step_00000010/state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": step}))
+    with pytest.raises(UsageError, match=r"state\.json is damaged: step is|give the folder its name back"):
+        checkpoint.open_checkpoint(path)
+
+
 def test_a_format_from_the_future_is_refused(run):
     path, _ = run
     file = path / "checkpoints/step_00000010/state.json"
@@ -101,8 +133,8 @@ def test_nothing_in_a_checkpoint_is_run(run, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))
 
-    path, _ = run
+    path, network = run
     torch.save({"optimizer": Trap()}, path / "checkpoints/step_00000010/training.pt")
     with pytest.raises(UsageError, match=r"training\.pt is damaged"):
-        checkpoint.open_checkpoint(path).training()
+        checkpoint.open_checkpoint(path).training(list(network.parameters()))
     assert not (tmp_path / "sprung").exists()

@@ -234,6 +234,7 @@ def test_sample_answers_bad_input_in_one_line(run, unconditional, monkeypatch, c
         (["--data.name", "folder", "--data.path", "nowhere"], "data.path nowhere is not there"),
         (["--data.image_size", "9"], "the nearest size that they do is 8"),
         (["--out", "/proc/x"], "--out /proc/x cannot be written"),
+        (["--out", ""], "--out is empty"),
         (["--out", "README.md"], "--out README.md cannot be written"),
         (["--diffusion.schedule", "linear", "--diffusion.steps", "10"], "a linear schedule of 10 steps"),
         (["--train.batch_size", "1798"], "1797 images, fewer than train.batch_size 1798"),
@@ -312,11 +313,13 @@ def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_pa
         (["--split", "test"], "digits has no such part"),
         (["--data.path", "x"], "data.path is x, but data.name is digits"),
         (["--ema", "0.1"], "--ema is 0.1"),
+        (["--out", "tests"], "--out tests is a folder"),
         (["--out", "/proc/x/y.json"], "--out /proc/x/y.json cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_evaluate_answers_bad_input_in_one_line(run, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(ROOT)
     code, out, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, *flags)
     assert (code, out) == (2, "")
     assert says in err
