@@ -41,8 +41,8 @@ def main() -> None:
     sampler = args.sampler or config.sample.sampler
     n = config.sample.n if args.n is None else args.n
     for name, value, least in (("--n", n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
-        if value < least:
-            raise UsageError(f"{name} is {value}; it must be at least {least}")
+        if not least <= value <= 10**9:
+            raise UsageError(f"{name} is {value}; it must be at least {least} and at most {10**9}")
     if args.eta is not None and (sampler != "ddim" or not 0 <= args.eta <= 1):
         raise UsageError(f"--eta is {args.eta} with --sampler {sampler}: it belongs to ddim, and lies from 0 to 1")
     process = config.diffusion.process(config.sample.steps if args.steps is None else args.steps)
@@ -105,7 +105,7 @@ def choose_labels(saved: Checkpoint, wanted: str | None, n: int) -> list[int] | 
     for word in wanted.split(","):
         if word in names:
             labels.append(names.index(word))
-        elif word.isdecimal() and int(word) < len(names):
+        elif word.isdecimal() and word.isascii() and len(word) < 10 and int(word) < len(names):
             labels.append(int(word))
         else:
             near = difflib.get_close_matches(word, names, n=3)

@@ -46,9 +46,9 @@ class DataConfig:
     """processes that read images ahead of each training process (for large folders)"""
 
     def __post_init__(self) -> None:
-        _at_least("data.image_size", self.image_size, 1)
-        _at_least("data.channels", self.channels, 1)
-        _at_least("data.workers", self.workers, 0)
+        _at_least("data.image_size", self.image_size, 1, most=8192)
+        _at_least("data.channels", self.channels, 1, most=4 if self.name != "folder" else 4096)
+        _at_least("data.workers", self.workers, 0, most=256)
         if self.random_flip and self.name in ("digits", "mnist"):
             raise UsageError(
                 f"data.random_flip is true, but a mirrored digit is no digit: set it false for {self.name}"
@@ -90,20 +90,20 @@ class ModelConfig:
     """condition on the data's classes; in a folder of images, these are its folders"""
 
     def __post_init__(self) -> None:
-        _at_least("model.model_channels", self.model_channels, 32)
+        _at_least("model.model_channels", self.model_channels, 32, most=8192)
         if self.model_channels % 32:
             nearest = max(32, round(self.model_channels / 32) * 32)
             raise UsageError(
                 f"model.model_channels is {self.model_channels}; normalisation in 32 groups needs "
                 f"a multiple of 32, such as {nearest}"
             )
-        _at_least("model.num_res_blocks", self.num_res_blocks, 1)
+        _at_least("model.num_res_blocks", self.num_res_blocks, 1, most=1000)
         _at_least("model.num_heads", self.num_heads, 1)
         if self.num_heads_upsample != -1:
             _at_least("model.num_heads_upsample", self.num_heads_upsample, 1)
-        if not self.channel_mult or min(self.channel_mult) < 1:
+        if not self.channel_mult or not all(1 <= mult <= 64 for mult in self.channel_mult):
             raise UsageError(
-                f"model.channel_mult is {list(self.channel_mult)}; it must be a list of whole numbers >= 1"
+                f"model.channel_mult is {list(self.channel_mult)}; it must be a list of whole numbers from 1 to 64"
             )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
@@ -221,7 +221,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _at_least("sample.every", self.every, 0)
-        _at_least("sample.n", self.n, 1)
+        _at_least("sample.n", self.n, 1, most=10_000)
 
 
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ def _one_line(message: str, known: list[str]) -> str:
             for kind in dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
         ]
         return f"{union['key']} is {union['value']}; it must be of type {' or '.join(types)}"
-    wrong = re.search(r'Parser key "(?P<key>[\w.]+)": Expected an? (?P<type>.+)\. Got value: (?P<value>.*)', message)
+    wrong = re.search(r'Parser key "(?P<key>[\w.]+)": Expected an? (?P<type>.+)\. Got value: ?(?P<value>.*)', message)
     if wrong:
         options = re.findall(r"'(\w+)'", wrong["type"]) if "Literal" in wrong["type"] else []
         if options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -120,7 +121,7 @@ def _open_torchvision(
 def _open_folder(root: Path, image_size: int, channels: int) -> FolderDataset:
     if not root.is_dir():
         raise UsageError(f"data.path {root} is {'not a folder' if root.exists() else 'not there'}")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = sorted(path for path in _files(root) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         raise UsageError(f"data.path {root} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     folders = [path.relative_to(root).parts[0] if path.parent != root else "" for path in paths]
@@ -130,6 +131,17 @@ def _open_folder(root: Path, image_size: int, channels: int) -> FolderDataset:
     number = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([number[folder] for folder in folders])
     return FolderDataset(paths, labels, tuple(names), image_size, channels)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Every file under a folder, links to folders followed, each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        yield from (Path(folder, name) for name in names)
 
 
 def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
@@ -146,7 +158,8 @@ def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
             with Image.open(path) as image:
                 return preprocess(image, size, channels)
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
-        raise UsageError(f"{path} cannot be read as an image ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{path} cannot be read as an image ({reason})") from None
 
 
 def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
@@ -162,11 +175,15 @@ def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8
         raise ValueError(
             f"its pixels are of PIL mode {image.mode}, whose range is not known; save it with 8 or 16 bits"
         )
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
     # Before any resizing: the colours of a palette image cannot be averaged by their numbers.
     image = image.convert(PIL_MODES[channels])
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if max(image.size) * scale > 100 * size:
+        raise ValueError(f"its sides {image.width} and {image.height} are too unequal to be cut to a square")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     array = np.asarray(image).reshape(image.height, image.width, channels)
     top, left = (image.height - size) // 2, (image.width - size) // 2

@@ -73,7 +73,8 @@ def exit_code(main: Callable[[], None]) -> int:
             torch.distributed.destroy_process_group()
     except UsageError as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{name}{rank}: {error}", file=sys.stderr)
+        line = str(error).replace("\n", "\\n")  # a file's name may hold one
+        print(f"{name}{rank}: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)

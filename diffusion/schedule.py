@@ -7,6 +7,7 @@ Follows Nichol & Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Mo
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,7 +86,7 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
 
 def _counts(text: str, respacing: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", part) for part in parts):
         raise UsageError(
             f"respacing '{respacing}' is not understood: use a count like 50, sections like 10,15,20, or ddim50"
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from diffusion import checkpoint, pictures
-from diffusion.config import Config, TrainConfig
+from diffusion.config import Config, TrainConfig, load_config
 from diffusion.data import micro_batches, open_dataset
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
@@ -88,7 +90,7 @@ class Trainer:
         if saved:
             self._restore(saved)
         if accelerator.is_main_process:
-            _begin_folder(out, config, self.step)
+            self._lock: int | None = _begin_folder(out, config, self.step)
         accelerator.wait_for_everyone()
 
     def run(self, on_step: Callable[[int, dict[str, Any] | None], None] = lambda step, metrics: None) -> None:
@@ -129,14 +131,18 @@ class Trainer:
             if not accelerator.optimizer_step_was_skipped:  # fp16 found its loss scale too large
                 self.ema.update(step)
             self.step = step + 1
-            logs = self.step % train.log_every == 0 or self.step == train.steps
+            saves = _due(self.config.checkpoint.every, self.step, train.steps)
+            logs = saves or self.step % train.log_every == 0
             on_step(self.step, self._log(meter, grad_norm, lr) if logs else None)
             if _due(self.config.sample.every, self.step, train.steps):
                 with meter.paused():
                     self.sample()
-            if _due(self.config.checkpoint.every, self.step, train.steps):
+            if saves:
                 with meter.paused():
                     self.save()
+        if accelerator.is_main_process and self._lock is not None:
+            os.close(self._lock)  # others may go on with the run
+            self._lock = None
 
     @property
     def last_grid(self) -> Path:
@@ -226,6 +232,11 @@ class Trainer:
 
     def _log(self, meter: _Meter, grad_norm: Tensor, lr: float) -> dict[str, Any]:
         metrics: dict[str, Any] = {"step": self.step, **meter.read(), "grad_norm": grad_norm.item(), "lr": lr}
+        if not math.isfinite(metrics["loss"]):
+            raise UsageError(
+                f"the loss is {metrics['loss']} by step {self.step}, and nothing of that is saved: "
+                "continue from the last checkpoint with a lower train.lr or with train.grad_clip"
+            )
         if self.accelerator.is_main_process:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -302,15 +313,29 @@ def _check_same_run(saved: Config, now: Config, out: Path) -> None:
                 )
 
 
-def _begin_folder(out: Path, config: Config, step: int) -> None:
-    """Write the configuration, and take back what the metrics say of steps after `step`."""
+def _begin_folder(out: Path, config: Config, step: int) -> int:
+    """Write the configuration, and take back what the metrics say of steps after `step`.
+
+    Returns an open file: while it is, no other process can begin in the folder. Raises UsageError where the folder
+    cannot be written, is in use, or holds files of these names that are not a run's.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        config.save(out / "config.yaml")
+        lock = os.open(out, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (out / "config.yaml").exists():
+            load_config(out / "config.yaml")
         metrics = out / "metrics.jsonl"
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         # A line without an end was cut off by a kill.
-        metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        config.save(out / "config.yaml")
+        metrics.write_text("".join(kept))
+        return lock
+    except BlockingIOError:
+        raise UsageError(f"--out {out} is in use by another process that trains there") from None
+    except (ValueError, KeyError, TypeError):  # UsageError is a ValueError
+        raise UsageError(f"--out {out} holds a config.yaml or metrics.jsonl of something else: name another") from None
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
 

@@ -62,6 +62,22 @@ def test_class_folders_make_classes(tmp_path):
     assert data.images.shape == (2, 3, 8, 8)
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    picture(tmp_path / "elsewhere/b.png")
+    picture(tmp_path / "data/cat/a.png")
+    (tmp_path / "data/dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/cat/loop").symlink_to(tmp_path / "data")
+    data = folder(tmp_path / "data")
+    assert data.class_names == ("cat", "dog")
+    assert len(data) == 2
+
+
+def test_a_strip_is_refused_before_it_fills_the_memory(tmp_path):
+    picture(tmp_path / "strip.png", size=(20000, 3))
+    with pytest.raises(UsageError, match=r"strip\.png .*its sides 20000 and 3 are too unequal"):
+        folder(tmp_path)
+
+
 def test_a_folder_without_class_folders_has_no_classes(tmp_path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "more/b.png")

@@ -242,6 +242,28 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, change, says):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
+    first = Trainer(small(), tmp_path)
+    with pytest.raises(UsageError, match="is in use by another process"):
+        Trainer(small(), tmp_path)
+    first.run()
+    Trainer(small(train__steps=8), tmp_path).run()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_files_of_something_else_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine: 1\n")
+    with pytest.raises(UsageError, match="of something else"):
+        Trainer(small(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine: 1\n"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
+    with pytest.raises(UsageError, match=r"the loss is nan by step \d, and nothing of that is saved"):
+        train(small(train__lr=1e30, checkpoint__every=1), tmp_path)
+
+
 def test_what_may_change_may_change(tmp_path):
     train(small(), tmp_path)
     changes = dict(train__steps=8, train__lr=1e-4, train__weight_decay=0.1, train__accumulation=2, sample__steps=3)
