@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from diffusion.checkpoint import open_checkpoint
+from diffusion.config import check_range
 from diffusion.errors import UsageError
-from diffusion.launch import Parser, check_launcher, check_writable, exit_code, on_cpu, progress_bar
+from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, progress_bar
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -40,8 +41,8 @@ def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
     for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
-        if value is not None and value < least:
-            raise UsageError(f"{name} is {value}; it must be at least {least}")
+        if value is not None:
+            check_range(name, value, least)
     saved = open_checkpoint(args.ckpt)
     data = saved.config.data
     if args.split == "test" and data.name not in ("mnist", "cifar10"):
@@ -56,7 +57,7 @@ def main() -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from diffusion.data import open_dataset
+    from diffusion.data import open_dataset, to_x_start
     from diffusion.likelihood import bits_per_dim
     from diffusion.randomness import picture_noise
 
@@ -78,20 +79,15 @@ def main() -> None:
     # Sums over images of: 1, the bound, its square, the prior, and the terms of the bound.
     sums = torch.zeros(4 + process.num_timesteps, dtype=torch.float64)
 
-    def progress(steps):
-        for step in steps:
-            yield step
-            bar.update()
-
     with bar:
         for batch in batches:
             loaded = dataset.__getitems__(batch)
             if isinstance(loaded, UsageError):
                 raise loaded
-            x_start = loaded[0].to(state.device).float() / 127.5 - 1
+            x_start = to_x_start(loaded[0].to(state.device))
             y = loaded[1].to(state.device) if saved.class_names else None
             noise = partial(picture_noise, batch, x_start.shape[1:], state.device, args.seed)
-            bits = bits_per_dim(process, partial(network, y=y), x_start, noise, progress=progress)
+            bits = bits_per_dim(process, partial(network, y=y), x_start, noise, progress=partial(counted, bar))
             total = bits.total.double().cpu()
             head = torch.stack([torch.ones_like(total), total, total**2, bits.prior.double().cpu()])
             sums += torch.cat([head.sum(1), bits.vb.double().sum(0).cpu()])

@@ -6,11 +6,13 @@ import argparse
 import difflib
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 from diffusion.checkpoint import Checkpoint, open_checkpoint
+from diffusion.config import check_range
 from diffusion.errors import UsageError
-from diffusion.launch import Parser, check_launcher, check_writable, exit_code, on_cpu, progress_bar
+from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, progress_bar
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -41,12 +43,11 @@ def main() -> None:
     sampler = args.sampler or config.sample.sampler
     n = config.sample.n if args.n is None else args.n
     for name, value, least in (("--n", n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
-        if not least <= value <= 10**9:
-            raise UsageError(f"{name} is {value}; it must be at least {least} and at most {10**9}")
+        check_range(name, value, least)
     if args.eta is not None and (sampler != "ddim" or not 0 <= args.eta <= 1):
         raise UsageError(f"--eta is {args.eta} with --sampler {sampler}: it belongs to ddim, and lies from 0 to 1")
     process = config.diffusion.process(config.sample.steps if args.steps is None else args.steps)
-    labels = choose_labels(saved, args.classes, n)
+    labels = choose_labels(saved, args.classes)
     out = choose_out(saved, args, f"{sampler}{process.num_timesteps}_seed{args.seed}")
     network = saved.network(saved.chosen_weights(args.ema)).eval()
 
@@ -62,11 +63,6 @@ def main() -> None:
     indices = range(state.process_index * share, (state.process_index + 1) * share)
     bar = progress_bar(math.ceil(share / args.batch_size) * process.num_timesteps, state.is_main_process)
 
-    def progress(steps):
-        for step in steps:
-            yield step
-            bar.update()
-
     with bar:
         images = draw(
             sampler,
@@ -79,7 +75,7 @@ def main() -> None:
             batch_size=args.batch_size,
             device=state.device,
             eta=args.eta or 0.0,
-            progress=progress,
+            progress=partial(counted, bar),
         )
     images = gather(pictures.to_uint8(images).to(state.device))[:n]
     if state.is_main_process:
@@ -92,7 +88,7 @@ def main() -> None:
         print(f"{n} pictures: {out.resolve()}")
 
 
-def choose_labels(saved: Checkpoint, wanted: str | None, n: int) -> list[int] | None:
+def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:
     """The class numbers to draw in turn; None for a model without classes."""
     names = saved.class_names
     if not names:

@@ -46,9 +46,9 @@ class DataConfig:
     """processes that read images ahead of each training process (for large folders)"""
 
     def __post_init__(self) -> None:
-        _at_least("data.image_size", self.image_size, 1, most=8192)
-        _at_least("data.channels", self.channels, 1, most=4 if self.name != "folder" else 4096)
-        _at_least("data.workers", self.workers, 0, most=256)
+        check_range("data.image_size", self.image_size, 1, most=8192)
+        check_range("data.channels", self.channels, 1, most=4 if self.name != "folder" else 4096)
+        check_range("data.workers", self.workers, 0, most=256)
         if self.random_flip and self.name in ("digits", "mnist"):
             raise UsageError(
                 f"data.random_flip is true, but a mirrored digit is no digit: set it false for {self.name}"
@@ -90,17 +90,17 @@ class ModelConfig:
     """condition on the data's classes; in a folder of images, these are its folders"""
 
     def __post_init__(self) -> None:
-        _at_least("model.model_channels", self.model_channels, 32, most=8192)
+        check_range("model.model_channels", self.model_channels, 32, most=8192)
         if self.model_channels % 32:
             nearest = max(32, round(self.model_channels / 32) * 32)
             raise UsageError(
                 f"model.model_channels is {self.model_channels}; normalisation in 32 groups needs "
                 f"a multiple of 32, such as {nearest}"
             )
-        _at_least("model.num_res_blocks", self.num_res_blocks, 1, most=1000)
-        _at_least("model.num_heads", self.num_heads, 1)
+        check_range("model.num_res_blocks", self.num_res_blocks, 1, most=1000)
+        check_range("model.num_heads", self.num_heads, 1)
         if self.num_heads_upsample != -1:
-            _at_least("model.num_heads_upsample", self.num_heads_upsample, 1)
+            check_range("model.num_heads_upsample", self.num_heads_upsample, 1)
         if not self.channel_mult or not all(1 <= mult <= 64 for mult in self.channel_mult):
             raise UsageError(
                 f"model.channel_mult is {list(self.channel_mult)}; it must be a list of whole numbers from 1 to 64"
@@ -145,7 +145,7 @@ class DiffusionConfig:
     """tell the network the timestep on a scale of 0 to 1000, whatever T is"""
 
     def __post_init__(self) -> None:
-        _at_least("diffusion.steps", self.steps, 1, most=100_000)
+        check_range("diffusion.steps", self.steps, 1, most=100_000)
         self.process()
 
     def process(self, respacing: int | str = "") -> GaussianDiffusion:
@@ -189,9 +189,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
+            check_range(f"train.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "weight_decay", "seed"):
-            _at_least(f"train.{name}", getattr(self, name), 0)
+            check_range(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.lr < math.inf:
             raise UsageError(f"train.lr is {self.lr}; it must be above 0")
         if self.grad_clip is not None and not self.grad_clip > 0:
@@ -220,8 +220,8 @@ class SampleConfig:
     """steps of the sampler: a count, sections like 10,15,20, or ddim50; empty: all"""
 
     def __post_init__(self) -> None:
-        _at_least("sample.every", self.every, 0)
-        _at_least("sample.n", self.n, 1, most=10_000)
+        check_range("sample.every", self.every, 0)
+        check_range("sample.n", self.n, 1, most=10_000)
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class CheckpointConfig:
     """optimizer steps between checkpoints; 0: only after the last step"""
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint.every", self.every, 0)
+        check_range("checkpoint.every", self.every, 0)
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
 
     Raises UsageError, in one line, for an unknown key, a wrong type or an impossible combination.
     """
-    # Known only to this parser: a file of ours may hold numbers like 1e-4, and fields explain themselves.
+    # The docstring under each field is its --help.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
@@ -321,7 +321,8 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
     return Config(**sections), Path(out)
 
 
-def _at_least(name: str, value: float, least: int, most: int = 10**9) -> None:
+def check_range(name: str, value: float, least: int, most: int = 10**9) -> None:
+    """Raise UsageError, with the setting's name, where its value is out of range or no number."""
     if not value >= least:
         raise UsageError(f"{name} is {value}; it must be at least {least}")
     if value > most:

@@ -190,6 +190,11 @@ def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8
     return array[top : top + size, left : left + size].transpose(2, 0, 1)
 
 
+def to_x_start(images: Tensor) -> Tensor:
+    """Images as they are stored, uint8, as the network sees them: float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Which images make up the global batch of `step`.
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,6 +61,13 @@ def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
     """A bar of `total` steps on stderr, where `shown`."""
     interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs no second-by-second account
     return tqdm(total=total, initial=done, unit="step", disable=not shown, dynamic_ncols=True, mininterval=interval)
+
+
+def counted(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
+    """The steps, each counted on the bar when it is done; with the bar bound, a sampler's `progress`."""
+    for step in steps:
+        yield step
+        bar.update()
 
 
 def exit_code(main: Callable[[], None]) -> int:

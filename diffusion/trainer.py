@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from diffusion import checkpoint, pictures
 from diffusion.config import Config, TrainConfig, load_config
-from diffusion.data import micro_batches, open_dataset
+from diffusion.data import micro_batches, open_dataset, to_x_start
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
 from diffusion.launch import on_cpu
@@ -89,8 +89,7 @@ class Trainer:
         self.step = 0
         if saved:
             self._restore(saved)
-        if accelerator.is_main_process:
-            self._lock: int | None = _begin_folder(out, config, self.step)
+        self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
 
     def run(self, on_step: Callable[[int, dict[str, Any] | None], None] = lambda step, metrics: None) -> None:
@@ -109,7 +108,7 @@ class Trainer:
             seen = torch.zeros_like(weights)
             for part in self.parts:
                 images, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
-                x_start = images.float() / 127.5 - 1
+                x_start = to_x_start(images)
                 x_start = torch.where(flip[part, None, None, None], x_start.flip(-1), x_start)
                 torch.manual_seed(seed_for(train.seed, "dropout", step, part.start))
                 with nullcontext() if part == self.parts[-1] else accelerator.no_sync(self.model):
@@ -140,7 +139,7 @@ class Trainer:
             if saves:
                 with meter.paused():
                     self.save()
-        if accelerator.is_main_process and self._lock is not None:
+        if self._lock is not None:
             os.close(self._lock)  # others may go on with the run
             self._lock = None
 
@@ -152,7 +151,6 @@ class Trainer:
     def sample(self) -> None:
         """Draw the grid of fixed noise with the first moving average; the weights in training are not touched."""
         config, accelerator = self.config, self.accelerator
-        path = self.last_grid
         share = math.ceil(config.sample.n / accelerator.num_processes)
         # Every process draws as many, so that gathering is one call; the surplus of the last is cut off.
         indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
@@ -177,7 +175,7 @@ class Trainer:
         self.network.train()
         images = gather(pictures.to_uint8(images).to(accelerator.device))[: config.sample.n]
         if accelerator.is_main_process:
-            pictures.save_grid(images, path, pictures.grid_columns(config.sample.n, classes))
+            pictures.save_grid(images, self.last_grid, pictures.grid_columns(config.sample.n, classes))
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is."""
