@@ -22,6 +22,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="a run's folder (its newest checkpoint is used) or a checkpoint's")
+    add("--data.name", dest="data_name", choices=["digits", "mnist", "cifar10", "folder"],
+        help="which data set (default: the run's)")  # fmt: skip
     add("--data.path", dest="data_path", help="where the data lie (default: where the run had them)")
     add("--split", choices=["train", "test"], default="train", help="of mnist and cifar10 (default: train)")
     add("--n", type=int, help="score the first n images only (default: all)")
@@ -45,6 +47,10 @@ def main() -> None:
             check_range(name, value, least)
     saved = open_checkpoint(args.ckpt)
     data = saved.config.data
+    if args.data_name is not None:
+        data = dataclasses.replace(data, name=args.data_name, path=None, random_flip=False)
+    if args.data_path is not None:
+        data = dataclasses.replace(data, path=args.data_path)
     if args.split == "test" and data.name not in ("mnist", "cifar10"):
         raise UsageError(f"--split is test, but {data.name} has no such part: use another folder with --data.path")
     process = saved.config.diffusion.process(args.steps)
@@ -57,12 +63,12 @@ def main() -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from diffusion.data import open_dataset, to_x_start
+    from diffusion.data import open_dataset, shrink, to_x_start
     from diffusion.likelihood import bits_per_dim
     from diffusion.randomness import picture_noise
 
-    dataset = open_dataset(dataclasses.replace(data, path=args.data_path or data.path), train=args.split == "train")
-    if saved.class_names and dataset.class_names != saved.class_names:
+    dataset = open_dataset(data, train=args.split == "train")
+    if saved.class_names and not saved.fits_classes(dataset.class_names):
         given = ", ".join(dataset.class_names) or "none"
         raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
     n = min(len(dataset), args.n or len(dataset))
@@ -85,9 +91,11 @@ def main() -> None:
             if isinstance(loaded, UsageError):
                 raise loaded
             x_start = to_x_start(loaded[0].to(state.device))
-            y = loaded[1].to(state.device) if saved.class_names else None
+            inputs = {"y": loaded[1].to(state.device)} if saved.class_names else {}
+            if data.low_res_size is not None:
+                inputs["low_res"] = shrink(x_start, data.low_res_size)
             noise = partial(picture_noise, batch, x_start.shape[1:], state.device, args.seed)
-            bits = bits_per_dim(process, partial(network, y=y), x_start, noise, progress=partial(counted, bar))
+            bits = bits_per_dim(process, partial(network, **inputs), x_start, noise, progress=partial(counted, bar))
             total = bits.total.double().cpu()
             head = torch.stack([torch.ones_like(total), total, total**2, bits.prior.double().cpu()])
             sums += torch.cat([head.sum(1), bits.vb.double().sum(0).cpu()])

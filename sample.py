@@ -8,11 +8,17 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from diffusion.checkpoint import Checkpoint, open_checkpoint
-from diffusion.config import check_range
+from torch import Tensor
+
+from diffusion.checkpoint import Checkpoint, Weights, open_checkpoint
+from diffusion.config import check_guidance, check_range
 from diffusion.errors import UsageError
 from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, progress_bar
+from diffusion.process import GaussianDiffusion
+
+Images = tuple[Tensor, list[int] | None]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -25,6 +31,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--steps", help="sampling steps: a count, sections like 10,15,20, or ddim50 (default: as in the run's grids)")
     add("--eta", type=float, help="noise of ddim: 0 none (the default), 1 as much as ddpm")
     add("--seed", type=int, default=0, help="picture i of a seed is the same at any --n and --batch_size (default: 0)")
+    add("--guidance", type=float, help="classifier-free guidance: 1 none, above 1 clearer classes and less variety, "
+                                       "0 no class at all (default: as in the run's grids)")  # fmt: skip
+    add("--low_res", type=Path, help="for an upsampler: a grid, an image, a folder or an .npz of small images, or a run "
+                                     "that draws them")  # fmt: skip
     add("--batch_size", type=int, default=64, help="pictures drawn at once (default: 64)")
     add("--ema", help="which moving average of the weights: a rate, or none for the weights in training "
                       "(default: the run's first)")  # fmt: skip
@@ -41,42 +51,62 @@ def main() -> None:
     saved = open_checkpoint(args.ckpt)
     config = saved.config
     sampler = args.sampler or config.sample.sampler
-    n = config.sample.n if args.n is None else args.n
-    for name, value, least in (("--n", n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
+    for name, value, least in (("--n", args.n or 1, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
         check_range(name, value, least)
     if args.eta is not None and (sampler != "ddim" or not 0 <= args.eta <= 1):
         raise UsageError(f"--eta is {args.eta} with --sampler {sampler}: it belongs to ddim, and lies from 0 to 1")
+    guidance = config.sample.guidance if args.guidance is None else args.guidance
+    check_range("--guidance", guidance, 0, most=1000)
+    check_guidance("--guidance", guidance, config)
     process = config.diffusion.process(config.sample.steps if args.steps is None else args.steps)
     labels = choose_labels(saved, args.classes)
-    out = choose_out(saved, args, f"{sampler}{process.num_timesteps}_seed{args.seed}")
-    network = saved.network(saved.chosen_weights(args.ema)).eval()
 
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather
 
     from diffusion import pictures
+    from diffusion.data import to_x_start
     from diffusion.samplers import draw
+
+    base, low_res = open_low_res(saved, args)
+    n = args.n or (config.sample.n if low_res is None else len(low_res[0]))
+    if low_res is not None:
+        if n > len(low_res[0]):
+            raise UsageError(f"--n is {n}, and --low_res {args.low_res} holds {len(low_res[0])} images")
+        if labels and args.classes is None:
+            labels = low_res[1]
+    out = choose_out(saved, args, f"{sampler}{process.num_timesteps}_seed{args.seed}")
 
     state = PartialState(cpu=on_cpu())
     share = math.ceil(n / state.num_processes)  # every process draws as many; the last one's surplus is cut off
     indices = range(state.process_index * share, (state.process_index + 1) * share)
-    bar = progress_bar(math.ceil(share / args.batch_size) * process.num_timesteps, state.is_main_process)
+    chosen = None if labels is None else torch.tensor([labels[i % len(labels)] for i in indices])
 
-    with bar:
-        images = draw(
-            sampler,
-            process,
-            network.to(state.device),
-            (config.data.channels, config.data.image_size, config.data.image_size),
-            indices=indices,
-            labels=None if labels is None else torch.tensor([labels[i % len(labels)] for i in indices]),
-            seed=args.seed,
-            batch_size=args.batch_size,
-            device=state.device,
-            eta=args.eta or 0.0,
-            progress=partial(counted, bar),
-        )
+    def drawn(run: Checkpoint, weights: Weights, process: GaussianDiffusion, **options: Any) -> Tensor:
+        network, size = run.network(weights).eval().to(state.device), run.config.data.image_size
+        with progress_bar(math.ceil(share / args.batch_size) * process.num_timesteps, state.is_main_process) as bar:
+            return draw(
+                process=process,
+                model=network,
+                shape=(config.data.channels, size, size),
+                indices=indices,
+                labels=chosen if run.class_names else None,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                device=state.device,
+                progress=partial(counted, bar),
+                **options,
+            )
+
+    small = None if low_res is None else to_x_start(low_res[0][[i % n for i in indices]])
+    if base is not None:  # the first stage of a cascade, drawn as its own grids are
+        first = base.config.sample
+        first_process = base.config.diffusion.process(first.steps)
+        small = drawn(base, base.chosen_weights(), first_process, sampler=first.sampler, guidance=first.guidance)
+        small = to_x_start(pictures.to_uint8(small))
+    images = drawn(saved, saved.chosen_weights(args.ema), process,
+                   sampler=sampler, guidance=guidance, eta=args.eta or 0.0, low_res=small)  # fmt: skip
     images = gather(pictures.to_uint8(images).to(state.device))[:n]
     if state.is_main_process:
         if args.images:
@@ -86,6 +116,70 @@ def main() -> None:
         else:
             pictures.save_grid(images, out, pictures.grid_columns(n, len(labels or ())))
         print(f"{n} pictures: {out.resolve()}")
+
+
+def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoint | None, Images | None]:
+    """What `--low_res` names: a run that is to draw the small images, or the images and their labels."""
+    path, size = args.low_res, saved.config.data.low_res_size
+    if (path is None) != (size is None):
+        raise UsageError(
+            f"{saved.path} is an upsampler: name the small images, or a run that draws them, with --low_res"
+            if path is None
+            else f"--low_res is {path}, but {saved.path} is no upsampler"
+        )
+    if path is None:
+        return None, None
+    channels = saved.config.data.channels
+    if (path / "checkpoints").is_dir() or (path / "state.json").exists():
+        base = open_checkpoint(path)
+        data = base.config.data
+        if (data.image_size, data.channels, data.low_res_size) != (size, channels, None):
+            kind = "an upsampler" if data.low_res_size is not None else "a run"
+            raise UsageError(f"--low_res {path} is {kind} of {data.channels} channels at {data.image_size}x"
+                             f"{data.image_size}; {saved.path} enlarges {channels} channels at {size}x{size}")  # fmt: skip
+        if base.class_names and base.class_names != saved.class_names:
+            raise UsageError(f"--low_res {path} has other classes than {saved.path}")
+        return base, None
+    images, labels = read_low_res(path, size, channels, saved.class_names)
+    if images.shape[1:] != (channels, size, size):
+        raise UsageError(f"--low_res {path} holds images of (channels, height, width) {tuple(images.shape[1:])}; "
+                         f"{saved.path} enlarges {(channels, size, size)}")  # fmt: skip
+    if saved.class_names and labels is None and args.classes is None:
+        raise UsageError(f"--low_res {path} does not say the classes, which {saved.path} needs: add --classes")
+    return None, (images, labels)
+
+
+def read_low_res(path: Path, size: int, channels: int, class_names: tuple[str, ...]) -> Images:
+    """Images (N, C, H, W), uint8, from a folder, an array (.npz of --npz), a grid of ours or an image file; and their
+    labels, where these say them."""
+    import numpy as np
+    import torch
+
+    from diffusion import pictures
+    from diffusion.config import DataConfig
+    from diffusion.data import open_dataset, read_image
+
+    if path.is_dir():
+        folder = open_dataset(DataConfig(name="folder", path=str(path), image_size=size, channels=channels))
+        loaded = folder.__getitems__(range(len(folder)))
+        if isinstance(loaded, UsageError):
+            raise loaded
+        if not set(folder.class_names) <= set(class_names) or not folder.class_names:
+            return loaded[0], None
+        return loaded[0], [class_names.index(folder.class_names[label]) for label in loaded[1]]
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                images, labels = arrays["arr_0"], arrays["arr_1"].tolist() if "arr_1" in arrays else None
+            if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
+                raise ValueError(f"arr_0 is {images.shape} {images.dtype}, not (N, H, W, C) uint8")
+            if labels is not None and not all(0 <= label < len(class_names) for label in labels):
+                labels = None
+            return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), labels
+        except Exception as error:  # numpy raises OSError, KeyError, ValueError, BadZipFile, ...
+            raise UsageError(f"--low_res {path} is no array that --npz wrote: {error}") from None
+    tiles = pictures.read_grid(path)
+    return torch.from_numpy(read_image(path, size, channels))[None] if tiles is None else tiles, None
 
 
 def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from diffusion.process import GaussianDiffusion, MeanType, VarianceType
 from diffusion.samplers import SamplerName
 from diffusion.schedule import Schedule, ScheduleName, space_timesteps
 from diffusion.timesteps import TimestepsName
-from diffusion.unet import UNetModel
+from diffusion.unet import SuperResModel, UNetModel
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class DataConfig:
     """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha; any other number reads (height, width, channels) .npy files"""
     random_flip: bool = False
     """mirror half of the images left to right"""
+    low_res_size: int | None = None
+    """train an upsampler: the network is given each image shrunk to this size too; null: no upsampler"""
     workers: int = 0
     """processes that read images ahead of each training process (for large folders)"""
 
@@ -49,17 +52,19 @@ class DataConfig:
         check_range("data.image_size", self.image_size, 1, most=8192)
         check_range("data.channels", self.channels, 1, most=4 if self.name != "folder" else 4096)
         check_range("data.workers", self.workers, 0, most=256)
+        if self.low_res_size is not None:
+            check_range("data.low_res_size", self.low_res_size, 1, most=self.image_size - 1)
         if self.random_flip and self.name in ("digits", "mnist"):
             raise UsageError(
                 f"data.random_flip is true, but a mirrored digit is no digit: set it false for {self.name}"
             )
+        if self.path == "":
+            raise UsageError("data.path is empty: name a folder")
         if self.path is not None and self.name == "digits":
             raise UsageError(
                 f"data.path is {self.path}, but data.name is digits, which ship with the package: "
                 "add --data.name folder (or mnist, cifar10)"
             )
-        if self.name == "folder" and self.path is None:
-            raise UsageError("data.name is folder: say which with --data.path FOLDER")
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class ModelConfig:
     """base width, a multiple of 32"""
     num_res_blocks: int = 1
     """residual blocks at each level"""
-    channel_mult: tuple[int, ...] = (1, 2)
+    channel_mult: tuple[int | float, ...] = (1, 2)
     """width of each level in multiples of the base; each level after the first halves the size"""
     attention_resolutions: tuple[int, ...] = (2,)
     """downsampling factors with attention: 1, 2, 4, ... (4: at a quarter of the image's size)"""
@@ -78,10 +83,16 @@ class ModelConfig:
     """attention heads"""
     num_heads_upsample: int = -1
     """attention heads on the way up; -1: as on the way down"""
+    num_head_channels: int = -1
+    """channels of an attention head, in place of a number of heads; -1: by number"""
+    use_new_attention_order: bool = False
+    """order the rows of q, k and v as some weights of the sequel (Dhariwal & Nichol 2021) do"""
     dropout: float = 0.0
     """dropout probability in the residual blocks"""
     conv_resample: bool = True
     """down- and upsample with learned convolutions"""
+    resblock_updown: bool = False
+    """down- and upsample inside residual blocks, as the sequel does"""
     use_scale_shift_norm: bool = True
     """the timestep scales and shifts the normalisation instead of being added"""
     use_checkpoint: bool = False
@@ -101,9 +112,12 @@ class ModelConfig:
         check_range("model.num_heads", self.num_heads, 1)
         if self.num_heads_upsample != -1:
             check_range("model.num_heads_upsample", self.num_heads_upsample, 1)
-        if not self.channel_mult or not all(1 <= mult <= 64 for mult in self.channel_mult):
+        check_range("model.num_head_channels", self.num_head_channels, -1)
+        widths = [mult * self.model_channels for mult in self.channel_mult]
+        if not widths or not all(0 < mult <= 64 for mult in self.channel_mult) or any(width % 32 for width in widths):
             raise UsageError(
-                f"model.channel_mult is {list(self.channel_mult)}; it must be a list of whole numbers from 1 to 64"
+                f"model.channel_mult is {list(self.channel_mult)}; it must be a list of numbers above 0 and up to 64, "
+                f"each of which makes a multiple of 32 of model.model_channels {self.model_channels}"
             )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
@@ -114,15 +128,14 @@ class ModelConfig:
                     f"model.attention_resolutions has {factor}, which is no downsampling factor of "
                     f"{len(factors)} levels: choose from {', '.join(map(str, factors))}"
                 )
-        with_attention = [mult for mult, factor in zip(self.channel_mult, factors, strict=True)
-                          if factor in self.attention_resolutions]  # fmt: skip
-        for mult in {*with_attention, self.channel_mult[-1]}:
-            for name in ("num_heads", "num_heads_upsample"):
-                heads = self.num_heads if getattr(self, name) == -1 else getattr(self, name)
-                if mult * self.model_channels % heads:
-                    raise UsageError(
-                        f"model.{name} is {heads}, which does not divide {mult * self.model_channels} channels"
-                    )
+        with_attention = {int(width) for width, factor in zip(widths, factors, strict=True)
+                          if factor in self.attention_resolutions or width == widths[-1]}  # fmt: skip
+        by_width = self.num_head_channels != -1
+        for name in ("num_head_channels",) if by_width else ("num_heads", "num_heads_upsample"):
+            value = self.num_heads if getattr(self, name) == -1 else getattr(self, name)
+            for width in with_attention:
+                if value == 0 or width % value:
+                    raise UsageError(f"model.{name} is {value}, which does not divide {width} channels")
 
 
 @dataclass(frozen=True)
@@ -182,6 +195,8 @@ class TrainConfig:
     """begin the averages at a low rate, (1 + step) / (10 + step), so that short runs forget the start"""
     timesteps: TimestepsName = "uniform"
     """which timesteps to train on: uniform, or by importance (meant for the kl losses)"""
+    label_dropout: float = 0.0
+    """share of the images that are trained on without their class, for guidance in sampling (0.1 is usual)"""
     seed: int = 0
     """everything random follows from it"""
     log_every: int = 50
@@ -193,7 +208,9 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "seed"):
             check_range(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.lr < math.inf:
-            raise UsageError(f"train.lr is {self.lr}; it must be above 0")
+            raise UsageError(f"train.lr is {self.lr}; it must be a finite number above 0")
+        if not 0 <= self.label_dropout < 1:
+            raise UsageError(f"train.label_dropout is {self.label_dropout}; it must be at least 0 and below 1")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise UsageError(f"train.grad_clip is {self.grad_clip}; it must be above 0, or null for no clipping")
         if self.batch_size % self.accumulation:
@@ -218,9 +235,12 @@ class SampleConfig:
     """sampler"""
     steps: int | str = 50
     """steps of the sampler: a count, sections like 10,15,20, or ddim50; empty: all"""
+    guidance: float = 1.0
+    """classifier-free guidance, for runs with train.label_dropout: 1 none, above 1 clearer classes and less variety"""
 
     def __post_init__(self) -> None:
         check_range("sample.every", self.every, 0)
+        check_range("sample.guidance", self.guidance, 0, most=1000)
         check_range("sample.n", self.n, 1, most=10_000)
 
 
@@ -255,6 +275,11 @@ class Config:
                 f"data.image_size is {self.data.image_size}, which the {levels} levels of model.channel_mult "
                 f"do not divide: the nearest size that they do is {nearest}"
             )
+        if self.train.label_dropout and not self.model.class_cond:
+            raise UsageError(
+                f"train.label_dropout is {self.train.label_dropout}, but model.class_cond is false: no class to drop"
+            )
+        check_guidance("sample.guidance", self.sample.guidance, self)
         try:
             space_timesteps(self.diffusion.steps, str(self.sample.steps))
         except UsageError as error:
@@ -270,7 +295,8 @@ class Config:
                 "set --model.class_cond false, or put the images into one folder a class"
             )
         outputs = 2 if self.diffusion.variance in ("learned", "learned_range") else 1
-        return UNetModel(
+        kind = UNetModel if self.data.low_res_size is None else SuperResModel
+        return kind(
             in_channels=self.data.channels,
             out_channels=outputs * self.data.channels,
             num_classes=num_classes if class_cond else None,
@@ -288,6 +314,14 @@ def load_config(path: Path) -> Config:
     return parse_command_line(["--config", str(path)])[0]
 
 
+def config_of(**sections: dict[str, Any]) -> Config:
+    """The configuration of plain values, checked in every way that a file's are."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "config.yaml")
+        file.write_text(json.dumps(sections))  # JSON is YAML
+        return load_config(file)
+
+
 def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Config, Path]:
     """`--config FILE`, `--out FOLDER` and dotted overrides -> the configuration and the run's folder.
 
@@ -298,6 +332,7 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
+        allow_abbrev=False,
         description="Train a diffusion model. The same command again continues the run.",
     )
     parser.add_argument("--config", action="config", help="the run's YAML file; not given: the digits run")
@@ -329,6 +364,15 @@ def check_range(name: str, value: float, least: int, most: int = 10**9) -> None:
         raise UsageError(f"{name} is {value}; it must be at most {most}")
 
 
+def check_guidance(name: str, guidance: float, config: Config) -> None:
+    """Raise UsageError where a run that was trained as `config` says cannot be guided so."""
+    if guidance != 1 and not config.train.label_dropout:
+        raise UsageError(
+            f"{name} is {guidance}, which needs a network that was trained with train.label_dropout above 0 "
+            "(the share of images without their class); without, it can only be 1"
+        )
+
+
 def _default_out(config_file: Path) -> Path:
     is_runs_own = (config_file.parent / "metrics.jsonl").exists()
     return config_file.parent if is_runs_own else Path("runs") / config_file.stem
@@ -339,6 +383,10 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", action="append", default=[])
     found, others = finder.parse_known_args(list(argv))
+    for flag in others:
+        section = flag.removeprefix("--").split("=")[0]
+        if section in {f.name for f in dataclasses.fields(Config)}:
+            raise UsageError(f"--{section} is a section: set its keys one by one, --{section}.KEY VALUE")
     return found.config, others
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -79,7 +80,8 @@ def open_dataset(config: DataConfig, train: bool = True) -> ArrayDataset | Folde
     Raises UsageError where it is not there or cannot be read.
     """
     if config.name == "folder":
-        assert config.path is not None  # DataConfig has checked it
+        if config.path is None:
+            raise UsageError("data.name is folder: say which with --data.path FOLDER")
         folder = _open_folder(Path(config.path), config.image_size, config.channels)
         small = len(folder) * config.channels * config.image_size**2 <= IN_MEMORY_BYTES
         return folder.in_memory() if small else folder
@@ -193,6 +195,11 @@ def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8
 def to_x_start(images: Tensor) -> Tensor:
     """Images as they are stored, uint8, as the network sees them: float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def shrink(x_start: Tensor, size: int) -> Tensor:
+    """The low-resolution input that an upsampler is trained on: the mean of each area, as in the published code."""
+    return F.interpolate(x_start, size, mode="area")
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> list[int]:

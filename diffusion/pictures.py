@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import EinopsError, rearrange
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.data import PIL_MODES
@@ -29,15 +31,20 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     if images.shape[1] not in PIL_MODES:
         columns *= images.shape[1]
         images = rearrange(images, "n c h w -> (n c) 1 h w")
-    factor = max(1, TILE // max(images.shape[2:]))
+    factor, border = _tile(*images.shape[2:])
     images = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    border = max(1, factor // 4)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     images = F.pad(images, (0, border, 0, border), value=255)
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(images)), value=255)
     sheet = rearrange(images, "(r c) ch h w -> ch (r h) (c w)", c=columns)
     return to_pil(F.pad(sheet, (border, 0, border, 0), value=255))
+
+
+def _tile(height: int, width: int) -> tuple[int, int]:
+    """By how much images of a size are enlarged in a grid, and the border between them in pixels."""
+    factor = max(1, TILE // max(height, width))
+    return factor, max(1, factor // 4)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -47,11 +54,32 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Write `grid(images, columns)` as PNG; the file is whole or absent."""
+    """Write `grid(images, columns)` as PNG, which says how `read_grid` finds them; the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    grid(images, columns).save(temporary, format="PNG")
+    tiles = PngInfo()
+    tiles.add_text("tiles", json.dumps(images.shape))
+    grid(images, columns).save(temporary, format="PNG", pnginfo=tiles)
     temporary.replace(path)
+
+
+def read_grid(path: Path) -> Tensor | None:
+    """The images (N, C, H, W), uint8, of a grid that `save_grid` wrote; None where the file is anything else."""
+    try:
+        with Image.open(path) as image:
+            n, c, h, w = json.loads(image.info["tiles"])
+            sheet = np.asarray(image)
+        factor, border = _tile(h, w)
+        tiles = rearrange(
+            sheet.reshape(*sheet.shape[:2], -1)[border:, border:], "(r h) (q w) ch -> (r q) ch h w",
+            h=h * factor + border, w=w * factor + border,
+        )  # fmt: skip
+        images = torch.from_numpy(
+            tiles[: n * c // tiles.shape[1], :, : h * factor : factor, : w * factor : factor].copy()
+        )
+        return images.reshape(n, c, h, w)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EinopsError):
+        return None
 
 
 def grid_columns(n: int, num_classes: int) -> int:

@@ -89,6 +89,20 @@ def _timestep(t: int, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
 
 
+def guided(model: Callable[..., Tensor], scale: float, channels: int, y: Tensor, **inputs: Tensor) -> Denoiser:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, whose 1 + w is `scale`): the mean's channels of the output
+    go from those without a class towards those for `y`, and beyond where `scale` is above 1. The variance is `y`'s."""
+    twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    both = torch.cat([torch.full_like(y, -1), y])
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        without, conditional = model(torch.cat([x, x]), torch.cat([t, t]), y=both, **twice).chunk(2)
+        mean = torch.lerp(without[:, :channels], conditional[:, :channels], scale)
+        return torch.cat([mean, conditional[:, channels:]], dim=1)
+
+    return denoiser
+
+
 def draw(
     sampler: SamplerName,
     process: GaussianDiffusion,
@@ -97,6 +111,8 @@ def draw(
     *,
     indices: range,
     labels: Tensor | None,
+    low_res: Tensor | None = None,
+    guidance: float = 1.0,
     seed: int,
     batch_size: int,
     device: torch.device,
@@ -106,9 +122,11 @@ def draw(
     """Pictures `indices` of `seed`, each the same whatever other pictures are drawn with it.
 
     Args:
-        model: (x_t, t as the network is told it, y=labels or None) -> its output.
+        model: (x_t, t as the network is told it, and by name those of y and low_res that are given) -> its output.
         shape: of one picture, (C, ...).
         labels: (len(indices),), or None for a model without classes.
+        low_res: what an upsampler is to enlarge, (len(indices), C, ...) in [-1, 1], else None.
+        guidance: see `guided`.
         progress: wraps the steps of each batch.
 
     Returns images (len(indices), *shape) in [-1, 1] on the CPU.
@@ -116,9 +134,12 @@ def draw(
     drawn = []
     for start in range(indices.start, indices.stop, batch_size):
         batch = range(start, min(start + batch_size, indices.stop))
-        y = None if labels is None else labels[batch.start - indices.start : batch.stop - indices.start].to(device)
+        here = slice(batch.start - indices.start, batch.stop - indices.start)
+        conditions = {"y": labels, "low_res": low_res}
+        inputs = {name: value[here].to(device) for name, value in conditions.items() if value is not None}
+        denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)
         x_T = picture_noise(batch, shape, device, seed, "x_T")
         noise = partial(picture_noise, batch, shape, device, seed)
         sample = ddpm if sampler == "ddpm" else partial(ddim, eta=eta)
-        drawn.append(sample(process, partial(model, y=y), x_T, noise, progress=progress).cpu())
+        drawn.append(sample(process, denoiser, x_T, noise, progress=progress).cpu())
     return torch.cat(drawn)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from torch.func import functional_call
 
 from diffusion import checkpoint, pictures
 from diffusion.config import Config, TrainConfig, load_config
-from diffusion.data import micro_batches, open_dataset, to_x_start
+from diffusion.data import Batch, micro_batches, open_dataset, shrink, to_x_start
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
 from diffusion.launch import on_cpu
-from diffusion.losses import training_losses
+from diffusion.losses import Denoiser, training_losses
 from diffusion.randomness import generator_for, seed_for
 from diffusion.samplers import draw
 from diffusion.timesteps import LossSecondMoment
@@ -36,10 +37,15 @@ MAY_CHANGE = {
     "model": {"use_checkpoint"},
     "train": {"steps", "accumulation", "lr", "lr_schedule", "warmup_steps", "weight_decay", "grad_clip", "precision",
               "ema_warmup", "log_every"},
-    "sample": {"every", "n", "sampler", "steps"},
+    "sample": {"every", "n", "sampler", "steps", "guidance"},
     "checkpoint": {"every"},
 }  # fmt: skip
 """What a continued run may set anew; anything else would make it another run."""
+AT_STEP_0 = {
+    "data": {"name", "random_flip"},
+    "train": {"batch_size", "ema_rates", "timesteps", "label_dropout", "seed"},
+}
+"""What also may be where no step is done yet: a converted model that is to be trained on."""
 
 
 class Trainer:
@@ -57,7 +63,7 @@ class Trainer:
         found = checkpoint.newest(out)
         saved = checkpoint.open_checkpoint(found) if found else None
         if saved:
-            _check_same_run(saved.config, config, out)
+            _check_same_run(saved, config, out)
         with accelerator.main_process_first():  # one process downloads, the others find it there
             self.dataset = open_dataset(config.data)
         if len(self.dataset) < config.train.batch_size:
@@ -65,7 +71,7 @@ class Trainer:
                 f"the data hold {len(self.dataset)} images, fewer than train.batch_size {config.train.batch_size}"
             )
         self.class_names = self.dataset.class_names if config.model.class_cond else ()
-        if saved and saved.class_names != self.class_names:
+        if saved and not saved.fits_classes(self.class_names):
             raise UsageError(
                 f"the data's classes are {_names(self.class_names)}, and {_names(saved.class_names)} in {out}"
             )
@@ -87,7 +93,7 @@ class Trainer:
         # Only `model` is wrapped (DDP, autocast); names and averages stay those of `network`.
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.step = 0
-        if saved:
+        if saved and saved.step:
             self._restore(saved)
         self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
@@ -104,7 +110,7 @@ class Trainer:
             lr = learning_rate(train, step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            t, weights, noise, flip = self._random(step)
+            t, weights, noise, flip, unlabelled = self._random(step)
             seen = torch.zeros_like(weights)
             for part in self.parts:
                 images, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
@@ -112,7 +118,7 @@ class Trainer:
                 x_start = torch.where(flip[part, None, None, None], x_start.flip(-1), x_start)
                 torch.manual_seed(seed_for(train.seed, "dropout", step, part.start))
                 with nullcontext() if part == self.parts[-1] else accelerator.no_sync(self.model):
-                    denoiser = self._denoiser(self.model, y)
+                    denoiser = self._denoiser(x_start, torch.where(unlabelled[part], -1, y))
                     loss = training_losses(
                         self.process, denoiser, x_start, t[part], noise[part], self.config.diffusion.loss
                     )["loss"]
@@ -155,10 +161,15 @@ class Trainer:
         # Every process draws as many, so that gathering is one call; the surplus of the last is cut off.
         indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         classes = len(self.class_names)
+        labels = torch.tensor(indices) % classes if classes else None
+        low_res = None
+        if config.data.low_res_size is not None:  # the first images of the data, shrunk, are enlarged
+            images, y = self._images([i % len(self.dataset) for i in indices])
+            low_res, labels = shrink(to_x_start(images), config.data.low_res_size), y if classes else None
         average = self.ema.averages[config.train.ema_rates[0]]
 
-        def model(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-            return functional_call(self.network, average, (x, t, y))
+        def model(x: Tensor, t: Tensor, **inputs: Tensor) -> Tensor:
+            return functional_call(self.network, average, (x, t), inputs)
 
         self.network.eval()
         images = draw(
@@ -167,7 +178,9 @@ class Trainer:
             model,
             (config.data.channels, config.data.image_size, config.data.image_size),
             indices=indices,
-            labels=torch.tensor(indices) % classes if classes else None,
+            labels=labels,
+            low_res=low_res,
+            guidance=config.sample.guidance,
             seed=config.train.seed,
             batch_size=max(1, config.train.batch_size // accelerator.num_processes // config.train.accumulation),
             device=accelerator.device,
@@ -211,8 +224,15 @@ class Trainer:
                 value.copy_(kept[name])
         self.step = saved.step
 
-    def _random(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Timesteps, their weights, noise and flips of the whole global batch of `step`, the same in every process."""
+    def _images(self, indices: list[int]) -> Batch:
+        images = self.dataset.__getitems__(indices)
+        if isinstance(images, UsageError):
+            raise images
+        return images
+
+    def _random(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Timesteps, their weights, noise, flips and which images lose their class, of the whole global batch of
+        `step`: the same in every process."""
         data, device = self.config.data, self.accelerator.device
         batch = self.config.train.batch_size
         generator = generator_for(device, self.config.train.seed, "step", step)
@@ -223,10 +243,15 @@ class Trainer:
             t, weights = t.to(device), weights.to(device)
         noise = torch.randn(batch, data.channels, data.image_size, data.image_size, device=device, generator=generator)
         flip = torch.rand(batch, device=device, generator=generator) < (0.5 if data.random_flip else 0.0)
-        return t, weights, noise, flip
+        unlabelled = torch.rand(batch, device=device, generator=generator) < self.config.train.label_dropout
+        return t, weights, noise, flip, unlabelled
 
-    def _denoiser(self, model: torch.nn.Module, y: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, t: model(x, t, y if self.class_names else None)
+    def _denoiser(self, x_start: Tensor, y: Tensor) -> Denoiser:
+        """The wrapped model with the conditions of these images."""
+        inputs: dict[str, Tensor] = {"y": y} if self.class_names else {}
+        if self.config.data.low_res_size is not None:
+            inputs["low_res"] = shrink(x_start, self.config.data.low_res_size)
+        return partial(self.model, **inputs)
 
     def _log(self, meter: _Meter, grad_norm: Tensor, lr: float) -> dict[str, Any]:
         metrics: dict[str, Any] = {"step": self.step, **meter.read(), "grad_norm": grad_norm.item(), "lr": lr}
@@ -298,13 +323,14 @@ def _due(every: int, step: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _check_same_run(saved: Config, now: Config, out: Path) -> None:
+def _check_same_run(saved: checkpoint.Checkpoint, now: Config, out: Path) -> None:
     """Raise UsageError where the configuration is another run's than the one in `out`."""
     for section in dataclasses.fields(Config):
-        old, new = getattr(saved, section.name), getattr(now, section.name)
+        old, new = getattr(saved.config, section.name), getattr(now, section.name)
+        free = MAY_CHANGE.get(section.name, set()) | (AT_STEP_0.get(section.name, set()) if saved.step == 0 else set())
         for entry in dataclasses.fields(old):
             before, after = getattr(old, entry.name), getattr(new, entry.name)
-            if before != after and entry.name not in MAY_CHANGE.get(section.name, ()):
+            if before != after and entry.name not in free:
                 raise UsageError(
                     f"{section.name}.{entry.name} is {after}, and {before} in the run {out} that this would continue: "
                     "set it back, or begin another run with --out"

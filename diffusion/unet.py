@@ -264,14 +264,14 @@ class UNetModel(nn.Module):
         Args:
             x: (B, in_channels, ...), its last one (`dims` 1) or two sizes divisible by 2^(levels - 1).
             timesteps: (B,), need not be whole.
-            y: (B,) class labels, if and only if the model has classes.
+            y: (B,) class labels, if and only if the model has classes; -1 is no class (classifier-free guidance).
 
         Returns (B, out_channels, ...). Raises UsageError where the size or the labels do not fit.
         """
         self._check(x, y)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
         h = x
         skips = []
         for block in self.input_blocks:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -80,12 +81,20 @@ def test_a_damaged_checkpoint_names_the_file(run, name, damage):
 
 def test_another_architecture_is_told_apart(run):
     path, _ = run
-    folder = path / "checkpoints/step_00000010"
-    text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("num_res_blocks: 1", "num_res_blocks: 2"))
     saved = checkpoint.open_checkpoint(path)
-    with pytest.raises(UsageError, match="of another architecture: input_blocks"):
-        saved.network(saved.weights())
+    deeper = dataclasses.replace(saved.config, model=dataclasses.replace(saved.config.model, num_res_blocks=2))
+    with pytest.raises(UsageError, match=r"of another architecture: input_blocks.*; and \d+ more of \d+$"):
+        dataclasses.replace(saved, config=deeper).network(saved.weights())
+
+
+@pytest.mark.parametrize("edit", [("num_heads: 2", "num_heads: 1"), ("  num_heads: 2\n", ""), ("seed: 0", "seed: 1")])
+def test_a_configuration_that_was_edited_in_a_checkpoint_is_refused(run, edit):
+    path, _ = run
+    file = path / "checkpoints/step_00000010/config.yaml"
+    assert edit[0] in file.read_text()
+    file.write_text(file.read_text().replace(*edit))
+    with pytest.raises(UsageError, match=r"config\.yaml is damaged: it is not the one that was saved"):
+        checkpoint.open_checkpoint(path)
 
 
 @pytest.mark.parametrize(("path", "says"), [("nowhere", "nowhere is not there"), ("", "no run that has saved one")])
@@ -124,7 +133,7 @@ def test_a_format_from_the_future_is_refused(run):
     path, _ = run
     file = path / "checkpoints/step_00000010/state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(UsageError, match="has format 99; this version reads 1"):
+    with pytest.raises(UsageError, match="has format 99; this version reads 2"):
         checkpoint.open_checkpoint(path)
 
 

@@ -232,6 +232,7 @@ def test_sample_answers_bad_input_in_one_line(run, unconditional, monkeypatch, c
     [
         (["--train.stps", "3"], "did you mean train.steps?"),
         (["--data.name", "folder", "--data.path", "nowhere"], "data.path nowhere is not there"),
+        (["--data.name", "folder"], "say which with --data.path"),
         (["--data.image_size", "9"], "the nearest size that they do is 8"),
         (["--out", "/proc/x"], "--out /proc/x cannot be written"),
         (["--out", ""], "--out is empty"),

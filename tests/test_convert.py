@@ -1,0 +1,445 @@
+"""Weights of other codebases: what comes in computes what it computed there, and what goes out comes back unchanged."""
+
+import json
+import shutil
+import sys
+
+import diffusers
+import pytest
+import torch
+from helpers import fill, golden, tensor
+
+from diffusion import UNetModel, checkpoint, convert
+from diffusion.config import parse_command_line
+from diffusion.interop_openai import config_from_flags, parse_flags
+from diffusion.launch import exit_code
+from diffusion.randomness import picture_noise
+from diffusion.samplers import ddim, ddpm
+from diffusion.trainer import Trainer
+from diffusion.unet import SuperResModel
+
+BASE = "--num_channels 32 --num_res_blocks 1 --learn_sigma True "
+GOLDEN = {
+    "uncond": BASE + "--image_size 16 --channel_mult 1,2 --attention_resolutions 8 --num_heads 2",
+    "classcond": "--num_channels 32 --num_res_blocks 2 --image_size=16 --channel_mult=1,2,2 "
+                 "--attention_resolutions 8,4 --num_heads 4 "
+                 "--num_heads_upsample 2 --class_cond True --use_scale_shift_norm False",
+    "adm": BASE + "--image_size 16 --channel_mult 1,2 --attention_resolutions 16,8 --num_head_channels 16 "
+                  "--resblock_updown True --use_fp16 True",
+    "superres": BASE + "--large_size 16 --small_size 8 --channel_mult 1,2 --attention_resolutions 8 --num_heads 2 "
+                       "--class_cond True",
+}  # fmt: skip
+"""The golden networks in the words of the published scripts."""
+
+
+def run_convert(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, argv)])
+    code = exit_code(convert.main)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def run_of(out, *overrides, classes=()):
+    """A run folder of a filled network, whose average differs from its weights: (config, weights, average)."""
+    config = parse_command_line(overrides)[0]
+    weights, average = (fill(config.network(len(classes)), seed).state_dict() for seed in (1, 2))
+    checkpoint.save(checkpoint.checkpoint_folder(out, 3), step=3, config=config, class_names=classes, weights=weights,
+                    averages={config.train.ema_rates[0]: average}, training={})  # fmt: skip
+    return config, weights, average
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+# --- OpenAI -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=GOLDEN)
+def published(request, tmp_path):
+    """A file in their format that holds a golden network."""
+    case = golden("unet.json")[request.param]
+    network = fill((UNetModel if case["model"] == "UNetModel" else SuperResModel)(**case["kwargs"]), case["seed"])
+    torch.save(network.state_dict(), tmp_path / "ema_0.9999_500000.pt")
+    return tmp_path / "ema_0.9999_500000.pt", GOLDEN[request.param], golden(f"unet_{request.param}.npz")
+
+
+def test_a_published_file_becomes_a_run_with_the_published_output(published, tmp_path, monkeypatch, capsys):
+    path, flags, arrays = published
+    code, out, err = run_convert(monkeypatch, capsys, "openai", path, "--flags", flags, "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert str(tmp_path / "run") in out
+    saved = checkpoint.open_checkpoint(tmp_path / "run")
+    network = saved.network(saved.chosen_weights()).eval()
+    inputs = {key: tensor(arrays[key]) for key in ("y", "low_res") if key in arrays}
+    torch.testing.assert_close(
+        network(tensor(arrays["x"]), tensor(arrays["t"]), **inputs), tensor(arrays["out"]), atol=1e-4, rtol=0
+    )
+
+
+def test_a_published_file_comes_back_unchanged(published, tmp_path, monkeypatch, capsys):
+    path, flags, _ = published
+    run_convert(monkeypatch, capsys, "openai", path, "--flags", flags, "--out", tmp_path / "run")
+    code, out, _ = run_convert(monkeypatch, capsys, "openai", tmp_path / "run", "--out", tmp_path / "back.pt")
+    assert code == 0
+    assert_same(torch.load(tmp_path / "back.pt", weights_only=True), torch.load(path, weights_only=True))
+    # The flags that are printed describe the same run.
+    printed = out.split("flags: ")[1]
+    before = checkpoint.open_checkpoint(tmp_path / "run").config
+    again = config_from_flags(parse_flags(printed), "large_size" in printed, guided=True)
+    assert (again.model, again.diffusion, again.data) == (before.model, before.diffusion, before.data)
+
+
+def test_the_average_goes_out_unless_asked_otherwise(tmp_path, monkeypatch, capsys):
+    _, weights, average = run_of(tmp_path / "run", classes=tuple("0123456789"))
+    for flags, wanted in (((), average), (("--ema", "none"), weights)):
+        code, out, _ = run_convert(monkeypatch, capsys, "openai", tmp_path / "run", *flags, "--out", tmp_path / "a.pt")
+        assert code == 0
+        assert "3 channels only" in out  # their scripts cannot build it, their class can
+        assert_same(torch.load(tmp_path / "a.pt", weights_only=True), wanted)
+        (tmp_path / "a.pt").unlink()
+
+
+README = {  # of both repositories: flags, channel multipliers, parameters, upsampler
+    "cifar10_uncond": "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3 "
+                      "--diffusion_steps 4000 --noise_schedule cosine --lr 1e-4 --batch_size 128",
+    "imagenet64_uncond": "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True "
+                         "--diffusion_steps 4000 --noise_schedule cosine --lr 1e-4 --batch_size 128",
+    "imagenet64_cond": "--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True --class_cond True "
+                       "--diffusion_steps 4000 --noise_schedule cosine --rescale_learned_sigmas False "
+                       "--rescale_timesteps False --lr 3e-4 --batch_size 2048",
+    "upsample_cond_256": "--num_channels 192 --num_res_blocks 2 --learn_sigma True --class_cond True "
+                         "--diffusion_steps 4000 --noise_schedule linear --rescale_learned_sigmas False "
+                         "--rescale_timesteps False --lr 3e-4 --batch_size 256",
+    "lsun_bedroom_256": "--image_size 256 --num_channels 128 --num_res_blocks 2 --num_heads 1 --learn_sigma True "
+                        "--use_scale_shift_norm False --attention_resolutions 16 --diffusion_steps 1000 "
+                        "--noise_schedule linear --rescale_learned_sigmas False --rescale_timesteps False",
+    "adm_imagenet64_cond": "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --dropout 0.1 "
+                           "--image_size 64 --learn_sigma True --noise_schedule cosine --num_channels 192 "
+                           "--num_head_channels 64 --num_res_blocks 3 --resblock_updown True "
+                           "--use_new_attention_order True --use_fp16 True --use_scale_shift_norm True",
+    "adm_imagenet256_uncond": "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 "
+                              "--image_size 256 --learn_sigma True --noise_schedule linear --num_channels 256 "
+                              "--num_head_channels 64 --num_res_blocks 2 --resblock_updown True --use_fp16 True "
+                              "--use_scale_shift_norm True",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", README)
+def test_flags_of_the_readmes_describe_the_published_networks(name):
+    flags = parse_flags(README[name])
+    upsampler = name.startswith("upsample")
+    config = config_from_flags(flags, upsampler, guided="channel_mult" in flags)
+    with torch.device("meta"):
+        network = config.network(1000)
+    assert sum(p.numel() for p in network.parameters()) == golden("published_parameters.json")[name]
+    assert ("input_blocks.0.0.weight", 6 if upsampler else 3) == ("input_blocks.0.0.weight", network.in_channels)
+
+
+def test_each_repository_has_its_own_defaults():
+    improved, guided = (config_from_flags(parse_flags(flags), False, "guided" in flags or "use" in flags)
+                        for flags in ("--learn_sigma True", "--learn_sigma True --use_fp16 True"))  # fmt: skip
+    assert (improved.diffusion.loss, improved.diffusion.rescale_timesteps) == ("rescaled_mse", True)
+    assert (guided.diffusion.loss, guided.diffusion.rescale_timesteps) == ("mse", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("cifar10_uncond", 60e6), pytest.param("adm_imagenet64_cond", 300e6, marks=pytest.mark.slow)],
+)
+def test_published_sizes_come_in(name, most, tmp_path, monkeypatch, capsys):
+    flags = parse_flags(README[name])
+    network = fill(config_from_flags(flags, False, "channel_mult" in flags).network(1000), 1)
+    assert sum(p.numel() for p in network.parameters()) < most
+    torch.save(network.state_dict(), tmp_path / "a.pt")
+    code, _, err = run_convert(
+        monkeypatch, capsys, "openai", tmp_path / "a.pt", "--flags", README[name], "--out", tmp_path / "run"
+    )
+    assert (code, err) == (0, "")
+    assert_same(checkpoint.open_checkpoint(tmp_path / "run").weights(), network.state_dict())
+
+
+@pytest.mark.parametrize("published", ["uncond", "classcond", "adm"], indirect=True)
+def test_a_converted_model_is_trained_on(published, tmp_path, monkeypatch, capsys):
+    """train.py takes the folder, with data and batch of its own, and continues from the weights."""
+    path, flags, _ = published
+    run_convert(monkeypatch, capsys, "openai", path, "--flags", flags, "--out", tmp_path / "run")
+    overrides = ["--data.name", "digits", "--data.random_flip", "false", "--train.batch_size", "4",
+                 "--train.steps", "2", "--train.ema_rates", "[0.5]", "--train.lr", "1e-30",
+                 "--sample.n", "1", "--sample.steps", "1"]  # fmt: skip
+    config, out = parse_command_line(["--config", str(tmp_path / "run/config.yaml"), *overrides])
+    assert out == tmp_path / "run"
+    Trainer(config, out).run()
+    saved = checkpoint.open_checkpoint(out)
+    assert saved.step == 2
+    before = torch.load(path, weights_only=True)
+    for name, value in saved.ema(0.5).items():  # a step of 1e-30 moves nothing
+        torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-6)
+
+
+class Trap:
+    """What a pickle can do to whoever opens it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "says"),
+    [
+        ("trap", BASE, "nothing was run"),
+        ("text", BASE, "cannot be read as plain tensors"),
+        ("optimizer", BASE, "holds no weights by name"),
+        ("network", "--num_chanels 32", "not known or cannot be honoured here: did you mean --num_channels?"),
+        ("network", "--classifier_scale 1.0", "--classifier_scale, which is not known or cannot be honoured"),
+        ("network", "--clip_denoised False", "x_0 is always clipped"),
+        ("network", "--image_size big", "--image_size big; it must be of type int"),
+        ("network", "--image_size 64 128", "it must be pairs"),
+        ("network", "'", "cannot be split into words"),
+        ("network", "--image_size 64 --image_size 64", "a flag twice"),
+        ("network", "--image_size 48", "images of 48, for which the widths are not known"),
+        ("network", "--noise_schedule sqrt", "diffusion.schedule is sqrt; it must be one of linear, cosine"),
+        ("network", "--attention_resolutions 0", "are numbers with commas"),
+        ("network", BASE + "--image_size 32", "is of another architecture: input_blocks."),
+        ("missing", GOLDEN["uncond"], "is of another architecture: out.2.bias is missing there and (6,) in the model"),
+        ("network", GOLDEN["uncond"] + " --class_cond True", "label_emb.weight is missing there"),
+        ("network", GOLDEN["uncond"] + " --learn_sigma False", "a flag twice"),
+        ("network", None, "--flags is missing"),
+        ("network", GOLDEN["classcond"], "of another architecture"),
+    ],
+)  # fmt: skip
+def test_files_and_flags_that_cannot_be(content, flags, says, tmp_path, monkeypatch, capsys):
+    case = golden("unet.json")["uncond"]
+    weights = UNetModel(**case["kwargs"]).state_dict()
+    if content == "missing":
+        del weights["out.2.bias"]
+    path = tmp_path / "a.pt"
+    torch.save({"trap": {"a": Trap(tmp_path / "sprung")}, "optimizer": {"state": {}}}.get(content, weights), path)
+    if content == "text":
+        path.write_text("no archive")
+    flags = () if flags is None else ("--flags", flags)
+    code, out, err = run_convert(monkeypatch, capsys, "openai", path, *flags, "--out", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "sprung").exists()
+
+
+# --- diffusers --------------------------------------------------------------------------------------------------------
+
+SMALL = ("--data.image_size", "16", "--model.class_cond", "false", "--model.channel_mult", "[1,2]")
+EXPRESSIBLE = {
+    "grey": SMALL,
+    "colour, classes": ("--data.channels", "3", "--data.image_size", "16"),
+    "4000 steps": (*SMALL, "--diffusion.steps", "4000"),
+    "fixed variance, linear": (*SMALL, "--diffusion.variance", "fixed_large", "--diffusion.schedule", "linear"),
+    "added embedding": (*SMALL, "--model.use_scale_shift_norm", "false"),
+    "x_start": (*SMALL, "--diffusion.mean", "x_start", "--diffusion.loss", "mse"),
+    "one head at two widths": (*SMALL, "--model.attention_resolutions", "[1,2]", "--model.num_heads", "1"),
+    "sequel": (*SMALL, "--model.attention_resolutions", "[1,2]", "--model.num_head_channels", "16",
+               "--model.resblock_updown", "true", "--model.use_new_attention_order", "true",
+               "--diffusion.rescale_timesteps", "false", "--diffusion.steps", "400"),
+    "sequel, no attention": (*SMALL, "--model.attention_resolutions", "[]", "--model.resblock_updown", "true"),
+    "three levels": (*SMALL, "--model.channel_mult", "[1,1,2]", "--model.num_res_blocks", "2",
+                     "--model.attention_resolutions", "[4]"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=EXPRESSIBLE)
+def exported(request, tmp_path, monkeypatch, capsys):
+    """A run, and the pipeline folder made of it."""
+    classes = ("cat", "dog", "owl") if "classes" in request.param else ()
+    config, _, average = run_of(tmp_path / "run", *EXPRESSIBLE[request.param], classes=classes)
+    code, out, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "pipeline")
+    assert (code, err) == (0, "")
+    assert ("class_labels" in out) == bool(classes)
+    network = checkpoint.open_checkpoint(tmp_path / "run").network(average).eval()
+    return tmp_path / "pipeline", config, network, classes
+
+
+@torch.no_grad()
+def test_diffusers_computes_what_we_compute(exported):
+    path, config, network, classes = exported
+    unet = diffusers.DDPMPipeline.from_pretrained(path).unet.eval()
+    process = config.diffusion.process()
+    x = torch.randn(3, config.data.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 17, config.diffusion.steps - 1])
+    y = torch.tensor([2, 0, 1]) if classes else None
+    ours = network(x, process.network_t(t), y)
+    assert ours.abs().max() > 0.1
+    torch.testing.assert_close(unet(x, t, class_labels=y).sample, ours, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_their_scheduler_reaches_our_pictures(exported):
+    """10 steps of DDPMScheduler with our noise: the loop that the README shows."""
+    path, config, network, classes = exported
+    pipeline = diffusers.DDPMPipeline.from_pretrained(path)
+    y = torch.tensor([2, 0]) if classes else None
+    shape = (config.data.channels, 16, 16)
+
+    def noise(step):
+        return picture_noise(range(2), shape, torch.device("cpu"), 0, step)
+
+    ours = ddpm(config.diffusion.process("10"), lambda x, t: network(x, t, y), noise("x_T"), noise)
+    scheduler, x, draws = pipeline.scheduler, noise("x_T"), iter(range(10))
+    diffusers.schedulers.scheduling_ddpm.randn_tensor, kept = (
+        lambda *args, **kwargs: noise(next(draws)), diffusers.schedulers.scheduling_ddpm.randn_tensor)  # fmt: skip
+    try:
+        scheduler.set_timesteps(10)
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipeline.unet(x, t, class_labels=y).sample, t, x).prev_sample
+    finally:
+        diffusers.schedulers.scheduling_ddpm.randn_tensor = kept
+    torch.testing.assert_close(x, ours, atol=1e-3, rtol=0)
+
+
+def test_a_pipeline_comes_back_unchanged(exported, tmp_path, monkeypatch, capsys):
+    path, config, network, classes = exported
+    code, _, err = run_convert(monkeypatch, capsys, "diffusers", path, "--out", tmp_path / "back")
+    assert (code, err) == (0, "")
+    saved = checkpoint.open_checkpoint(tmp_path / "back")
+    assert (saved.config, saved.class_names) == (config, classes)
+    assert_same(saved.chosen_weights(), network.state_dict())
+
+
+@torch.no_grad()
+def test_a_pipeline_without_our_files_becomes_a_run_too(exported, tmp_path, monkeypatch, capsys):
+    """As one that was made with diffusers alone: only its own settings are read."""
+    path, config, network, classes = exported
+    (path / "run.yaml").unlink()
+    code, _, err = run_convert(monkeypatch, capsys, "diffusers", path, "--out", tmp_path / "back")
+    assert (code, err) == (0, "")
+    saved = checkpoint.open_checkpoint(tmp_path / "back")
+    assert len(saved.class_names) == len(classes)
+    assert saved.config.diffusion.process().tables["betas"] == pytest.approx(config.diffusion.process().tables["betas"])
+    x = torch.randn(2, config.data.channels, 16, 16)
+    y = torch.tensor([2, 0]) if classes else None
+    t = config.diffusion.process().network_t(torch.tensor([3, 99]))
+    torch.testing.assert_close(saved.network(saved.chosen_weights()).eval()(x, t, y), network(x, t, y))
+
+
+@torch.no_grad()
+def test_ddim_gets_the_mean_alone(tmp_path, monkeypatch, capsys):
+    config, _, average = run_of(tmp_path / "run", *SMALL)
+    code, out, _ = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--ddim", "--out", tmp_path / "p")
+    assert code == 0
+    assert "DDIMPipeline" in out
+    pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "p")
+    network = checkpoint.open_checkpoint(tmp_path / "run").network(average).eval()
+    x = x_T = torch.randn(2, 1, 16, 16)
+    pipeline.scheduler.set_timesteps(10)
+    for t in pipeline.scheduler.timesteps:
+        eps = pipeline.unet(x, t).sample
+        # As in the published code, the noise follows from the clipped x_0; DDIMPipeline has the same switch.
+        x = pipeline.scheduler.step(eps, t, x, use_clipped_model_output=True).prev_sample
+    ours = ddim(config.diffusion.process("ddim10"), network, x_T, lambda step: torch.zeros(()))
+    torch.testing.assert_close(x, ours, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("--model.num_heads", "2", "--model.attention_resolutions", "[1,2]"), "2 heads at widths [32, 64]"),
+        (("--model.num_heads_upsample", "4"), "on the way up"),
+        (("--model.conv_resample", "false"), "resampling without convolutions"),
+        (("--model.channel_mult", "[2,4]"), "a first level of 2 times"),
+        (("--data.low_res_size", "4"), "an upsampler's second input"),
+        (("--diffusion.variance", "learned"), "variance learned"),
+        (("--diffusion.mean", "previous_x"), "mean previous_x"),
+        (("--diffusion.respacing", "100", "--sample.steps", "10"), "respaced process"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_refused(overrides, says, tmp_path, monkeypatch, capsys):
+    run_of(tmp_path / "run", *SMALL, *overrides)
+    code, _, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
+    assert code == 2
+    assert "diffusers cannot express" in err
+    assert says in err
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("unet", {"freq_shift": 1}, "unet has freq_shift 1, where only 0 can be honoured"),
+        ("unet", {"norm_eps": 1e-6}, "unet has norm_eps 1e-06"),
+        ("unet", {"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "down_block_types"),
+        ("unet", {"_class_name": "UNet2DConditionModel"}, "holds UNet2DConditionModel and DDPMScheduler"),
+        ("unet", {"layers_per_block": 2}, "diffusers cannot open"),
+        ("unet", {"block_out_channels": [32, 96]}, "diffusers cannot open"),
+        ("scheduler", {"_class_name": "EulerDiscreteScheduler"}, "holds UNet2DModel and EulerDiscreteScheduler"),
+        ("scheduler", {"beta_schedule": "sigmoid"}, "without counterpart here: sigmoid"),
+        ("scheduler", {"beta_schedule": "linear", "beta_end": 0.01}, "beta_end 0.01"),
+        ("scheduler", {"prediction_type": "v_prediction"}, "without counterpart here: v_prediction"),
+        ("scheduler", {"clip_sample": False}, "clip_sample False"),
+    ],
+)
+def test_a_pipeline_that_has_no_counterpart_is_refused(file, change, says, tmp_path, monkeypatch, capsys):
+    run_of(tmp_path / "run", *SMALL)
+    run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
+    (tmp_path / "p/run.yaml").unlink()
+    settings = tmp_path / "p" / file / ("config.json" if file == "unet" else "scheduler_config.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | change))
+    code, _, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--out", tmp_path / "back")
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "back").exists()
+
+
+def test_weights_that_only_a_pickle_holds_are_refused(tmp_path, monkeypatch, capsys):
+    run_of(tmp_path / "run", *SMALL)
+    run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
+    (tmp_path / "p/unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"a": Trap(tmp_path / "sprung")}, tmp_path / "p/unet/diffusion_pytorch_model.bin")
+    code, _, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--out", tmp_path / "back")
+    assert code == 2
+    assert "diffusers cannot open" in err
+    assert not (tmp_path / "sprung").exists()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("openai", "nowhere.pt", "--flags", "", "--out", "new"), "nowhere.pt is not there"),
+        (("openai", "run", "--flags", "--lr 1", "--out", "new.pt"), "--flags has no meaning for openai from a run"),
+        (("openai", "run", "--ddim", "--out", "new.pt"), "--ddim has no meaning"),
+        (("openai", "run", "--ema", "0.5", "--out", "new.pt"), "--ema is 0.5; "),
+        (("openai", "run", "--out", "there"), "--out there is there already"),
+        (("diffusers", "there", "--out", "new"), "is no pipeline folder of diffusers"),
+        (("diffusers", "there", "--ema", "none", "--out", "new"), "--ema has no meaning"),
+        (("onnx", "run", "--out", "new"), "invalid choice: 'onnx'"),
+    ],
+)
+def test_the_command_answers_bad_input_in_one_line(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_of(tmp_path / "run", *SMALL)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").touch()
+    code, out, err = run_convert(monkeypatch, capsys, *argv)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_class_names_can_be_given(tmp_path, monkeypatch, capsys):
+    run_of(tmp_path / "run", "--data.channels", "3", classes=("0", "1", "2"))
+    run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
+    for names, wanted in (("cat\ndog\nowl\n", 0), ("cat\ndog\n", 2), ("cat\ndog\ndog\n", 2)):
+        (tmp_path / "names.txt").write_text(names)
+        shutil.rmtree(tmp_path / "back", ignore_errors=True)
+        code, _, _ = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--class_names",
+                                 tmp_path / "names.txt", "--out", tmp_path / "back")  # fmt: skip
+        assert code == wanted
+        if not wanted:
+            assert checkpoint.open_checkpoint(tmp_path / "back").class_names == ("cat", "dog", "owl")
