@@ -33,8 +33,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="picture i of a seed is the same at any --n and --batch_size (default: 0)")
     add("--guidance", type=float, help="classifier-free guidance: 1 none, above 1 clearer classes and less variety, "
                                        "0 no class at all (default: as in the run's grids)")  # fmt: skip
-    add("--low_res", type=Path, help="for an upsampler: a grid, an image, a folder or an .npz of small images, or a run "
-                                     "that draws them")  # fmt: skip
+    add("--low_res", type=Path, help="for an upsampler: a grid, an image, a folder or an .npz of small images, "
+                                     "or a run that draws them")  # fmt: skip
     add("--batch_size", type=int, default=64, help="pictures drawn at once (default: 64)")
     add("--ema", help="which moving average of the weights: a rate, or none for the weights in training "
                       "(default: the run's first)")  # fmt: skip
@@ -127,7 +127,7 @@ def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoin
             if path is None
             else f"--low_res is {path}, but {saved.path} is no upsampler"
         )
-    if path is None:
+    if path is None or size is None:
         return None, None
     channels = saved.config.data.channels
     if (path / "checkpoints").is_dir() or (path / "state.json").exists():
@@ -135,8 +135,9 @@ def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoin
         data = base.config.data
         if (data.image_size, data.channels, data.low_res_size) != (size, channels, None):
             kind = "an upsampler" if data.low_res_size is not None else "a run"
-            raise UsageError(f"--low_res {path} is {kind} of {data.channels} channels at {data.image_size}x"
-                             f"{data.image_size}; {saved.path} enlarges {channels} channels at {size}x{size}")  # fmt: skip
+            drawn = f"{data.channels} channels at {data.image_size}x{data.image_size}"
+            raise UsageError(f"--low_res {path} is {kind} of {drawn}; {saved.path} enlarges "
+                             f"{channels} channels at {size}x{size}")  # fmt: skip
         if base.class_names and base.class_names != saved.class_names:
             raise UsageError(f"--low_res {path} has other classes than {saved.path}")
         return base, None
