@@ -2,13 +2,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from helpers import ROOT
+from helpers import ROOT, golden
 
 from diffusion import UsageError
 from diffusion.config import Config, load_config, parse_command_line
 
-FILES = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def parse(*argv):
@@ -25,13 +26,53 @@ def test_a_file_spells_out_every_field_and_builds_its_network(path):
     for section in dataclasses.fields(Config):
         fields = {f.name for f in dataclasses.fields(section.default_factory)}
         assert written[section.name].keys() == fields, section.name
-    config = parse("--config", str(path), "--data.path", "x") if path.stem == "folder" else load_config(path)
-    config.network(10)
+    config = load_config(path)
+    with torch.device("meta"):
+        config.network(1000)
+
+
+PUBLISHED = {  # millions of parameters, as the papers round them, and the golden name where the count is known
+    "cifar10": (53, "cifar10_uncond"),
+    "published/cifar10_uncond_vlb": (53, "cifar10_uncond"),
+    "published/imagenet64_uncond": (121, "imagenet64_uncond"),
+    "published/imagenet64_uncond_vlb": (121, "imagenet64_uncond"),
+    "published/imagenet64_cond": (273, "imagenet64_cond"),
+    "published/upsample_64_256": (280, "upsample_cond_256"),
+    "published/lsun_bedroom": (114, "lsun_bedroom_256"),
+    "published/adm_imagenet64_cond": (296, "adm_imagenet64_cond"),
+    "published/adm_imagenet128_cond": (422, None),
+    "published/adm_imagenet256_cond": (554, None),
+    "published/adm_imagenet512_cond": (559, None),
+    "published/adm_lsun": (553, "adm_lsun_256"),
+    "published/adm_upsample_64_256": (312, None),
+    "published/adm_upsample_128_512": (309, None),
+}
+
+
+def test_every_published_file_is_counted():
+    assert {f"published/{path.stem}" for path in FILES if path.parent.name == "published"} == PUBLISHED.keys() - {
+        "cifar10"
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_run_has_the_published_network(name):
+    millions, exact = PUBLISHED[name]
+    config = load_config(ROOT / f"configs/{name}.yaml")
+    with torch.device("meta"):
+        count = sum(p.numel() for p in config.network(1000).parameters())
+    assert round(count / 1e6) == millions
+    if exact:
+        assert count == golden("published_parameters.json")[exact]
+    # The table of the docs says what the file says.
+    row = next(row for row in (ROOT / "docs/published.md").read_text().splitlines() if f"configs/{name}.yaml`" in row)
+    steps, batch, lr = (cell.strip() for cell in row.split("|")[3:6])
+    assert f"{config.train.steps / 1000:g}K" in steps
+    assert (int(batch), float(lr)) == (config.train.batch_size, config.train.lr)
 
 
 def test_cifar10_is_the_published_run():
     config = load_config(ROOT / "configs/cifar10.yaml")
-    assert sum(p.numel() for p in config.network(0).parameters()) == 52546438
     assert (config.diffusion.steps, config.diffusion.schedule, config.model.dropout) == (4000, "cosine", 0.3)
     assert (config.train.lr, config.train.batch_size, config.train.ema_rates) == (1e-4, 128, (0.9999,))
     process = config.diffusion.process("")
