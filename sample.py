@@ -51,8 +51,9 @@ def main() -> None:
     saved = open_checkpoint(args.ckpt)
     config = saved.config
     sampler = args.sampler or config.sample.sampler
-    for name, value, least in (("--n", args.n or 1, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
-        check_range(name, value, least)
+    for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
+        if value is not None:
+            check_range(name, value, least)
     if args.eta is not None and (sampler != "ddim" or not 0 <= args.eta <= 1):
         raise UsageError(f"--eta is {args.eta} with --sampler {sampler}: it belongs to ddim, and lies from 0 to 1")
     guidance = config.sample.guidance if args.guidance is None else args.guidance
@@ -129,6 +130,8 @@ def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoin
         )
     if path is None or size is None:
         return None, None
+    if not path.exists():
+        raise UsageError(f"--low_res {path} is not there")
     channels = saved.config.data.channels
     if (path / "checkpoints").is_dir() or (path / "state.json").exists():
         base = open_checkpoint(path)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.pictures import grid, grid_columns, save_grid, to_uint8
+from diffusion.pictures import grid, grid_columns, read_grid, save_grid, to_uint8
 
 
 def test_levels_come_back_as_they_were_read():
@@ -40,3 +40,17 @@ def test_classes_make_columns():
 def test_a_picture_is_whole_or_absent(tmp_path):
     save_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), tmp_path / "new" / "a.png", 1)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (7, 3, 16, 12), (1, 4, 64, 64), (3, 2, 100, 100), (3, 5, 4, 4)])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_grid_gives_its_images_back(shape, columns, tmp_path):
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    save_grid(images, tmp_path / "a.png", columns)
+    assert torch.equal(read_grid(tmp_path / "a.png"), images)
+
+
+def test_a_picture_of_something_else_is_no_grid(tmp_path):
+    grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 1).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    assert [read_grid(tmp_path / name) for name in ("a.png", "b.png", "c.png")] == [None] * 3

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers import golden, process, small_unet, tensor
+from helpers import fill, golden, process, small_unet, tensor
 
-from diffusion.samplers import ddim, ddim_reverse, ddpm
+from diffusion import UNetModel
+from diffusion.samplers import ddim, ddim_reverse, ddpm, draw, guided
 
 FIGURES = golden("sampling.npz")
 CASES = [key for key in FIGURES if key.startswith(("ddpm|", "ddim|"))]
@@ -52,3 +53,51 @@ def test_the_ideal_denoiser_of_a_gaussian_samples_that_gaussian():
 def test_nothing_keeps_gradients():
     x = ddpm(process("cosine", 1000, "2"), small_unet(), torch.zeros(1, 3, 8, 8), lambda step: torch.zeros(1, 3, 8, 8))
     assert not x.requires_grad
+
+
+# --- classifier-free guidance -----------------------------------------------------------------------------------------
+
+
+def conditional_unet(num_classes=5):
+    return fill(UNetModel(3, 32, 6, 1, (2,), channel_mult=(1, 2), num_classes=num_classes), 4).eval()
+
+
+def test_the_label_minus_one_is_no_class():
+    """The network is then the one without classes, of the same other weights: guidance adds no key."""
+    conditional = conditional_unet()
+    weights = {name: value for name, value in conditional.state_dict().items() if name != "label_emb.weight"}
+    plain = UNetModel(3, 32, 6, 1, (2,), channel_mult=(1, 2))
+    plain.load_state_dict(weights)
+    x, t = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 40.0, 999.0])
+    y = torch.tensor([-1, 2, -1])
+    out = conditional(x, t, y)
+    torch.testing.assert_close(out[[0, 2]], plain(x, t)[[0, 2]])
+    assert (out[1] - plain(x, t)[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_guidance_is_that_of_ho_and_salimans(scale):
+    """eps = (1 + w) eps(x, y) - w eps(x) with w = scale - 1 (eq. 6); the variance stays that of the class."""
+    model = conditional_unet()
+    x, t, y = torch.randn(4, 3, 8, 8), torch.full((4,), 300.0), torch.tensor([0, 1, 2, 4])
+    with torch.no_grad():
+        out = guided(model, scale, 3, y)(x, t)
+        with_class, without = model(x, t, y), model(x, t, torch.full_like(y, -1))
+    w = scale - 1
+    torch.testing.assert_close(out[:, :3], (1 + w) * with_class[:, :3] - w * without[:, :3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[:, 3:], with_class[:, 3:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_guided_upsampler_sees_the_small_image_both_times():
+    seen = []
+
+    def model(x, t, y, low_res):
+        seen.append((y, low_res))
+        return torch.zeros(len(x), 6, 8, 8)
+
+    low_res = torch.randn(3, 3, 4, 4)
+    draw("ddpm", process("cosine", 1000, "2"), model, (3, 8, 8), indices=range(3), labels=torch.tensor([1, 2, 3]),
+         low_res=low_res, guidance=2.0, seed=0, batch_size=2, device=torch.device("cpu"))  # fmt: skip
+    assert [y.tolist() for y, _ in seen] == [[-1, -1, 1, 2]] * 2 + [[-1, 3]] * 2
+    assert torch.equal(seen[0][1], torch.cat([low_res[:2], low_res[:2]]))
+    assert torch.equal(seen[2][1], torch.cat([low_res[2:], low_res[2:]]))

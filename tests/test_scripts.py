@@ -188,6 +188,87 @@ def test_images_are_those_of_the_array(run, monkeypatch, capsys, tmp_path):
     np.testing.assert_array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), array[..., 0])
 
 
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory):
+    """A run that draws 4x4 digits, trained with and without their classes, and an upsampler to 8x8."""
+    folder = tmp_path_factory.mktemp("cascade")
+    first = ["--data.image_size", "4", "--model.channel_mult", "[1]", "--model.attention_resolutions", "[1]",
+             "--train.label_dropout", "0.2"]  # fmt: skip
+    for name, flags in (("base", first), ("upsampler", ["--data.low_res_size", "4"])):
+        command(sys.executable, "train.py", "--out", folder / name, *SMALL, *flags)
+    return folder
+
+
+def test_a_cascade_is_the_same_by_every_way(cascade, monkeypatch, capsys, tmp_path):
+    """The small images of a run, drawn at once or handed over as an array, a grid or a folder of images."""
+    base, upsampler = cascade / "base", cascade / "upsampler"
+    chosen = ["--classes", "3,1"]
+    for form, out in ((["--npz"], "a.npz"), ([], "a.png"), (["--images"], "images")):
+        flags = ["--ckpt", base, "--n", 5, *form, *chosen, "--out", tmp_path / out]
+        assert script(sample, monkeypatch, capsys, *flags)[0] == 0
+    drawn = {}
+    for source in (base, tmp_path / "a.npz", tmp_path / "a.png", tmp_path / "images"):
+        drawn[source.name] = draw(upsampler, monkeypatch, capsys, tmp_path, "--low_res", source, *chosen, n=5)
+    assert drawn["base"]["arr_0"].shape == (5, 8, 8, 1)
+    assert drawn["base"]["arr_1"].tolist() == [3, 1, 3, 1, 3]
+    for arrays in drawn.values():
+        np.testing.assert_array_equal(arrays["arr_0"], drawn["base"]["arr_0"])
+    # An array brings its classes along, and its number.
+    whole = tmp_path / "b.npz"
+    assert script(sample, monkeypatch, capsys, "--ckpt", upsampler, "--low_res", tmp_path / "a.npz", "--npz",
+                  "--steps", 3, "--out", whole)[0] == 0  # fmt: skip
+    np.testing.assert_array_equal(np.load(whole)["arr_0"], drawn["base"]["arr_0"])
+
+
+def test_a_folder_with_class_folders_brings_its_classes(cascade, monkeypatch, capsys, tmp_path):
+    for name in ("7", "2"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.effect_noise((9, 9), 100).save(tmp_path / "in" / name / "x.png")
+    arrays = draw(cascade / "upsampler", monkeypatch, capsys, tmp_path, "--low_res", tmp_path / "in", n=2)
+    assert arrays["arr_1"].tolist() == [2, 7]
+
+
+def test_guidance_changes_the_pictures_of_a_run_that_was_trained_for_it(cascade, monkeypatch, capsys, tmp_path):
+    drawn = [draw(cascade / "base", monkeypatch, capsys, tmp_path, *flags, n=4)["arr_0"].tobytes()
+             for flags in ([], ["--guidance", 1], ["--guidance", 3], ["--guidance", 0])]  # fmt: skip
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--ckpt", "upsampler"], "is an upsampler: name the small images"),
+        (["--ckpt", "base", "--low_res", "base"], "is no upsampler"),
+        (["--ckpt", "upsampler", "--low_res", "upsampler"], "is an upsampler of 1 channels at 8x8"),
+        (["--ckpt", "upsampler", "--low_res", "a.npz", "--n", "3"], "--n is 3, and --low_res a.npz holds 2 images"),
+        (["--ckpt", "upsampler", "--low_res", "wide.npz"], "(1, 4, 5); "),
+        (["--ckpt", "upsampler", "--low_res", "bad.npz"], "bad.npz is no array that --npz wrote"),
+        (["--ckpt", "upsampler", "--low_res", "bad.png", "--classes", "1"], "bad.png cannot be read as an image"),
+        (["--ckpt", "upsampler", "--low_res", "nowhere"], "nowhere is not there"),
+        (["--ckpt", "upsampler", "--low_res", "empty"], "data.path empty holds no images"),
+        (["--ckpt", "upsampler", "--low_res", "a.png"], "a.png does not say the classes"),
+        (["--ckpt", "base", "--guidance", "nan"], "--guidance is nan"),
+        (["--ckpt", "base", "--guidance", "-1"], "--guidance is -1.0; it must be at least 0"),
+        (["--ckpt", "upsampler", "--low_res", "base", "--guidance", "2"], "trained with train.label_dropout above 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_cascades_answer_bad_input_in_one_line(cascade, monkeypatch, capsys, tmp_path, flags, says):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", np.zeros((2, 4, 4, 1), np.uint8), np.array([1, 2]))
+    np.savez("wide.npz", np.zeros((2, 4, 5, 1), np.uint8))
+    Image.new("L", (4, 4)).save("a.png")
+    for name in ("bad.npz", "bad.png"):
+        Path(name).write_text("nothing")
+    Path("empty").mkdir()
+    flags = [cascade / flag if flag in ("base", "upsampler") else flag for flag in flags]
+    code, out, err = script(sample, monkeypatch, capsys, *flags)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
