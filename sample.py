@@ -183,7 +183,7 @@ def read_low_res(path: Path, size: int, channels: int, class_names: tuple[str, .
         except Exception as error:  # numpy raises OSError, KeyError, ValueError, BadZipFile, ...
             raise UsageError(f"--low_res {path} is no array that --npz wrote: {error}") from None
     tiles = pictures.read_grid(path)
-    return torch.from_numpy(read_image(path, size, channels))[None] if tiles is None else tiles, None
+    return torch.from_numpy(read_image(path, size, channels).copy())[None] if tiles is None else tiles, None
 
 
 def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:

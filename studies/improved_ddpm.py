@@ -24,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ from diffusion.schedule import ScheduleName
 from diffusion.timesteps import LossSecondMoment
 
 ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "improved-ddpm.md"
 SEEDS = range(5)
 T = 250
 TRAINING_STEPS, BATCH_SIZE, LR, EMA_RATE = 1500, 64, 1e-3, 0.995
@@ -246,8 +248,9 @@ def claims_table(results: Results) -> str:
 
 
 def figures_table(results: Results) -> str:
-    columns = ["bits", *(f"fd{n}" for n in SAMPLING_STEPS), "pixels50"]
-    heads = ["bits/dim", *(f"{n} steps" for n in SAMPLING_STEPS), "50 steps, in pixels"]
+    last = SAMPLING_STEPS[-1]
+    columns = ["bits", *(f"fd{n}" for n in SAMPLING_STEPS), f"pixels{last}"]
+    heads = ["bits/dim", *(f"{n} steps" for n in SAMPLING_STEPS), f"{last} steps, in pixels"]
     lines = [f"| arm | variance | {' | '.join(heads)} |", "| --- | --- |" + " --- |" * len(heads)]
     for name, variances in results.items():
         for variance, values in variances.items():
@@ -257,6 +260,27 @@ def figures_table(results: Results) -> str:
     blank = " | ".join([""] * len(SAMPLING_STEPS))
     lines.append(f"| {SAMPLES} training digits, the floor | | {blank} | {floor['fd']:.3f} | {floor['pixels']:.3f} |")
     return "\n".join(lines)
+
+
+def plot(results: Results, path: Path) -> None:
+    """The likelihood of each arm, and the quality of samples by number of steps, with 95% intervals."""
+    lines = [(f"{name}, {v}" if len(variances) > 1 else name, values)
+             for name, variances in results.items() for v, values in variances.items()]  # fmt: skip
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (label, values) in enumerate(lines):
+        colour = f"C{i}"
+        mean, half = interval(values["bits"])
+        left.errorbar(mean, -i, xerr=half, fmt="o", color=colour, capsize=3)
+        points = [interval(values[f"fd{n}"]) for n in SAMPLING_STEPS]
+        right.errorbar(SAMPLING_STEPS, [p[0] for p in points], yerr=[p[1] for p in points], label=label, color=colour,
+                       marker="o", capsize=3, linestyle="--" if "linear" in label else "-")  # fmt: skip
+    left.set_yticks([-i for i in range(len(lines))], [label for label, _ in lines])
+    left.set_xlabel("bits per dimension of held-out digits")
+    right.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance, classifier's features")
+    right.set_xticks(SAMPLING_STEPS, [str(n) for n in SAMPLING_STEPS], minor=False)
+    right.minorticks_off()
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -270,8 +294,18 @@ def main() -> None:
         jobs = [pool.submit(run, name, seed, args.results) for seed in SEEDS for name in ARMS]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="run"):
             job.result()
-    results = gather(args.results)
-    print(claims_table(results), figures_table(results), sep="\n\n")
+    report(gather(args.results))
+
+
+def report(results: Results) -> None:
+    """Rewrite the tables of the document, and the figure beside it."""
+    text = DOCUMENT.read_text()
+    for name, table in (("claims", claims_table(results)), ("figures", figures_table(results))):
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        text = text[: text.index(begin) + len(begin)] + table + "\n" + text[text.index(end) :]
+    DOCUMENT.write_text(text)
+    plot(results, DOCUMENT.with_suffix(".png"))
+    print(f"{DOCUMENT} and its picture are written")
 
 
 if __name__ == "__main__":
