@@ -45,7 +45,7 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "CLAIMS", [claim for claim in study.CLAIMS if claim.figure != "fd50"])
     study.data.cache_clear()
     (tmp_path / "a.md").write_text(
-        "<!-- claims -->\nold\n<!-- end of claims -->\n<!-- figures -->\n<!-- end of figures -->"
+        "<!-- claims -->\nstale\n<!-- end of claims -->\n<!-- figures -->\n<!-- end of figures -->"
     )
     try:
         results = study.gather(tmp_path)
