@@ -15,6 +15,9 @@ from diffusion.config import check_range
 from diffusion.errors import UsageError
 from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, progress_bar
 
+IMAGES = {"digits": (8, 1), "mnist": (28, 1), "cifar10": (32, 3)}
+"""Size and channels of the images of each data set that has but one."""
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
@@ -48,6 +51,12 @@ def main() -> None:
     saved = open_checkpoint(args.ckpt)
     data = saved.config.data
     if args.data_name is not None:
+        there, wanted = IMAGES.get(args.data_name), (data.image_size, data.channels)
+        if args.data_name != data.name and there not in (None, wanted):
+            raise UsageError(
+                f"--data.name is {args.data_name}, whose images are of (size, channels) {there}; "
+                f"the model's are {wanted}"
+            )
         data = dataclasses.replace(data, name=args.data_name, path=None, random_flip=False)
     if args.data_path is not None:
         data = dataclasses.replace(data, path=args.data_path)
@@ -100,6 +109,8 @@ def main() -> None:
             head = torch.stack([torch.ones_like(total), total, total**2, bits.prior.double().cpu()])
             sums += torch.cat([head.sum(1), bits.vb.double().sum(0).cpu()])
     count, bound, square, prior, *vb = torch.stack(gather_object([sums])).sum(0).tolist()
+    if not math.isfinite(bound):
+        raise UsageError(f"the bound is {bound}: the weights of {saved.path} or their process give no likelihood")
     deviation = math.sqrt(max(0.0, square / count - (bound / count) ** 2) * count / max(1, count - 1))
     figures = {
         "bits_per_dim": bound / count,

@@ -349,6 +349,10 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
             raise UsageError("--out is empty: name the run's folder")
         out = out or _default_out(Path(config_files[-1] if config_files else "digits"))
         values = parser.instantiate(parsed)
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets of thousands of levels
+        raise UsageError(f"a value cannot be read: {' '.join(str(error).split())[:200]}") from None
     except argparse.ArgumentError as error:
         known = [action.dest for action in parser._actions if "." in action.dest]
         raise UsageError(_one_line(str(error), known)) from None
@@ -393,12 +397,16 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _check_file(file: str) -> None:
     """Raise UsageError where a file is not YAML made of sections, which the parser would answer at length."""
     try:
+        if Path(file).exists() and not Path(file).is_file():
+            raise UsageError(f"--config {file} is no file")
         text = Path(file).read_text()
         content = yaml.safe_load(text)
         tree = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(f"--config {file}: {(error.strerror or str(error)).lower()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UsageError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
     sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in sections):
@@ -412,6 +420,8 @@ def _check_file(file: str) -> None:
             raise UsageError(_unknown(first, known))
         required = {f.name: f.type for f in dataclasses.fields(sections[name]) if "None" not in str(f.type)}  # type: ignore[arg-type]
         for key, value in keys.items():
+            if value is False and key == "precision":
+                raise UsageError(f'{name}.{key} is false in --config {file}, as YAML reads no: write "no"')
             if value is None and key in required:
                 raise UsageError(f"{name}.{key} is null in --config {file}; it must be of type {required[key]}")
     assert isinstance(tree, yaml.MappingNode)  # as its content is a dict

@@ -54,7 +54,8 @@ def check_writable(folder: Path, flag: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"{flag} cannot be written: {error.strerror}") from None
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UsageError(f"{flag} cannot be written: {reason}") from None
 
 
 def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
@@ -82,6 +83,11 @@ def exit_code(main: Callable[[], None]) -> int:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         line = str(error).replace("\n", "\\n")  # a file's name may hold one
         print(f"{name}{rank}: {line}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{name}: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)

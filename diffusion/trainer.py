@@ -361,7 +361,8 @@ def _begin_folder(out: Path, config: Config, step: int) -> int:
     except (ValueError, KeyError, TypeError):  # UsageError is a ValueError
         raise UsageError(f"--out {out} holds a config.yaml or metrics.jsonl of something else: name another") from None
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UsageError(f"--out {out} cannot be written: {reason}") from None
 
 
 def _names(class_names: tuple[str, ...]) -> str:

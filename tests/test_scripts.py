@@ -133,6 +133,19 @@ def test_two_processes_train_save_resume_and_sample(run, tmp_path):
     assert abs(drawn[0] - drawn[1]).max() <= 1
 
 
+def test_two_processes_share_importance_dropped_classes_and_small_images(tmp_path):
+    """Each learns of the losses of all: the history, the losses and the timesteps drawn are those of one process."""
+    flags = ["train.py", *SMALL, "--train.steps", "6", "--train.timesteps", "loss_second_moment",
+             "--diffusion.steps", "3", "--train.label_dropout", "0.3", "--data.low_res_size", "4"]  # fmt: skip
+    command(sys.executable, *flags, "--out", tmp_path / "one")
+    command("torchrun", "--nproc_per_node", "2", *flags, "--out", tmp_path / "two")
+    one, two = (checkpoint.load_plain(checkpoint.newest(tmp_path / name) / "training.pt")["importance"]
+                for name in ("one", "two"))  # fmt: skip
+    assert torch.equal(one["counts"], two["counts"])
+    assert (one["counts"] == 10).all()  # full: the last steps were drawn by importance
+    torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-3, atol=1e-4)
+
+
 def test_a_launcher_that_starts_too_few_says_what_to_use():
     done = command("accelerate", "launch", "--quiet", "--cpu", "--num_processes", "2", "train.py", code=1)
     assert "use torchrun --nproc_per_node 2 train.py" in done.stderr
@@ -321,6 +334,9 @@ def test_sample_answers_bad_input_in_one_line(run, unconditional, monkeypatch, c
         (["--train.stps", "3"], "did you mean train.steps?"),
         (["--data.name", "folder", "--data.path", "nowhere"], "data.path nowhere is not there"),
         (["--data.name", "folder"], "say which with --data.path"),
+        (["--out", "a" * 300], "File name too long: aaa"),
+        (["--train.steps", "9" * 5000], "Exceeds the limit"),
+        (["--config", "/dev/null"], "--config /dev/null is no file"),
         (["--data.image_size", "9"], "the nearest size that they do is 8"),
         (["--out", "/proc/x"], "--out /proc/x cannot be written"),
         (["--out", ""], "--out is empty"),
@@ -401,6 +417,8 @@ def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_pa
         (["--steps", "2000"], "2000 steps are more than"),
         (["--split", "test"], "digits has no such part"),
         (["--data.path", "x"], "data.path is x, but data.name is digits"),
+        (["--data.name", "mnist"], "mnist, whose images are of (size, channels) (28, 1); the model's are (8, 1)"),
+        (["--data.name", "folder"], "say which with --data.path"),
         (["--ema", "0.1"], "--ema is 0.1"),
         (["--out", "tests"], "--out tests is a folder"),
         (["--out", "/proc/x/y.json"], "--out /proc/x/y.json cannot be written"),
