@@ -12,12 +12,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from diffusion import checkpoint
+from diffusion.checkpoint import Checkpoint, Weights
 from diffusion.config import Config, ModelConfig, config_of, load_config
 from diffusion.errors import UsageError
 from diffusion.layers import timestep_embedding
-
-Weights = Mapping[str, Tensor]
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample"}
@@ -42,9 +40,9 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
     if diffusion.mean not in PREDICTIONS or diffusion.variance == "learned" or diffusion.respacing:
         raise _not_in_diffusers("mean previous_x, variance learned and a respaced process")
     heads = None if model.num_head_channels == -1 and model.num_heads == 1 else widths[-1] // model.num_heads
-    plain = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if model.resblock_updown else ("DownBlock2D", "UpBlock2D")
-    )
+    down, up = ("ResnetDown", "ResnetUp") if model.resblock_updown else ("Down", "Up")
+    resample = "resnet" if model.resblock_updown else "conv"
+    sample = "sample" if model.resblock_updown else ""
     # A table of sinusoids is the one way to tell this network another number than the scheduler's timestep.
     table = diffusion.rescale_timesteps and diffusion.steps != 1000
     return dict(
@@ -54,11 +52,10 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
         time_embedding_type="learned" if table else "positional", time_embedding_dim=None,
         num_train_timesteps=diffusion.steps if table else None,
         block_out_channels=widths, layers_per_block=model.num_res_blocks, dropout=model.dropout,
-        down_block_types=["AttnDownBlock2D" if here else plain[0] for here in attention],
-        up_block_types=["AttnUpBlock2D" if here else plain[1] for here in reversed(attention)],
+        down_block_types=["AttnDownBlock2D" if here else f"{down}{sample}Block2D" for here in attention],
+        up_block_types=["AttnUpBlock2D" if here else f"{up}{sample}Block2D" for here in reversed(attention)],
         mid_block_type="UNetMidBlock2D", mid_block_scale_factor=1, add_attention=True, downsample_padding=1,
-        downsample_type="resnet" if model.resblock_updown else "conv",
-        upsample_type="resnet" if model.resblock_updown else "conv",
+        downsample_type=resample, upsample_type=resample,
         attention_head_dim=heads if model.num_head_channels == -1 else model.num_head_channels,
         norm_num_groups=32, attn_norm_num_groups=32,
         resnet_time_scale_shift="scale_shift" if model.use_scale_shift_norm else "default",
@@ -112,12 +109,15 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
 def _check_settings(name: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise UsageError where diffusers' settings are not those of any network or process here."""
     for key, value in wanted.items():
-        there = given.get(key)
-        there = list(there) if isinstance(there, tuple) else there
-        if there != value and key not in ("timestep_spacing", "num_train_timesteps", "beta_start", "beta_end"):
+        there = list(given[key]) if isinstance(given.get(key), tuple) else given.get(key)
+        if key in ("beta_start", "beta_end"):  # of the linear schedule; decimal and binary fractions differ a little
+            same = given["beta_schedule"] != "linear" or abs(there - value) < 1e-9
+        elif key == "attn_norm_num_groups" and there is None:  # then the resnets' number, in this case only
+            same = given["resnet_time_scale_shift"] == "default"
+        else:  # what is of no effect: a number that only a table needs, and a choice for sampling
+            same = there == value or f"{name} {key}" in ("unet num_train_timesteps", "scheduler timestep_spacing")
+        if not same:
             raise UsageError(f"the pipeline's {name} has {key} {there}, where only {value} can be honoured here")
-        if key in ("beta_start", "beta_end") and given["beta_schedule"] == "linear" and abs(there - value) > 1e-9:
-            raise UsageError(f"the pipeline's scheduler has {key} {there}; the paper's linear schedule has {value}")
 
 
 def _modules(model: ModelConfig) -> dict[str, str]:
@@ -212,7 +212,7 @@ def from_diffusers(theirs: Weights, config: Config, num_classes: int) -> dict[st
     return {name: value.float().contiguous() for name, value in weights.items()}
 
 
-def write_pipeline(saved: checkpoint.Checkpoint, weights: Weights, out: Path, ddim: bool) -> None:
+def write_pipeline(saved: Checkpoint, weights: Weights, out: Path, ddim: bool) -> None:
     """A pipeline folder: `DDPMPipeline`, or with the mean's channels only a `DDIMPipeline`, whose scheduler takes no
     others. Raises UsageError where diffusers cannot express the run."""
     config = saved.config
@@ -267,11 +267,8 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...] | int, dict[str, 
         _check_settings("scheduler", scheduler, scheduler_config(config))
     else:
         config = config_from_diffusers(unet.config, scheduler)
-    return (
-        config,
-        classes,
-        from_diffusers(unet.state_dict(), config, classes if isinstance(classes, int) else len(classes)),
-    )
+    num_classes = classes if isinstance(classes, int) else len(classes)
+    return config, classes, from_diffusers(unet.state_dict(), config, num_classes)
 
 
 def _not_in_diffusers(what: str) -> UsageError:

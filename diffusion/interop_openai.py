@@ -68,8 +68,9 @@ def parse_flags(text: str) -> dict[str, Any]:
     return flags
 
 
-def config_from_flags(flags: Mapping[str, Any], upsampler: bool, guided: bool) -> Config:
+def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
     """The run that such flags (see `parse_flags`) describe. Raises UsageError where it cannot be."""
+    guided = "channel_mult" in flags  # which repository's flags they are
     size = flags["large_size"] if upsampler else flags["image_size"]
     mult = flags.get("channel_mult") or CHANNEL_MULT.get(256 if upsampler and size == 512 else size)
     if mult is None:
@@ -146,6 +147,6 @@ def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tens
     weights = {str(name): value.float() for name, value in loaded.items()}
     first = weights.get("input_blocks.0.0.weight")
     upsampler = first is not None and first.ndim == 4 and first.shape[1] == 6
-    config = config_from_flags(flags, upsampler, guided="channel_mult" in flags)
+    config = config_from_flags(flags, upsampler)
     num_classes = len(weights.get("label_emb.weight", range(1000))) if flags["class_cond"] else 0
     return config, num_classes, weights

@@ -89,7 +89,7 @@ def test_a_published_file_comes_back_unchanged(published, tmp_path, monkeypatch,
     # The flags that are printed describe the same run.
     printed = out.split("flags: ")[1]
     before = checkpoint.open_checkpoint(tmp_path / "run").config
-    again = config_from_flags(parse_flags(printed), "large_size" in printed, guided=True)
+    again = config_from_flags(parse_flags(printed), "large_size" in printed)
     assert (again.model, again.diffusion, again.data) == (before.model, before.diffusion, before.data)
 
 
@@ -132,7 +132,7 @@ README = {  # of both repositories: flags, channel multipliers, parameters, upsa
 def test_flags_of_the_readmes_describe_the_published_networks(name):
     flags = parse_flags(README[name])
     upsampler = name.startswith("upsample")
-    config = config_from_flags(flags, upsampler, guided="channel_mult" in flags)
+    config = config_from_flags(flags, upsampler)
     with torch.device("meta"):
         network = config.network(1000)
     assert sum(p.numel() for p in network.parameters()) == golden("published_parameters.json")[name]
@@ -150,7 +150,7 @@ def test_flags_of_the_readmes_describe_the_published_networks(name):
 
 
 def test_each_repository_has_its_own_defaults():
-    improved, guided = (config_from_flags(parse_flags(flags), False, "guided" in flags or "use" in flags)
+    improved, guided = (config_from_flags(parse_flags(flags), False)
                         for flags in ("--learn_sigma True", "--learn_sigma True --use_fp16 True"))  # fmt: skip
     assert (improved.diffusion.loss, improved.diffusion.rescale_timesteps) == ("rescaled_mse", True)
     assert (guided.diffusion.loss, guided.diffusion.rescale_timesteps) == ("mse", False)
@@ -162,7 +162,7 @@ def test_each_repository_has_its_own_defaults():
 )
 def test_published_sizes_come_in(name, most, tmp_path, monkeypatch, capsys):
     flags = parse_flags(README[name])
-    network = fill(config_from_flags(flags, False, "channel_mult" in flags).network(1000), 1)
+    network = fill(config_from_flags(flags, False).network(1000), 1)
     assert sum(p.numel() for p in network.parameters()) < most
     torch.save(network.state_dict(), tmp_path / "a.pt")
     code, _, err = run_convert(
@@ -337,6 +337,36 @@ def test_a_pipeline_without_our_files_becomes_a_run_too(exported, tmp_path, monk
 
 
 @torch.no_grad()
+def test_a_pipeline_made_with_diffusers_alone_becomes_a_run(tmp_path, monkeypatch, capsys):
+    """The network of diffusers' own training example, narrower, with everything else at their defaults."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(32, 32, 64),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path / "p")
+    code, _, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    saved = checkpoint.open_checkpoint(tmp_path / "run")
+    assert (saved.config.diffusion.schedule, saved.config.diffusion.variance) == ("linear", "fixed_small")
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 900])
+    ours = saved.network(saved.chosen_weights()).eval()(x, saved.config.diffusion.process().network_t(t))
+    torch.testing.assert_close(ours, unet(x, t).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_and_a_pipeline_that_differ_are_told_apart(tmp_path, monkeypatch, capsys):
+    """The settings of the run that lie in the folder are not believed against those of the pipeline."""
+    run_of(tmp_path / "run", *SMALL, "--diffusion.rescale_timesteps", "false")
+    run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
+    settings = tmp_path / "p/scheduler/scheduler_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"num_train_timesteps": 500}))
+    code, _, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--out", tmp_path / "back")
+    assert code == 2
+    assert "scheduler has num_train_timesteps 500, where only 1000" in err
+
+
+@torch.no_grad()
 def test_ddim_gets_the_mean_alone(tmp_path, monkeypatch, capsys):
     config, _, average = run_of(tmp_path / "run", *SMALL)
     code, out, _ = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--ddim", "--out", tmp_path / "p")
@@ -388,6 +418,8 @@ def test_what_diffusers_cannot_express_is_refused(overrides, says, tmp_path, mon
         ("scheduler", {"_class_name": "EulerDiscreteScheduler"}, "holds UNet2DModel and EulerDiscreteScheduler"),
         ("scheduler", {"beta_schedule": "sigmoid"}, "without counterpart here: sigmoid"),
         ("scheduler", {"beta_schedule": "linear", "beta_end": 0.01}, "beta_end 0.01"),
+        ("scheduler", {"trained_betas": [0.1] * 1000}, "trained_betas [0.1, "),
+        ("unet", {"attn_norm_num_groups": None}, "attn_norm_num_groups None, where only 32"),
         ("scheduler", {"prediction_type": "v_prediction"}, "without counterpart here: v_prediction"),
         ("scheduler", {"clip_sample": False}, "clip_sample False"),
     ],

@@ -80,7 +80,7 @@ def test_the_commands_of_the_readme_work(tmp_path):
     """All of them, in their order, in one folder, with the training cut short."""
     short = "--train.steps 3 --train.batch_size 16 --sample.steps 2 --sample.n 6"
     flags = "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True"  # weights that need no download
-    network = config_from_flags(parse_flags(flags), upsampler=False, guided=False).network(0)
+    network = config_from_flags(parse_flags(flags), upsampler=False).network(0)
     torch.save(network.state_dict(), tmp_path / "cifar10_uncond_50M_500K.pt")
     for line in readme_commands():
         if "--data.path" in line or "--data.name cifar10" in line:
