@@ -60,7 +60,6 @@ def main() -> None:
     check_range("--guidance", guidance, 0, most=1000)
     check_guidance("--guidance", guidance, config)
     process = config.diffusion.process(config.sample.steps if args.steps is None else args.steps)
-    labels = choose_labels(saved, args.classes)
 
     import torch
     from accelerate import PartialState
@@ -71,6 +70,7 @@ def main() -> None:
     from diffusion.samplers import draw
 
     base, low_res = open_low_res(saved, args)
+    labels = choose_labels(base if base is not None and not saved.class_names else saved, args.classes)
     n = args.n or (config.sample.n if low_res is None else len(low_res[0]))
     if low_res is not None:
         if n > len(low_res[0]):
@@ -141,7 +141,7 @@ def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoin
             drawn = f"{data.channels} channels at {data.image_size}x{data.image_size}"
             raise UsageError(f"--low_res {path} is {kind} of {drawn}; {saved.path} enlarges "
                              f"{channels} channels at {size}x{size}")  # fmt: skip
-        if base.class_names and base.class_names != saved.class_names:
+        if base.class_names and saved.class_names not in ((), base.class_names):
             raise UsageError(f"--low_res {path} has other classes than {saved.path}")
         return base, None
     images, labels = read_low_res(path, size, channels, saved.class_names)

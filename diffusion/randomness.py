@@ -34,10 +34,11 @@ def picture_noise(indices: range, shape: Sequence[int], device: torch.device, se
     """Standard normal noise (len(indices), *shape) for pictures of `seed` at one step of a sampler, or at "x_T".
 
     Drawn in blocks of `BLOCK` pictures and cut to those asked for, so a picture's noise depends on its index only.
+    Another shape draws other numbers: the stages of a cascade share a seed, not their noise.
     """
     first = indices.start // BLOCK
     blocks = [
-        torch.randn(BLOCK, *shape, device=device, generator=generator_for(device, seed, "picture", step, block))
+        torch.randn(BLOCK, *shape, device=device, generator=generator_for(device, seed, "picture", *shape, step, block))
         for block in range(first, (indices.stop - 1) // BLOCK + 1)
     ]
     return torch.cat(blocks)[indices.start - first * BLOCK : indices.stop - first * BLOCK]

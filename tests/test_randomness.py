@@ -30,3 +30,9 @@ def test_seeds_steps_and_starts_do_not_share_noise():
     big = picture_noise(range(4000), (10,), CPU, 0, "x_T")
     assert abs(big.mean().item()) < 0.02
     assert abs(big.std().item() - 1) < 0.02
+
+
+def test_two_sizes_of_a_seed_share_no_noise():
+    """Else the first stage of a cascade would tell the second what to draw."""
+    small, large = (picture_noise(range(16), (1, size, size), torch.device("cpu"), 0, "x_T") for size in (4, 8))
+    assert not torch.isin(small, large).any()

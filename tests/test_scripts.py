@@ -214,7 +214,8 @@ def cascade(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cascade")
     first = ["--data.image_size", "4", "--model.channel_mult", "[1]", "--model.attention_resolutions", "[1]",
              "--train.label_dropout", "0.2"]  # fmt: skip
-    for name, flags in (("base", first), ("upsampler", ["--data.low_res_size", "4"])):
+    second = ["--data.low_res_size", "4"]
+    for name, flags in (("base", first), ("upsampler", second), ("plain", [*second, "--model.class_cond", "false"])):
         command(sys.executable, "train.py", "--out", folder / name, *SMALL, *flags)
     return folder
 
@@ -238,6 +239,12 @@ def test_a_cascade_is_the_same_by_every_way(cascade, monkeypatch, capsys, tmp_pa
     assert script(sample, monkeypatch, capsys, "--ckpt", upsampler, "--low_res", tmp_path / "a.npz", "--npz",
                   "--steps", 3, "--out", whole)[0] == 0  # fmt: skip
     np.testing.assert_array_equal(np.load(whole)["arr_0"], drawn["base"]["arr_0"])
+
+
+def test_the_first_stage_alone_may_know_classes(cascade, monkeypatch, capsys, tmp_path):
+    drawn = [draw(cascade / "plain", monkeypatch, capsys, tmp_path, "--low_res", cascade / "base", "--classes", c, n=2)
+             for c in "38"]  # fmt: skip
+    assert [arrays["arr_1"].tolist() for arrays in drawn] == [[3, 3], [8, 8]]
 
 
 def test_a_folder_with_class_folders_brings_its_classes(cascade, monkeypatch, capsys, tmp_path):
