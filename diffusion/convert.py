@@ -14,25 +14,10 @@ from pathlib import Path
 import torch
 
 from diffusion import checkpoint
-from diffusion.config import Config
 from diffusion.errors import UsageError
 from diffusion.interop_diffusers import read_pipeline, write_pipeline
 from diffusion.interop_openai import flags_from_config, from_openai
 from diffusion.launch import Parser, check_writable, exit_code
-
-
-def _write_run(
-    out: Path, config: Config, class_names: tuple[str, ...], weights: checkpoint.Weights, source: Path
-) -> None:
-    with torch.device("meta"):
-        network = config.network(len(class_names))
-    checkpoint.check_fits(network, weights, source)
-    checkpoint.save(
-        checkpoint.checkpoint_folder(out, 0), step=0, config=config, class_names=class_names, weights=weights,
-        averages={}, training={"optimizer": {"state": {}}, "scaler": None, "importance": None},
-    )  # fmt: skip
-    config.save(out / "config.yaml")
-    (out / "metrics.jsonl").touch()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -65,42 +50,58 @@ def main() -> None:
             raise UsageError(f"--{name} has no meaning for {args.format} from {'a run' if is_run else args.source}")
     check_writable(args.out.parent, f"--out {args.out}")
     if is_run:
-        saved = checkpoint.open_checkpoint(args.source)
-        weights = saved.chosen_weights(args.ema)
-        checkpoint.check_fits(saved.config.network(len(saved.class_names)), weights, saved.path)
-        if args.format == "diffusers":
-            write_pipeline(saved, weights, args.out, args.ddim)
-            print(f"{'DDIMPipeline' if args.ddim else 'DDPMPipeline'}: {args.out.resolve()}")
-            if saved.class_names:
-                print("its pipeline passes no classes: call its unet with class_labels (README, Other formats)")
-            return
+        export(args)
+    else:
+        take_in(args)
+
+
+def export(args: argparse.Namespace) -> None:
+    """A run to the other's format."""
+    saved = checkpoint.open_checkpoint(args.source)
+    weights = saved.chosen_weights(args.ema)
+    saved.network(weights)  # raises where they are not its own
+    if args.format == "diffusers":
+        write_pipeline(saved, weights, args.out, args.ddim)
+        print(f"{'DDIMPipeline' if args.ddim else 'DDPMPipeline'}: {args.out.resolve()}")
+        if saved.class_names:
+            print("its pipeline passes no classes: call its unet with class_labels (README, Other formats)")
+    else:
         torch.save(dict(weights), args.out)
         print(f"state dict: {args.out.resolve()}")
         try:
-            print(f"guided-diffusion's flags: {flags_from_config(saved.config)}")
+            print(f"guided-diffusion's flags: {flags_from_config(saved.config, len(saved.class_names))}")
         except UsageError as error:
             print(f"load it into their UNetModel by hand: {error}")
-        return
-    classes: tuple[str, ...] | int
+
+
+def take_in(args: argparse.Namespace) -> None:
+    """The other's format to a run."""
     if args.format == "diffusers":
-        config, classes, weights = read_pipeline(args.source)
+        config, names, weights = read_pipeline(args.source)
+    elif args.flags is None:
+        raise UsageError("--flags is missing: the flags of their README for this checkpoint, or '' for none")
     else:
-        if args.flags is None:
-            raise UsageError("--flags is missing: the flags of their README for this checkpoint, or '' for none")
-        config, classes, weights = from_openai(args.source, args.flags)
+        config, num_classes, weights = from_openai(args.source, args.flags)
+        names = tuple(map(str, range(num_classes)))
     if args.class_names:
-        names = tuple(args.class_names.read_text().splitlines())
-        if len(names) != (classes if isinstance(classes, int) else len(classes)) or len(set(names)) < len(names):
+        given = tuple(args.class_names.read_text().splitlines())
+        if len(set(given)) != len(names):
             raise UsageError(
-                f"--class_names {args.class_names} has {len(names)} names, the weights another number, or one is twice"
+                f"--class_names {args.class_names} has {len(set(given))} different names; the weights have {len(names)}"
             )
-        classes = names
-    if isinstance(classes, int):
-        classes = tuple(map(str, range(classes)))
-    _write_run(args.out, config, classes if config.model.class_cond else (), weights, args.source)
-    diffusion = config.diffusion
-    print(f"run: {args.out.resolve()} ({diffusion.steps} {diffusion.schedule} steps, variance {diffusion.variance}, "
-          f"timesteps {'rescaled to 1000' if diffusion.rescale_timesteps else 'not rescaled'})")  # fmt: skip
+        names = given
+    with torch.device("meta"):
+        network = config.network(len(names))
+    checkpoint.check_fits(network, weights, args.source)
+    checkpoint.save(
+        checkpoint.checkpoint_folder(args.out, 0), step=0, config=config, class_names=names, weights=weights,
+        averages={}, training={"optimizer": {"state": {}}, "scaler": None, "importance": None},
+    )  # fmt: skip
+    config.save(args.out / "config.yaml")
+    (args.out / "metrics.jsonl").touch()
+    print(f"run: {args.out.resolve()} ({config.diffusion.steps} {config.diffusion.schedule} steps, "
+          f"variance {config.diffusion.variance}, timesteps {'' if config.diffusion.rescale_timesteps else 'not '}"
+          "rescaled to 1000)")  # fmt: skip
 
 
 if __name__ == "__main__":

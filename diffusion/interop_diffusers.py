@@ -239,9 +239,9 @@ def write_pipeline(saved: Checkpoint, weights: Weights, out: Path, ddim: bool) -
         (out / "class_names.json").write_text(json.dumps(saved.class_names))
 
 
-def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...] | int, dict[str, Tensor]]:
-    """A pipeline folder -> the run, its class names (or how many), its weights. Raises UsageError, naming what has no
-    counterpart here. Only safetensors are read."""
+def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor]]:
+    """A pipeline folder -> the run, its class names (numbers where it has none), its weights. Raises UsageError,
+    naming what has no counterpart here. Only safetensors are read."""
     diffusers = _import_diffusers()
     try:
         raw = {name: json.loads((path / name / file).read_text())
@@ -260,15 +260,14 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...] | int, dict[str, 
         )
     except Exception as error:  # diffusers raises whatever its parts gave
         raise UsageError(f"diffusers cannot open {path}: {' '.join(str(error).split())[:300]}") from None
-    classes: tuple[str, ...] | int = unet.config["num_class_embeds"] or 0
+    names = tuple(map(str, range(unet.config["num_class_embeds"] or 0)))
     if (path / "run.yaml").exists() and (path / "class_names.json").exists():
-        config, classes = load_config(path / "run.yaml"), tuple(json.loads((path / "class_names.json").read_text()))
-        _check_settings("unet", unet.config, unet_config(config, len(classes)))
+        config, names = load_config(path / "run.yaml"), tuple(json.loads((path / "class_names.json").read_text()))
+        _check_settings("unet", unet.config, unet_config(config, len(names)))
         _check_settings("scheduler", scheduler, scheduler_config(config))
     else:
         config = config_from_diffusers(unet.config, scheduler)
-    num_classes = classes if isinstance(classes, int) else len(classes)
-    return config, classes, from_diffusers(unet.state_dict(), config, num_classes)
+    return config, names, from_diffusers(unet.state_dict(), config, len(names))
 
 
 def _not_in_diffusers(what: str) -> UsageError:

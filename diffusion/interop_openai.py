@@ -32,6 +32,7 @@ GUIDED = IMPROVED | dict(
 )  # fmt: skip
 """The same for guided-diffusion."""
 ONLY_GUIDED = {"channel_mult", "num_head_channels", "resblock_updown", "use_new_attention_order"}
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4", 32: "1,2,2,2"}
 """By image size. (An upsampler to 512 has those of 256.)"""
 
@@ -39,7 +40,8 @@ CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64
 def parse_flags(text: str) -> dict[str, Any]:
     """Their flags, typed, with the defaults of the repository whose flags they are. Raises UsageError, naming the flag.
 
-    Flags are taken for guided-diffusion's where one among them is only known there.
+    Flags are taken for guided-diffusion's where one among them is only known there. (use_fp16 says how their code
+    computes, and nothing of the model.)
     """
     try:
         words = [part for word in shlex.split(text) for part in (word.split("=", 1) if word[:2] == "--" else [word])]
@@ -58,9 +60,7 @@ def parse_flags(text: str) -> dict[str, Any]:
             raise UsageError(f"--flags has --{name}, which is not known or cannot be honoured here{hint}")
         kind = type(flags[name])
         try:
-            flags[name] = (
-                {"true": True, "1": True, "false": False, "0": False}[value.lower()] if kind is bool else kind(value)
-            )
+            flags[name] = BOOLEANS[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise UsageError(f"--flags has --{name} {value}; it must be of type {kind.__name__}") from None
     if not flags["clip_denoised"]:
@@ -109,11 +109,12 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
     )  # fmt: skip
 
 
-def flags_from_config(config: Config) -> str:
+def flags_from_config(config: Config, num_classes: int) -> str:
     """guided-diffusion's flags for the network and process of `config`. Raises UsageError if it has none for them."""
     data, model, diffusion = config.data, config.model, config.diffusion
-    if data.channels != 3:
-        raise UsageError(f"their scripts build networks for 3 channels only, and these images have {data.channels}")
+    if data.channels != 3 or num_classes not in (0, 1000):
+        raise UsageError("their scripts build networks for 3 channels and 1000 classes or none, and this has "
+                         f"{data.channels} and {num_classes}")  # fmt: skip
     if not model.conv_resample or diffusion.mean == "previous_x" or diffusion.variance == "learned":
         raise UsageError("their scripts have no flag for conv_resample false, mean previous_x and variance learned")
     resolutions = [data.image_size // factor for factor in model.attention_resolutions]
