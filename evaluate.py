@@ -10,10 +10,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from diffusion.checkpoint import open_checkpoint
 from diffusion.config import check_range
 from diffusion.errors import UsageError
-from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, progress_bar
+from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, opened, progress_bar
 
 IMAGES = {"digits": (8, 1), "mnist": (28, 1), "cifar10": (32, 3)}
 """Size and channels of the images of each data set that has but one."""
@@ -48,7 +47,7 @@ def main() -> None:
     for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
         if value is not None:
             check_range(name, value, least)
-    saved = open_checkpoint(args.ckpt)
+    saved = opened(args.ckpt)
     data = saved.config.data
     if args.data_name is not None:
         there, wanted = IMAGES.get(args.data_name), (data.image_size, data.channels)

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion.checkpoint import Checkpoint, Weights, open_checkpoint
+from diffusion.checkpoint import Checkpoint, Weights
 from diffusion.config import check_guidance, check_range
 from diffusion.errors import UsageError
-from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, progress_bar
+from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, opened, progress_bar
 from diffusion.process import GaussianDiffusion
 
 Images = tuple[Tensor, list[int] | None]
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
-    saved = open_checkpoint(args.ckpt)
+    saved = opened(args.ckpt)
     config = saved.config
     sampler = args.sampler or config.sample.sampler
     for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
@@ -134,7 +134,7 @@ def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoin
         raise UsageError(f"--low_res {path} is not there")
     channels = saved.config.data.channels
     if (path / "checkpoints").is_dir() or (path / "state.json").exists():
-        base = open_checkpoint(path)
+        base = opened(path)
         data = base.config.data
         if (data.image_size, data.channels, data.low_res_size) != (size, channels, None):
             kind = "an upsampler" if data.low_res_size is not None else "a run"

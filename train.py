@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from tqdm import tqdm
+
 from diffusion.config import parse_command_line
 from diffusion.launch import check_launcher, exit_code, progress_bar
 
@@ -15,7 +17,7 @@ def main() -> None:
 
     from diffusion.trainer import Trainer  # after the parser, so that --help and a mistyped key answer at once
 
-    trainer = Trainer(config, out)
+    trainer = Trainer(config, out, tell=lambda message: tqdm.write(f"train.py: {message}", file=sys.stderr))
     main_process = trainer.accelerator.is_main_process
     if main_process:
         begun = f"continues after step {trainer.step}" if trainer.step else "begins"

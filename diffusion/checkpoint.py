@@ -2,14 +2,16 @@
 
 step_00001500/
     config.yaml            the resolved configuration
-    state.json             the step, the class names, config.yaml's checksum, who wrote it
+    state.json             the step, the class names, who wrote it
     model.safetensors      the weights in training
     ema_0.999.safetensors  a moving average, one file a rate (none at step 0, where all are the weights)
     training.pt            the optimizer's state and the loss scale (read with weights_only)
+    SHA256SUMS             a checksum of each of them, as `sha256sum --check` reads them
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ from diffusion.errors import UsageError
 from diffusion.unet import UNetModel
 
 FORMAT = 2
+SUMS = "SHA256SUMS"
 Weights = Mapping[str, Tensor]
 
 
@@ -42,6 +45,8 @@ class Checkpoint:
     step: int
     config: Config
     class_names: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
+    """What was wrong with newer checkpoints of the run, in whose place this one is."""
 
     def weights(self) -> dict[str, Tensor]:
         """The weights in training."""
@@ -104,19 +109,36 @@ def save(
     """Write the checkpoint `folder`: into a temporary folder first, which takes its name when all is on the disk."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(temporary, step, config, class_names, weights, averages, training)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its room is needed
+        raise
+    temporary.rename(folder)
+    _to_disk(folder.parent)
+
+
+def _write(
+    temporary: Path,
+    step: int,
+    config: Config,
+    class_names: tuple[str, ...],
+    weights: Weights,
+    averages: Mapping[float, Weights],
+    training: dict[str, Any],
+) -> None:
     temporary.mkdir(parents=True)
     config.save(temporary / "config.yaml")
-    state = {"format": FORMAT, "step": step, "class_names": class_names, "torch": torch.__version__,
-             "sha256": {"config.yaml": _sha256(temporary / "config.yaml")}}  # fmt: skip
+    state = {"format": FORMAT, "step": step, "class_names": class_names, "torch": torch.__version__}
     (temporary / "state.json").write_text(json.dumps(state, indent=1))
     save_file(_on_cpu(weights), temporary / "model.safetensors")
     for rate, average in averages.items():
         save_file(_on_cpu(average), temporary / f"ema_{rate}.safetensors")
     torch.save(training, temporary / "training.pt")
+    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+    (temporary / SUMS).write_text("".join(sums))
     for path in (*temporary.iterdir(), temporary):
         _to_disk(path)
-    temporary.rename(folder)
-    _to_disk(folder.parent)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -124,23 +146,60 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def newest(run: Path) -> Path | None:
-    """A run's checkpoint with the highest step, or None."""
-    found = {
-        int(m[1]): path
-        for path in (run / "checkpoints").glob("step_*")
-        if (m := re.fullmatch(r"step_(\d+)", path.name))
-    }
-    return found[max(found)] if found else None
+def folders(run: Path) -> list[Path]:
+    """A run's checkpoints, the newest first."""
+    steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in (run / "checkpoints").glob("step_*")}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: -int(path.name[5:]))
+
+
+def prune(run: Path, keep_last: int, keep_every: int) -> None:
+    """Remove a run's checkpoints but the last `keep_last` (0: all stay) and those of each `keep_every`-th step."""
+    for path in folders(run)[keep_last:] if keep_last else []:
+        if not keep_every or int(path.name[5:]) % keep_every:
+            removed = path.rename(path.with_name(f".{path.name}.tmp"))  # half of a checkpoint must not look like one
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's folder, or the newest of a run's. Raises UsageError where there is none or it is not whole."""
+    """A checkpoint's folder, or the newest of a run's that is whole, with every file's checksum verified.
+
+    Raises UsageError where there is none. Of a run, damaged ones are passed over if an older one is whole.
+    """
     if not path.exists():
         raise UsageError(f"checkpoint {path} is not there")
-    folder = path if (path / "state.json").exists() or path.name.startswith("step_") else newest(path)
-    if folder is None:
-        raise UsageError(f"{path} is no checkpoint, and no run that has saved one (no checkpoints/step_... in it)")
+    if (path / "state.json").exists() or path.name.startswith("step_"):
+        return _open_folder(path)
+    damage: list[UsageError] = []
+    for folder in folders(path):
+        try:
+            return dataclasses.replace(_open_folder(folder), passed_over=tuple(map(str, damage)))
+        except UsageError as error:
+            damage.append(error)
+    raise (
+        damage[0]
+        if damage
+        else UsageError(f"{path} is no checkpoint, and no run that has saved one (no checkpoints/step_... in it)")
+    )
+
+
+def _verify(folder: Path) -> None:
+    """Raise UsageError, with the file's name, where one is missing or is not what was written."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+        sums = {name: wanted for wanted, name in (line.split("  ", 1) for line in lines)}
+        if not {"config.yaml", "state.json", "model.safetensors", "training.pt"} <= sums.keys():
+            raise ValueError("it does not name every file")
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / SUMS, error) from None
+    for name, wanted in sums.items():
+        try:
+            if _sha256(folder / name) != wanted:
+                raise ValueError("it is not what was written there (settings are changed on the command line)")
+        except (OSError, ValueError) as error:
+            raise _damaged(folder / name, error) from None
+
+
+def _open_folder(folder: Path) -> Checkpoint:
     state_path = folder / "state.json"
     try:
         state = json.loads(state_path.read_text())
@@ -149,17 +208,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"step is {step!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(state_path, error) from None
-    if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
-        raise UsageError(f"checkpoint {folder} is of step {step}: give the folder its name back, step_{step:08d}")
     if state.get("format") != FORMAT:
         raise UsageError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
-    try:
-        if _sha256(folder / "config.yaml") != state["sha256"]["config.yaml"]:
-            raise UsageError("it is not the one that was saved; settings are changed on the command line, not there")
-        config = load_config(folder / "config.yaml")
-    except (OSError, KeyError, TypeError, UsageError) as error:
-        raise _damaged(folder / "config.yaml", error) from None
-    return Checkpoint(folder, step, config, class_names)
+    _verify(folder)
+    if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
+        raise UsageError(f"checkpoint {folder} is of step {step}: give the folder its name back, step_{step:08d}")
+    return Checkpoint(folder, step, load_config(folder / "config.yaml"), class_names)
 
 
 def check_fits(model: torch.nn.Module, weights: Weights, source: Path) -> None:
@@ -206,7 +260,8 @@ def _in_short(error: Exception) -> str:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _on_cpu(weights: Weights) -> dict[str, Tensor]:

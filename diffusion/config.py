@@ -250,9 +250,16 @@ class CheckpointConfig:
 
     every: int = 500
     """optimizer steps between checkpoints; 0: only after the last step"""
+    keep_last: int = 0
+    """remove all but the last so many once a new one is safe; 0: keep all"""
+    keep_every: int = 0
+    """of those removed, spare each of a step that this divides; 0: none"""
+    on_error: Literal["stop", "continue"] = "stop"
+    """when a checkpoint or a grid cannot be written, as on a full disk; what was saved before stays either way"""
 
     def __post_init__(self) -> None:
-        check_range("checkpoint.every", self.every, 0)
+        for name in ("every", "keep_last", "keep_every"):
+            check_range(f"checkpoint.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)

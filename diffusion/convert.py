@@ -17,7 +17,7 @@ from diffusion import checkpoint
 from diffusion.errors import UsageError
 from diffusion.interop_diffusers import read_pipeline, write_pipeline
 from diffusion.interop_openai import flags_from_config, from_openai
-from diffusion.launch import Parser, check_writable, exit_code
+from diffusion.launch import Parser, check_writable, exit_code, opened
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def main() -> None:
 
 def export(args: argparse.Namespace) -> None:
     """A run to the other's format."""
-    saved = checkpoint.open_checkpoint(args.source)
+    saved = opened(args.source)
     weights = saved.chosen_weights(args.ema)
     saved.network(weights)  # raises where they are not its own
     if args.format == "diffusers":

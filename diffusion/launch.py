@@ -15,6 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from diffusion.checkpoint import Checkpoint, open_checkpoint
 from diffusion.errors import UsageError
 
 
@@ -46,6 +47,14 @@ def check_launcher() -> None:
 def on_cpu() -> bool:
     """Whether to tell accelerate so: without a GPU it would take each of torchrun's processes for the only one."""
     return not torch.accelerator.is_available()
+
+
+def opened(path: Path) -> Checkpoint:
+    """`open_checkpoint`, which says on stderr what it passed over."""
+    saved = open_checkpoint(path)
+    for damage in saved.passed_over:
+        print(f"{os.path.basename(sys.argv[0])}: {damage}; {saved.path.name} is used", file=sys.stderr)
+    return saved
 
 
 def check_writable(folder: Path, flag: str) -> None:

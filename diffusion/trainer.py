@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather
+from accelerate.utils import broadcast_object_list, gather
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.func import functional_call
 
@@ -38,7 +40,7 @@ MAY_CHANGE = {
     "train": {"steps", "accumulation", "lr", "lr_schedule", "warmup_steps", "weight_decay", "grad_clip", "precision",
               "ema_warmup", "log_every"},
     "sample": {"every", "n", "sampler", "steps", "guidance"},
-    "checkpoint": {"every"},
+    "checkpoint": {"every", "keep_last", "keep_every", "on_error"},
 }  # fmt: skip
 """What a continued run may set anew; anything else would make it another run."""
 AT_STEP_0 = {
@@ -51,17 +53,17 @@ AT_STEP_0 = {
 class Trainer:
     """A run: made new in the folder `out`, or continued from its newest checkpoint.
 
-    `step` counts the optimizer steps that are done. Raises UsageError where the run cannot begin.
+    `step` counts the optimizer steps that are done. `tell` hears, in the main process, of what went wrong and was got
+    over. Raises UsageError where the run cannot begin.
     """
 
-    def __init__(self, config: Config, out: Path):
-        self.config, self.out = config, out
+    def __init__(self, config: Config, out: Path, tell: Callable[[str], None] = lambda message: None):
+        self.config, self.out, self.tell = config, out, tell
         self.accelerator = accelerator = Accelerator(mixed_precision=config.train.precision, cpu=on_cpu())
         self.parts = _parts(config.train, accelerator.process_index, accelerator.num_processes)
         if config.train.precision == "fp16" and accelerator.device.type == "cpu":
             raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
-        found = checkpoint.newest(out)
-        saved = checkpoint.open_checkpoint(found) if found else None
+        saved = checkpoint.open_checkpoint(out) if checkpoint.folders(out) else None
         if saved:
             _check_same_run(saved, config, out)
         with accelerator.main_process_first():  # one process downloads, the others find it there
@@ -95,6 +97,9 @@ class Trainer:
         self.step = 0
         if saved and saved.step:
             self._restore(saved)
+        if saved and accelerator.is_main_process:
+            for damage in saved.passed_over:
+                tell(f"{damage}; it is put away, and {saved.path.name} is used")
         self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
 
@@ -139,12 +144,12 @@ class Trainer:
             saves = _due(self.config.checkpoint.every, self.step, train.steps)
             logs = saves or self.step % train.log_every == 0
             on_step(self.step, self._log(meter, grad_norm, lr) if logs else None)
-            if _due(self.config.sample.every, self.step, train.steps):
-                with meter.paused():
-                    self.sample()
             if saves:
                 with meter.paused():
                     self.save()
+            if _due(self.config.sample.every, self.step, train.steps):
+                with meter.paused():
+                    self.sample()
         if self._lock is not None:
             os.close(self._lock)  # others may go on with the run
             self._lock = None
@@ -187,15 +192,17 @@ class Trainer:
         )
         self.network.train()
         images = gather(pictures.to_uint8(images).to(accelerator.device))[: config.sample.n]
-        if accelerator.is_main_process:
-            pictures.save_grid(images, self.last_grid, pictures.grid_columns(config.sample.n, classes))
+        columns = pictures.grid_columns(config.sample.n, classes)
+        self._write(lambda: pictures.save_grid(images, self.last_grid, columns), self.last_grid)
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is."""
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
+        config, scaler = self.config.checkpoint, self.accelerator.scaler
+        folder = checkpoint.checkpoint_folder(self.out, self.step)
+
+        def write() -> None:
             checkpoint.save(
-                checkpoint.checkpoint_folder(self.out, self.step),
+                folder,
                 step=self.step,
                 config=self.config,
                 class_names=self.class_names,
@@ -207,7 +214,24 @@ class Trainer:
                     "importance": self.importance.state_dict() if self.importance else None,
                 },
             )
-        self.accelerator.wait_for_everyone()
+            checkpoint.prune(self.out, config.keep_last, config.keep_every)
+
+        self._write(write, folder)
+
+    def _write(self, write: Callable[[], None], path: Path) -> None:
+        """Let the main process write. Where it cannot, all raise UsageError, or all go on with a message."""
+        failed: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except (OSError, SafetensorError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+                failed = [f"{path} cannot be written: {' '.join(str(error).split())}"]
+        broadcast_object_list(failed)
+        if failed[0] is not None:
+            if self.config.checkpoint.on_error == "stop":
+                raise UsageError(f"{failed[0]}; the checkpoints before it are whole, and the same command continues")
+            if self.accelerator.is_main_process:
+                self.tell(failed[0])
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         training = saved.training(list(self.network.parameters()))
@@ -338,7 +362,7 @@ def _check_same_run(saved: checkpoint.Checkpoint, now: Config, out: Path) -> Non
 
 
 def _begin_folder(out: Path, config: Config, step: int) -> int:
-    """Write the configuration, and take back what the metrics say of steps after `step`.
+    """Write the configuration; put away damaged checkpoints, and what the metrics say, of steps after `step`.
 
     Returns an open file: while it is, no other process can begin in the folder. Raises UsageError where the folder
     cannot be written, is in use, or holds files of these names that are not a run's.
@@ -349,6 +373,11 @@ def _begin_folder(out: Path, config: Config, step: int) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if (out / "config.yaml").exists():
             load_config(out / "config.yaml")
+        for newer in checkpoint.folders(out):
+            if int(newer.name[5:]) > step:  # damaged, and in the way of the one that will be written again
+                newer.rename(newer.with_name(f"damaged_{newer.name}_{time.time_ns()}"))
+        for left in (out / "checkpoints").glob(".step_*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)  # by a kill in the middle of a save
         metrics = out / "metrics.jsonl"
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         # A line without an end was cut off by a kill.

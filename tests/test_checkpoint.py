@@ -1,7 +1,9 @@
 import dataclasses
+import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,14 @@ from diffusion.config import Config
 def training(network):
     moments = {i: {"exp_avg": p * 2, "exp_avg_sq": p * 3} for i, p in enumerate(network.state_dict().values())}
     return {"optimizer": {"state": moments}, "scaler": None, "importance": None}
+
+
+def forge(folder, name, content):
+    """Replace a file as somebody would who also corrects its checksum."""
+    (folder / name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, folder / name)
+    files = [path for path in folder.iterdir() if path.name != "SHA256SUMS"]
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
 @pytest.fixture
@@ -59,7 +69,7 @@ def test_what_was_left_by_a_kill_is_not_a_checkpoint(run):
 
 
 @pytest.mark.parametrize(
-    "name", ["state.json", "config.yaml", "model.safetensors", "ema_0.999.safetensors", "training.pt"]
+    "name", ["state.json", "config.yaml", "model.safetensors", "ema_0.999.safetensors", "training.pt", "SHA256SUMS"]
 )
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
 def test_a_damaged_checkpoint_names_the_file(run, name, damage):
@@ -70,13 +80,13 @@ def test_a_damaged_checkpoint_names_the_file(run, name, damage):
     if damage != "missing":
         file.write_bytes(content[: len(content) // 3 if damage == "cut" else 0])
 
-    def read_all():
-        saved = checkpoint.open_checkpoint(path)
-        return saved.weights(), saved.ema(0.999), saved.training(list(network.parameters()))
-
     with pytest.raises(UsageError, match=rf"step_00000010 is not whole: {name} is (missing|damaged)") as caught:
-        read_all()
+        checkpoint.open_checkpoint(path / "checkpoints/step_00000010")
     assert "\n" not in str(caught.value)
+    # Of the run, the one before it is taken, and what is wrong is said.
+    saved = checkpoint.open_checkpoint(path)
+    assert (saved.step, saved.passed_over) == (9, (str(caught.value),))
+    assert torch.equal(saved.weights()["out.2.weight"], network.state_dict()["out.2.weight"])
 
 
 def test_another_architecture_is_told_apart(run):
@@ -93,8 +103,8 @@ def test_a_configuration_that_was_edited_in_a_checkpoint_is_refused(run, edit):
     file = path / "checkpoints/step_00000010/config.yaml"
     assert edit[0] in file.read_text()
     file.write_text(file.read_text().replace(*edit))
-    with pytest.raises(UsageError, match=r"config\.yaml is damaged: it is not the one that was saved"):
-        checkpoint.open_checkpoint(path)
+    with pytest.raises(UsageError, match=r"config\.yaml is damaged: it is not what was written there"):
+        checkpoint.open_checkpoint(path / "checkpoints/step_00000010")
 
 
 @pytest.mark.parametrize(("path", "says"), [("nowhere", "nowhere is not there"), ("", "no run that has saved one")])
@@ -106,7 +116,7 @@ def test_where_there_is_no_checkpoint_it_says_so(tmp_path, path, says):
 @pytest.mark.parametrize("content", [{}, [1], {"optimizer": {"state": {}}, "scaler": None, "importance": None}])
 def test_an_optimizer_without_its_state_is_damaged(run, content):
     path, network = run
-    torch.save(content, path / "checkpoints/step_00000010/training.pt")
+    forge(path / "checkpoints/step_00000010", "training.pt", content)
     with pytest.raises(UsageError, match=r"training\.pt is damaged"):
         checkpoint.open_checkpoint(path).training(list(network.parameters()))
 
@@ -115,7 +125,7 @@ def test_an_optimizer_of_another_network_is_refused(run):
     path, network = run
     other = training(network)
     other["optimizer"]["state"][3]["exp_avg"] = torch.zeros(5)
-    torch.save(other, path / "checkpoints/step_00000010/training.pt")
+    forge(path / "checkpoints/step_00000010", "training.pt", other)
     with pytest.raises(UsageError, match="of another network"):
         checkpoint.open_checkpoint(path).training(list(network.parameters()))
 
@@ -123,10 +133,11 @@ def test_an_optimizer_of_another_network_is_refused(run):
 @pytest.mark.parametrize("step", [-1, 1.5, "10", None, 9])
 def test_a_step_that_cannot_be_is_refused(run, step):
     path, _ = run
-    file = path / "checkpoints/step_00000010/state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": step}))
+    folder = path / "checkpoints/step_00000010"
+    state = json.loads((folder / "state.json").read_text()) | {"step": step}
+    forge(folder, "state.json", json.dumps(state).encode())
     with pytest.raises(UsageError, match=r"state\.json is damaged: step is|give the folder its name back"):
-        checkpoint.open_checkpoint(path)
+        checkpoint.open_checkpoint(folder)
 
 
 def test_a_format_from_the_future_is_refused(run):
@@ -134,7 +145,7 @@ def test_a_format_from_the_future_is_refused(run):
     file = path / "checkpoints/step_00000010/state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
     with pytest.raises(UsageError, match="has format 99; this version reads 2"):
-        checkpoint.open_checkpoint(path)
+        checkpoint.open_checkpoint(file.parent)
 
 
 def test_nothing_in_a_checkpoint_is_run(run, tmp_path):
@@ -143,7 +154,56 @@ def test_nothing_in_a_checkpoint_is_run(run, tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     path, network = run
-    torch.save({"optimizer": Trap()}, path / "checkpoints/step_00000010/training.pt")
+    forge(path / "checkpoints/step_00000010", "training.pt", {"optimizer": Trap()})
     with pytest.raises(UsageError, match=r"training\.pt is damaged"):
         checkpoint.open_checkpoint(path).training(list(network.parameters()))
     assert not (tmp_path / "sprung").exists()
+
+
+def test_every_flipped_bit_and_every_cut_is_found(run):
+    """At 100 random places of all files: nothing of a checkpoint is believed that is not what was written."""
+    folder = run[0] / "checkpoints/step_00000010"
+    files = sorted(folder.iterdir())
+    rng = np.random.default_rng(0)
+    for i in range(100):
+        file = files[i % len(files)]
+        content = file.read_bytes()
+        place = int(rng.integers(len(content)))
+        flipped = bytes([content[place] ^ (1 << int(rng.integers(8)))])
+        file.write_bytes(content[:place] + flipped + content[place + 1 :] if i % 4 else content[:place])
+        with pytest.raises(UsageError, match=r"is not whole|has format|give the folder its name back"):
+            checkpoint.open_checkpoint(folder)
+        file.write_bytes(content)
+    assert checkpoint.open_checkpoint(folder).step == 10
+
+
+def test_the_checksums_are_those_of_sha256sum(run):
+    folder = run[0] / "checkpoints/step_00000010"
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        wanted, name = line.split("  ")
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == wanted
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [(0, 0, [2, 4, 6, 8, 10]), (2, 0, [8, 10]), (1, 4, [4, 8, 10]), (9, 0, [2, 4, 6, 8, 10]), (1, 5, [10])],
+)
+def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, left):
+    for step in (2, 4, 6, 8, 10):
+        checkpoint.checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    checkpoint.prune(tmp_path, keep_last, keep_every)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step_{step:08d}" for step in left]
+
+
+def test_a_save_that_fails_leaves_nothing_behind(run, monkeypatch):
+    path, network = run
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(path.rglob("*"))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(checkpoint.checkpoint_folder(path, 11), step=11, config=Config(), class_names=(),
+                        weights=network.state_dict(), averages={}, training={})  # fmt: skip
+    assert sorted(path.rglob("*")) == before

@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 import torch
 from PIL import Image
 
-from diffusion import UsageError, checkpoint
+from diffusion import UsageError, checkpoint, pictures
 from diffusion.config import Config
 from diffusion.data import shrink, to_x_start
 from diffusion.losses import training_losses
@@ -61,7 +62,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()} == {
         "config.yaml", "metrics.jsonl", "samples/step_00000004.png", "samples/step_00000006.png",
         *(f"checkpoints/step_0000000{step}/{name}" for step in (4, 6) for name in
-          ("config.yaml", "state.json", "model.safetensors", "ema_0.999.safetensors", "training.pt")),
+          ("SHA256SUMS", "config.yaml", "state.json", "model.safetensors", "ema_0.999.safetensors", "training.pt")),
     }  # fmt: skip
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -355,3 +356,65 @@ def test_an_upsampler_learns_to_use_the_small_image(tmp_path):
     error = ((shrink(drawn, 4) - low_res) ** 2).mean()
     elsewhere = ((shrink(drawn, 4) - low_res.roll(1, 0)) ** 2).mean()
     assert error < 0.2 * elsewhere  # 0.09 when this was written, (error, elsewhere)
+
+
+# --- saves that fail, are damaged, or are too many --------------------------------------------------------------------
+
+
+def test_a_damaged_newest_checkpoint_is_put_away_and_the_run_ends_with_the_same_bits(tmp_path):
+    whole = train(small(train__steps=6), tmp_path / "whole")
+    train(small(train__steps=4, checkpoint__every=2), tmp_path / "run")
+    damaged = tmp_path / "run/checkpoints/step_00000004"
+    (damaged / "model.safetensors").write_bytes(b"")
+    (tmp_path / "run/checkpoints/.step_00000003.tmp").mkdir()  # of a kill
+    heard = []
+    trainer = Trainer(small(train__steps=6, checkpoint__every=2), tmp_path / "run", tell=heard.append)
+    assert trainer.step == 2
+    assert len(heard) == 1
+    assert "step_00000004 is not whole: model.safetensors is damaged" in heard[0]
+    assert "step_00000002 is used" in heard[0]
+    trainer.run()
+    assert_same_bits(state(trainer), state(whole))
+    names = sorted(path.name for path in damaged.parent.iterdir())
+    assert names[0].startswith("damaged_step_00000004_")
+    assert names[1:] == ["step_00000002", "step_00000004", "step_00000006"]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 6]
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    config = small(train__steps=8, checkpoint__every=2, checkpoint__keep_last=1, checkpoint__keep_every=4)
+    train(config, tmp_path / "run")
+    assert [path.name for path in checkpoint.folders(tmp_path / "run")] == ["step_00000008", "step_00000004"]
+
+
+@pytest.mark.parametrize("broken", ["checkpoint", "grid"])
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_full_disk(tmp_path, monkeypatch, broken, on_error):
+    """The run stops with what was saved before, or says so and goes on, as configured; either way it can continue."""
+    config = small(train__steps=6, checkpoint__every=2, sample__every=2, checkpoint__on_error=on_error)
+    module, name = (checkpoint, "save_file") if broken == "checkpoint" else (pictures, "save_grid")
+    works, calls, heard = getattr(module, name), [], []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if 2 <= len(calls) <= 3:
+            raise OSError(28, "No space left on device")
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, full)
+    trainer = Trainer(config, tmp_path / "run", tell=heard.append)
+    if on_error == "stop":
+        with pytest.raises(UsageError, match=r"cannot be written: .*No space left on device; the checkpoints before"):
+            trainer.run()
+        assert not heard
+        os.close(trainer._lock)
+        monkeypatch.setattr(module, name, works)  # there is room again
+        trainer = train(config, tmp_path / "run")
+    else:
+        trainer.run()
+        assert all("No space left on device" in message for message in heard)
+        assert 1 <= len(heard) <= 2
+    assert trainer.step == 6
+    assert checkpoint.open_checkpoint(tmp_path / "run").step == 6
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    assert_same_bits(state(trainer), state(train(small(train__steps=6), tmp_path / "whole")))
