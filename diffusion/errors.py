@@ -4,3 +4,11 @@
 class UsageError(ValueError):
     """Something the user can put right: its message is one line that names the thing, the value,
     and what would be right. The scripts print it to stderr and exit with code 2."""
+
+
+class Stopped(Exception):
+    """A signal has ended a run, which is saved. `code` is what a shell expects of a process that the signal ended."""
+
+    def __init__(self, signal_name: str, code: int, step: int):
+        super().__init__(f"stopped by {signal_name} after step {step}, which is saved: the same command continues")
+        self.code = code

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion.checkpoint import Checkpoint, open_checkpoint
-from diffusion.errors import UsageError
+from diffusion.errors import Stopped, UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +81,7 @@ def counted(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run `main`: 0, or 2 after one line on stderr where the user can put it right."""
+    """Run `main`: 0, or after a line on stderr 2 where the user can put it right, and 128 + its number for a signal."""
     name = os.path.basename(sys.argv[0])
     try:
         main()
@@ -93,6 +93,10 @@ def exit_code(main: Callable[[], None]) -> int:
         line = str(error).replace("\n", "\\n")  # a file's name may hold one
         print(f"{name}{rank}: {line}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\n{name}: {stopped}", file=sys.stderr)
+        return stopped.code
     except OSError as error:
         if error.filename is None:
             raise

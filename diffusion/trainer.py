@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from diffusion.launch import on_cpu
 from diffusion.losses import Denoiser, training_losses
 from diffusion.randomness import generator_for, seed_for
 from diffusion.samplers import draw
+from diffusion.signals import CutOff, StopSignals
 from diffusion.timesteps import LossSecondMoment
 
 MAY_CHANGE = {
@@ -100,11 +101,22 @@ class Trainer:
         if saved and accelerator.is_main_process:
             for damage in saved.passed_over:
                 tell(f"{damage}; it is put away, and {saved.path.name} is used")
+        self._signals = StopSignals(accelerator.num_processes)
         self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
 
     def run(self, on_step: Callable[[int, dict[str, Any] | None], None] = lambda step, metrics: None) -> None:
-        """Train to the last step. `on_step` hears each step done, and the metrics at those that log."""
+        """Train to the last step. `on_step` hears each step done, and the metrics at those that log.
+
+        Raises Stopped after a signal, when all is saved, and UsageError where the loss is not finite any more.
+        """
+        with self._signals:
+            self._run(on_step)
+        if self._lock is not None:
+            os.close(self._lock)  # others may go on with the run
+            self._lock = None
+
+    def _run(self, on_step: Callable[[int, dict[str, Any] | None], None]) -> None:
         train, accelerator = self.config.train, self.accelerator
         steps = range(self.step, train.steps)
         batches = micro_batches(self.dataset, train.batch_size, train.seed, steps, self.parts, self.config.data.workers)
@@ -148,11 +160,12 @@ class Trainer:
                 with meter.paused():
                     self.save()
             if _due(self.config.sample.every, self.step, train.steps):
-                with meter.paused():
+                with meter.paused(), suppress(CutOff):
                     self.sample()
-        if self._lock is not None:
-            os.close(self._lock)  # others may go on with the run
-            self._lock = None
+            if self._signals.asked():
+                if not saves:
+                    self.save()
+                raise self._signals.stopped(self.step)
 
     @property
     def last_grid(self) -> Path:
@@ -189,6 +202,7 @@ class Trainer:
             seed=config.train.seed,
             batch_size=max(1, config.train.batch_size // accelerator.num_processes // config.train.accumulation),
             device=accelerator.device,
+            progress=self._signals.watched,
         )
         self.network.train()
         images = gather(pictures.to_uint8(images).to(accelerator.device))[: config.sample.n]

@@ -5,8 +5,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,30 @@ def test_two_processes_share_importance_dropped_classes_and_small_images(tmp_pat
     assert torch.equal(one["counts"], two["counts"])
     assert (one["counts"] == 10).all()  # full: the last steps were drawn by importance
     torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name"), [((sys.executable,), "SIGINT"), (("torchrun", "--nproc_per_node", "2"), "SIGTERM")]
+)
+def test_a_signal_from_outside_stops_all_processes_with_a_checkpoint(tmp_path, launcher, name):
+    run = tmp_path / "run"
+    argv = [*launcher, "train.py", "--out", str(run), "--train.steps", "100000", "--train.batch_size", "16",
+            "--train.log_every", "1"]  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    with subprocess.Popen(argv, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE) as process:
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(getattr(signal, name))
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    saved = checkpoint.open_checkpoint(run)
+    assert saved.step >= 3
+    assert f"stopped by {name} after step {saved.step}, which is saved: the same command continues" in err
+    if len(launcher) == 1:
+        assert process.returncode == 130
+        assert "Traceback" not in err
 
 
 def test_a_launcher_that_starts_too_few_says_what_to_use():

@@ -2,14 +2,16 @@ import dataclasses
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
 from PIL import Image
 
-from diffusion import UsageError, checkpoint, pictures
+from diffusion import GaussianDiffusion, UsageError, checkpoint, pictures
 from diffusion.config import Config
 from diffusion.data import shrink, to_x_start
+from diffusion.errors import Stopped
 from diffusion.losses import training_losses
 from diffusion.samplers import draw
 from diffusion.trainer import Trainer, learning_rate
@@ -418,3 +420,39 @@ def test_a_full_disk(tmp_path, monkeypatch, broken, on_error):
     assert checkpoint.open_checkpoint(tmp_path / "run").step == 6
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
     assert_same_bits(state(trainer), state(train(small(train__steps=6), tmp_path / "whole")))
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_stops_and_the_run_ends_with_the_same_bits(tmp_path, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    trainer = Trainer(small(), tmp_path / "run")
+    with pytest.raises(Stopped, match=f"stopped by {name} after step 3, which is saved") as caught:
+        trainer.run(lambda step, metrics: os.kill(os.getpid(), number) if step == 3 else None)
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert checkpoint.open_checkpoint(tmp_path / "run").step == 3
+    os.close(trainer._lock)
+    assert_same_bits(state(train(small(), tmp_path / "run")), state(train(small(), tmp_path / "whole")))
+
+
+def test_a_signal_cuts_a_grid_off(tmp_path, monkeypatch):
+    trainer = Trainer(small(sample__every=2, sample__steps=1000), tmp_path / "run")
+    drawn = []
+    works = GaussianDiffusion.p_mean_variance
+
+    def interrupted(*args):
+        drawn.append(args)
+        if len(drawn) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return works(*args)
+
+    monkeypatch.setattr("diffusion.samplers.GaussianDiffusion.p_mean_variance", interrupted)
+    with pytest.raises(Stopped, match="after step 2, which is saved"):
+        trainer.run()
+    assert len(drawn) == 5
+    assert not (tmp_path / "run/samples").exists()
+    assert checkpoint.open_checkpoint(tmp_path / "run").step == 2

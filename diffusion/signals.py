@@ -1,0 +1,71 @@
+"""Signals that ask a run to save and stop, agreed on by all of its processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+
+from diffusion.errors import Stopped
+
+ASK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What schedulers and launchers send, Ctrl-C, and a scheduler's notice that time is running out."""
+ECHO_SECONDS = 1.0
+"""Launchers repeat a terminal's Ctrl-C within this time; what comes later is a second one and ends the process."""
+
+
+class CutOff(Exception):
+    """A signal came while a grid was drawn."""
+
+
+class StopSignals:
+    """Within `with`, the first signal of `ASK` is remembered, and a second one ends the process at once."""
+
+    def __init__(self, num_processes: int):
+        self._heard: tuple[float, int] | None = None
+        self._before: dict[int, Any] = {}
+        # Processes agree by way of the CPU, so that no step waits for a GPU.
+        self._group: Any = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
+            self._before = {number: signal.signal(number, self._hear) for number in ASK}
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._heard is None:
+            self._heard = time.monotonic(), number
+        elif time.monotonic() - self._heard[0] > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def asked(self) -> bool:
+        """Whether any process has heard a signal. All have to ask, at the same places."""
+        if self._group is not None:
+            number = torch.tensor(self._heard[1] if self._heard else 0)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self._group)
+            if number and self._heard is None:
+                self._heard = time.monotonic(), int(number)
+        return self._heard is not None
+
+    def watched(self, steps: Iterable[int]) -> Iterator[int]:
+        """A sampler's steps. Raises CutOff after a signal."""
+        for step in steps:
+            if self.asked():
+                raise CutOff
+            yield step
+
+    def stopped(self, step: int) -> Stopped:
+        """What to raise after a signal, once the run is saved at `step`."""
+        number = signal.Signals(self._heard[1]) if self._heard else signal.SIGTERM
+        return Stopped(number.name, 128 + number, step)
