@@ -8,11 +8,20 @@ import json
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 from diffusion.config import check_range
 from diffusion.errors import UsageError
-from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, opened, progress_bar
+from diffusion.launch import (
+    Parser,
+    a_path,
+    check_launcher,
+    check_writable,
+    counted,
+    exit_code,
+    on_cpu,
+    opened,
+    progress_bar,
+)
 
 IMAGES = {"digits": (8, 1), "mnist": (28, 1), "cifar10": (32, 3)}
 """Size and channels of the images of each data set that has but one."""
@@ -23,7 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="evaluate.py", allow_abbrev=False, description="Bits per dimension of images under a trained model."
     )
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="a run's folder (its newest checkpoint is used) or a checkpoint's")
+    add("--ckpt", type=a_path, required=True, help="a run's folder (its newest checkpoint is used) or a checkpoint's")
     add("--data.name", dest="data_name", choices=["digits", "mnist", "cifar10", "folder"],
         help="which data set (default: the run's)")  # fmt: skip
     add("--data.path", dest="data_path", help="where the data lie (default: where the run had them)")
@@ -37,7 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ema", help="a moving average's rate, or none for the weights in training (default: the run's first)")
     add("--seed", type=int, default=0, help="of the noise, which for an image depends on nothing else (default: 0)")
     add("--batch_size", type=int, default=64, help="images scored at once (default: 64)")
-    add("--out", type=Path, help="write the figures there too, as JSON")
+    add("--out", type=a_path, help="write the figures there too, as JSON")
     return parser.parse_args(argv)
 
 
@@ -121,7 +130,10 @@ def main() -> None:
     }
     if state.is_main_process:
         if args.out:
-            args.out.write_text(json.dumps(figures))
+            try:
+                args.out.write_text(json.dumps(figures))
+            except OSError as error:
+                raise UsageError(f"--out {args.out} cannot be written: {error.strerror}") from None
         print(f"{figures['bits_per_dim']:.4f} +- {figures['standard_error']:.4f} bits per dimension: "
               f"{int(count)} images, {process.num_timesteps} steps, {saved.path}")  # fmt: skip
         print(

@@ -15,7 +15,17 @@ from torch import Tensor
 from diffusion.checkpoint import Checkpoint, Weights
 from diffusion.config import check_guidance, check_range
 from diffusion.errors import UsageError
-from diffusion.launch import Parser, check_launcher, check_writable, counted, exit_code, on_cpu, opened, progress_bar
+from diffusion.launch import (
+    Parser,
+    a_path,
+    check_launcher,
+    check_writable,
+    counted,
+    exit_code,
+    on_cpu,
+    opened,
+    progress_bar,
+)
 from diffusion.process import GaussianDiffusion
 
 Images = tuple[Tensor, list[int] | None]
@@ -24,7 +34,7 @@ Images = tuple[Tensor, list[int] | None]
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="sample.py", description="Draw pictures with a trained model.", allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="a run's folder (its newest checkpoint is used) or a checkpoint's")
+    add("--ckpt", type=a_path, required=True, help="a run's folder (its newest checkpoint is used) or a checkpoint's")
     add("--n", type=int, help="how many pictures (default: as in the run's grids)")
     add("--classes", help="class numbers or names, separated by commas, taken in turn (default: all of them)")
     add("--sampler", choices=["ddpm", "ddim"], help="default: as in the run's grids")
@@ -33,12 +43,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="picture i of a seed is the same at any --n and --batch_size (default: 0)")
     add("--guidance", type=float, help="classifier-free guidance: 1 none, above 1 clearer classes and less variety, "
                                        "0 no class at all (default: as in the run's grids)")  # fmt: skip
-    add("--low_res", type=Path, help="for an upsampler: a grid, an image, a folder or an .npz of small images, "
+    add("--low_res", type=a_path, help="for an upsampler: a grid, an image, a folder or an .npz of small images, "
                                      "or a run that draws them")  # fmt: skip
     add("--batch_size", type=int, default=64, help="pictures drawn at once (default: 64)")
     add("--ema", help="which moving average of the weights: a rate, or none for the weights in training "
                       "(default: the run's first)")  # fmt: skip
-    add("--out", type=Path, help="where to write (default: RUN/samples/...)")
+    add("--out", type=a_path, help="where to write (default: RUN/samples/...)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--images", action="store_true", help="write a folder of one PNG each instead of a grid")
     form.add_argument("--npz", action="store_true", help="write arr_0 (N, H, W, C), uint8, and arr_1, the classes")
@@ -174,12 +184,18 @@ def read_low_res(path: Path, size: int, channels: int, class_names: tuple[str, .
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                images, labels = arrays["arr_0"], arrays["arr_1"].tolist() if "arr_1" in arrays else None
+                images, labels = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays and class_names else None
             if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:
                 raise ValueError(f"arr_0 is {images.shape} {images.dtype}, not (N, H, W, C) uint8")
-            if labels is not None and not all(0 <= label < len(class_names) for label in labels):
-                labels = None
-            return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), labels
+            if labels is not None and (
+                labels.shape != images.shape[:1]
+                or labels.dtype.kind not in "iu"
+                or not ((labels >= 0) & (labels < len(class_names))).all()
+            ):
+                raise ValueError(
+                    f"arr_1 is {labels.shape} {labels.dtype}, not a class below {len(class_names)} for each"
+                )
+            return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), None if labels is None else labels.tolist()
         except Exception as error:  # numpy raises OSError, KeyError, ValueError, BadZipFile, ...
             raise UsageError(f"--low_res {path} is no array that --npz wrote: {error}") from None
     tiles = pictures.read_grid(path)

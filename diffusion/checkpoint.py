@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +51,11 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights in training."""
-        return _load_tensors(self.path / "model.safetensors")
+        return load_tensors(self.path / "model.safetensors")
 
     def ema(self, rate: float) -> dict[str, Tensor]:
         """The moving average at `rate`."""
-        return self.weights() if self.step == 0 else _load_tensors(self.path / f"ema_{rate}.safetensors")
+        return self.weights() if self.step == 0 else load_tensors(self.path / f"ema_{rate}.safetensors")
 
     def chosen_weights(self, wanted: str | None = None) -> dict[str, Tensor]:
         """What a person's `--ema` names: a moving average by its rate, "none" for the weights in training, or None for
@@ -203,10 +204,10 @@ def _open_folder(folder: Path) -> Checkpoint:
     state_path = folder / "state.json"
     try:
         state = json.loads(state_path.read_text())
-        step, class_names = state["step"], tuple(map(str, state["class_names"]))
+        step, class_names = state["step"], checked_names(state["class_names"])
         if type(step) is not int or step < 0:
             raise ValueError(f"step is {step!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(state_path, error) from None
     if state.get("format") != FORMAT:
         raise UsageError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
@@ -230,9 +231,20 @@ def check_fits(model: torch.nn.Module, weights: Weights, source: Path) -> None:
         raise UsageError(f"checkpoint {source} is of another architecture: {listed}{more}")
 
 
+def checked_names(value: object) -> tuple[str, ...]:
+    """Class names as a file of ours has them. Raises ValueError where they are not a list of different strings."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+        raise ValueError("class names must be a list of different strings")
+    return tuple(value)
+
+
 def load_plain(path: Path) -> Any:
     """What `torch.save` wrote, if it is plain data and tensors: nothing in the file is run. Raises UsageError else."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch would not look
+                    raise ValueError(f"{damaged} in it is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of what it then refuses
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -242,11 +254,12 @@ def load_plain(path: Path) -> Any:
         raise UsageError(f"{path} cannot be read as plain tensors: {reason}") from None
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds. Raises UsageError where it is damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from None
+        raise UsageError(f"{path} cannot be read: {_in_short(error)}") from None
 
 
 def _damaged(path: Path, error: Exception) -> UsageError:

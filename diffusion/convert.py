@@ -8,16 +8,21 @@ A run becomes the other's format; anything else becomes a run, whose step is 0 a
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from diffusion import checkpoint
 from diffusion.errors import UsageError
-from diffusion.interop_diffusers import read_pipeline, write_pipeline
+from diffusion.interop_diffusers import pipeline_writer, read_pipeline
 from diffusion.interop_openai import flags_from_config, from_openai
-from diffusion.launch import Parser, check_writable, exit_code, opened
+from diffusion.launch import Parser, a_path, check_writable, exit_code, opened
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -27,11 +32,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("format", choices=["openai", "diffusers"])
     parser.add_argument(
-        "source", type=Path, help="a run's folder, a .pt file (openai), a pipeline's folder (diffusers)"
+        "source", type=a_path, help="a run's folder, a .pt file (openai), a pipeline's folder (diffusers)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder, or a new .pt file")
+    parser.add_argument("--out", type=a_path, required=True, help="a new folder, or a new .pt file")
     parser.add_argument("--flags", help="openai, to a run: the flags of their README for this checkpoint")
-    parser.add_argument("--class_names", type=Path, help="to a run: a text file with a class's name a line, in order")
+    parser.add_argument("--class_names", type=a_path, help="to a run: a text file with a class's name a line, in order")
     parser.add_argument("--ema", help="from a run: which moving average, or none for the weights in training")
     parser.add_argument("--ddim", action="store_true", help="diffusers, from a run: a DDIMPipeline, of the mean only")
     return parser.parse_args(argv)
@@ -41,41 +46,47 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if not args.source.exists():
         raise UsageError(f"{args.source} is not there")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    if os.path.lexists(args.out) and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UsageError(f"--out {args.out} is there already: name a new one")
     is_run = args.source.is_dir() and ((args.source / "checkpoints").is_dir() or (args.source / "state.json").exists())
+    if args.out.is_dir() and is_run and args.format == "openai":
+        raise UsageError(f"--out {args.out} is a folder: name a new .pt file")
     for name, wanted in (("flags", args.format == "openai" and not is_run), ("class_names", not is_run),
                          ("ema", is_run), ("ddim", args.format == "diffusers" and is_run)):  # fmt: skip
         if getattr(args, name) and not wanted:
             raise UsageError(f"--{name} has no meaning for {args.format} from {'a run' if is_run else args.source}")
     check_writable(args.out.parent, f"--out {args.out}")
-    if is_run:
-        export(args)
-    else:
-        take_in(args)
+    write, says = export(args) if is_run else take_in(args)
+    temporary = args.out.with_name(f".{args.out.name}.tmp")  # so that half of it is never taken for the whole
+    _remove(temporary)
+    try:
+        write(temporary)
+        temporary.replace(args.out)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+        raise UsageError(f"--out {args.out} cannot be written: {' '.join(str(error).split())}") from None
+    finally:
+        _remove(temporary)
+    print(f"{args.out.resolve()}: {says}")
 
 
-def export(args: argparse.Namespace) -> None:
-    """A run to the other's format."""
+def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
+    """A run to the other's format: what writes it, and what to say then."""
     saved = opened(args.source)
     weights = saved.chosen_weights(args.ema)
-    saved.network(weights)  # raises where they are not its own
+    _check(saved.network(weights).state_dict(), args.source)
     if args.format == "diffusers":
-        write_pipeline(saved, weights, args.out, args.ddim)
-        print(f"{'DDIMPipeline' if args.ddim else 'DDPMPipeline'}: {args.out.resolve()}")
-        if saved.class_names:
-            print("its pipeline passes no classes: call its unet with class_labels (README, Other formats)")
-    else:
-        torch.save(dict(weights), args.out)
-        print(f"state dict: {args.out.resolve()}")
-        try:
-            print(f"guided-diffusion's flags: {flags_from_config(saved.config, len(saved.class_names))}")
-        except UsageError as error:
-            print(f"load it into their UNetModel by hand: {error}")
+        kind = "DDIMPipeline" if args.ddim else "DDPMPipeline"
+        classes = "; it passes no classes: call its unet with class_labels (README, Other formats)"
+        return pipeline_writer(saved, weights, args.ddim), kind + (classes if saved.class_names else "")
+    try:
+        says = f"a state dict; guided-diffusion's flags: {flags_from_config(saved.config, len(saved.class_names))}"
+    except UsageError as error:
+        says = f"a state dict, to be loaded into their UNetModel by hand: {error}"
+    return partial(torch.save, dict(weights)), says
 
 
-def take_in(args: argparse.Namespace) -> None:
-    """The other's format to a run."""
+def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
+    """The other's format to a run: what writes it, and what to say then."""
     if args.format == "diffusers":
         config, names, weights = read_pipeline(args.source)
     elif args.flags is None:
@@ -84,24 +95,51 @@ def take_in(args: argparse.Namespace) -> None:
         config, num_classes, weights = from_openai(args.source, args.flags)
         names = tuple(map(str, range(num_classes)))
     if args.class_names:
-        given = tuple(args.class_names.read_text().splitlines())
-        if len(set(given)) != len(names):
-            raise UsageError(
-                f"--class_names {args.class_names} has {len(set(given))} different names; the weights have {len(names)}"
-            )
-        names = given
+        names = _read_names(args.class_names, len(names))
     with torch.device("meta"):
         network = config.network(len(names))
     checkpoint.check_fits(network, weights, args.source)
-    checkpoint.save(
-        checkpoint.checkpoint_folder(args.out, 0), step=0, config=config, class_names=names, weights=weights,
-        averages={}, training={"optimizer": {"state": {}}, "scaler": None, "importance": None},
-    )  # fmt: skip
-    config.save(args.out / "config.yaml")
-    (args.out / "metrics.jsonl").touch()
-    print(f"run: {args.out.resolve()} ({config.diffusion.steps} {config.diffusion.schedule} steps, "
-          f"variance {config.diffusion.variance}, timesteps {'' if config.diffusion.rescale_timesteps else 'not '}"
-          "rescaled to 1000)")  # fmt: skip
+    _check(weights, args.source)
+    weights = {name: value.float().clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+
+    def write(out: Path) -> None:
+        checkpoint.save(
+            checkpoint.checkpoint_folder(out, 0), step=0, config=config, class_names=names, weights=weights,
+            averages={}, training={"optimizer": {"state": {}}, "scaler": None, "importance": None},
+        )  # fmt: skip
+        config.save(out / "config.yaml")
+        (out / "metrics.jsonl").touch()
+
+    scale = "rescaled to 1000" if config.diffusion.rescale_timesteps else "as they are"
+    process = f"{config.diffusion.steps} {config.diffusion.schedule} steps, variance {config.diffusion.variance}"
+    return write, f"a run of {process}, timesteps {scale}"
+
+
+def _check(weights: checkpoint.Weights, source: Path) -> None:
+    """Raise UsageError, with its name, where one is not made of finite real numbers."""
+    for name, value in weights.items():
+        dense = value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
+        if not dense or not value.float().isfinite().all():
+            kind = "with numbers that are not finite" if dense else f"of {value.dtype}, {value.layout}, {value.device}"
+            raise UsageError(f"{source} has {name} {kind}: weights are dense and of finite real numbers")
+
+
+def _read_names(path: Path, wanted: int) -> tuple[str, ...]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--class_names {path} cannot be read: {error}") from None
+    if len(set(names)) != wanted or len(names) != wanted or not all(names):
+        raise UsageError(
+            f"--class_names {path} has {len(names)} names, {len(set(names) - {''})} different ones; "
+            f"the weights have {wanted}"
+        )
+    return tuple(names)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from diffusion.checkpoint import Checkpoint, Weights
+from diffusion.checkpoint import Checkpoint, Weights, checked_names, load_tensors
 from diffusion.config import Config, ModelConfig, config_of, load_config
 from diffusion.errors import UsageError
 from diffusion.layers import timestep_embedding
@@ -99,8 +100,8 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
             train=dict(steps=500_000, lr=1e-4, batch_size=128, ema_rates=(0.9999,), ema_warmup=False, log_every=100),
             sample=dict(every=10_000, n=16, steps=min(250, steps)), checkpoint=dict(every=10_000),
         )  # fmt: skip
-    except KeyError as error:
-        raise UsageError(f"the pipeline has a setting without counterpart here: {error.args[0]}") from None
+    except (LookupError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(f"the pipeline has a setting without counterpart here: {error}") from None
     _check_settings("unet", unet, unet_config(config, unet["num_class_embeds"] or 0))
     _check_settings("scheduler", scheduler, scheduler_config(config))
     return config
@@ -209,12 +210,12 @@ def from_diffusers(theirs: Weights, config: Config, num_classes: int) -> dict[st
         raise UsageError(f"the pipeline's unet has other weights than its config.json says: {error}") from None
     if rest:
         raise UsageError(f"the pipeline's unet has weights that have no place here: {', '.join(sorted(rest)[:3])}")
-    return {name: value.float().contiguous() for name, value in weights.items()}
+    return weights
 
 
-def write_pipeline(saved: Checkpoint, weights: Weights, out: Path, ddim: bool) -> None:
-    """A pipeline folder: `DDPMPipeline`, or with the mean's channels only a `DDIMPipeline`, whose scheduler takes no
-    others. Raises UsageError where diffusers cannot express the run."""
+def pipeline_writer(saved: Checkpoint, weights: Weights, ddim: bool) -> Callable[[Path], None]:
+    """What writes a pipeline's folder: a `DDPMPipeline`, or with the mean's channels only a `DDIMPipeline`, whose
+    scheduler takes no others. Raises UsageError where diffusers cannot express the run."""
     config = saved.config
     settings = unet_config(config, len(saved.class_names))
     diffusers = _import_diffusers()
@@ -233,10 +234,14 @@ def write_pipeline(saved: Checkpoint, weights: Weights, out: Path, ddim: bool) -
         kind = diffusers.DDIMPipeline
     unet = diffusers.UNet2DModel(**settings)
     unet.load_state_dict(theirs)
-    kind(unet=unet, scheduler=scheduler).save_pretrained(out, safe_serialization=True)
-    if not ddim:  # diffusers passes them over; they make the way back exact
-        config.save(out / "run.yaml")
-        (out / "class_names.json").write_text(json.dumps(saved.class_names))
+
+    def write(out: Path) -> None:
+        kind(unet=unet, scheduler=scheduler).save_pretrained(out, safe_serialization=True)
+        if not ddim:  # diffusers passes them over; they make the way back exact
+            config.save(out / "run.yaml")
+            (out / "class_names.json").write_text(json.dumps(saved.class_names))
+
+    return write
 
 
 def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor]]:
@@ -246,28 +251,39 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
     try:
         raw = {name: json.loads((path / name / file).read_text())
                for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json"))}  # fmt: skip
-    except (OSError, ValueError) as error:
+        kinds = tuple(raw[name]["_class_name"] for name in ("unet", "scheduler"))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no pipeline folder of diffusers: {error}") from None
-    kinds = [raw[name].get("_class_name") for name in ("unet", "scheduler")]
-    if kinds != ["UNet2DModel", "DDPMScheduler"]:
+    if kinds != ("UNet2DModel", "DDPMScheduler"):
         raise UsageError(
             f"{path} holds {kinds[0]} and {kinds[1]}; only UNet2DModel and DDPMScheduler have a counterpart"
         )
-    try:
-        scheduler = dict(diffusers.DDPMScheduler.from_config(raw["scheduler"]).config)
-        unet = diffusers.UNet2DModel.from_pretrained(
-            path / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-    except Exception as error:  # diffusers raises whatever its parts gave
-        raise UsageError(f"diffusers cannot open {path}: {' '.join(str(error).split())[:300]}") from None
-    names = tuple(map(str, range(unet.config["num_class_embeds"] or 0)))
+    unet = _with_defaults(diffusers.UNet2DModel, raw["unet"])
+    scheduler = _with_defaults(diffusers.DDPMScheduler, raw["scheduler"])
+    names = tuple(map(str, range(unet["num_class_embeds"] or 0)))
     if (path / "run.yaml").exists() and (path / "class_names.json").exists():
-        config, names = load_config(path / "run.yaml"), tuple(json.loads((path / "class_names.json").read_text()))
-        _check_settings("unet", unet.config, unet_config(config, len(names)))
+        config = load_config(path / "run.yaml")
+        try:
+            names = checked_names(json.loads((path / "class_names.json").read_text()))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"{path / 'class_names.json'} cannot be read: {error}") from None
+        _check_settings("unet", unet, unet_config(config, len(names)))
         _check_settings("scheduler", scheduler, scheduler_config(config))
     else:
-        config = config_from_diffusers(unet.config, scheduler)
-    return config, names, from_diffusers(unet.state_dict(), config, len(names))
+        config = config_from_diffusers(unet, scheduler)
+    files = [file for file in sorted((path / "unet").iterdir())
+             if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", file.name)]  # fmt: skip
+    if not files:
+        raise UsageError(f"{path / 'unet'} holds no diffusion_pytorch_model.safetensors; other formats are not read")
+    theirs: dict[str, Tensor] = {}
+    for file in files:
+        theirs |= load_tensors(file)
+    return config, names, from_diffusers(theirs, config, len(names))
+
+
+def _with_defaults(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file, and for those that it leaves out what diffusers would take."""
+    return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()} | given
 
 
 def _not_in_diffusers(what: str) -> UsageError:

@@ -41,7 +41,7 @@ def parse_flags(text: str) -> dict[str, Any]:
     """Their flags, typed, with the defaults of the repository whose flags they are. Raises UsageError, naming the flag.
 
     Flags are taken for guided-diffusion's where one among them is only known there. (use_fp16 says how their code
-    computes, and nothing of the model.)
+    computes, nothing of the model, and both know it.)
     """
     try:
         words = [part for word in shlex.split(text) for part in (word.split("=", 1) if word[:2] == "--" else [word])]
@@ -52,7 +52,7 @@ def parse_flags(text: str) -> dict[str, Any]:
     given = {name[2:]: value for name, value in zip(words[::2], words[1::2], strict=True)}
     if len(given) < len(words) // 2:
         raise UsageError("--flags gives a flag twice")
-    flags = dict(GUIDED if ONLY_GUIDED & given.keys() or "use_fp16" in given else IMPROVED)
+    flags = dict(GUIDED if ONLY_GUIDED & given.keys() else IMPROVED)
     for name, value in given.items():
         if name not in flags:
             near = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
@@ -83,8 +83,8 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
         rates = tuple(float(rate) for rate in str(flags["ema_rate"]).split(","))
     except (ValueError, ZeroDivisionError):
         raise UsageError("--flags: channel_mult, attention_resolutions and ema_rate are numbers with commas") from None
+    accumulation = flags["batch_size"] // flags["microbatch"] if flags["microbatch"] > 0 else 1
     fixed = "fixed_small" if flags["sigma_small"] else "fixed_large"
-    micro = flags["microbatch"] if flags["microbatch"] > 0 else flags["batch_size"]
     return config_of(
         data=dict(name="folder", image_size=size, channels=3, random_flip=guided,
                   low_res_size=flags["small_size"] if upsampler else None),
@@ -101,10 +101,10 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
             loss="rescaled_kl" if flags["use_kl"] else "rescaled_mse" if flags["rescale_learned_sigmas"] else "mse",
             rescale_timesteps=flags["rescale_timesteps"]),
         train=dict(steps=500_000, lr=flags["lr"], batch_size=flags["batch_size"], ema_rates=rates, ema_warmup=False,
-                   accumulation=max(1, flags["batch_size"] // micro), weight_decay=flags["weight_decay"],
+                   accumulation=accumulation, weight_decay=flags["weight_decay"],
                    timesteps=flags["schedule_sampler"].replace("-", "_"), log_every=100),
         sample=dict(every=10_000, n=flags["num_samples"], sampler="ddim" if flags["use_ddim"] else "ddpm",
-                    steps=flags["timestep_respacing"] or 250),
+                    steps=flags["timestep_respacing"] or min(250, flags["diffusion_steps"])),
         checkpoint=dict(every=10_000),
     )  # fmt: skip
 
@@ -137,17 +137,19 @@ def flags_from_config(config: Config, num_classes: int) -> str:
 
 
 def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tensor]]:
-    """Their checkpoint and flags -> the run, its number of classes, its weights in float32.
+    """Their checkpoint and flags -> the run, its number of classes, its weights as they are there.
 
     Nothing in the file is run. Raises UsageError where it is no state dict or not the network of the flags.
     """
     flags = parse_flags(flag_text)
     loaded = checkpoint.load_plain(path)
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(v, Tensor) and not v.is_nested for v in loaded.values())
+    ):
         raise UsageError(f"{path} holds no weights by name: take their model*.pt or ema_*.pt, not opt*.pt")
-    weights = {str(name): value.float() for name, value in loaded.items()}
-    first = weights.get("input_blocks.0.0.weight")
-    upsampler = first is not None and first.ndim == 4 and first.shape[1] == 6
-    config = config_from_flags(flags, upsampler)
-    num_classes = len(weights.get("label_emb.weight", range(1000))) if flags["class_cond"] else 0
-    return config, num_classes, weights
+    shapes = {str(name): value.shape for name, value in loaded.items()}
+    upsampler = shapes.get("input_blocks.0.0.weight", ())[1:2] == (6,)
+    num_classes = (shapes.get("label_emb.weight", (0,))[:1] or (0,))[0] or 1000
+    return config_from_flags(flags, upsampler), num_classes if flags["class_cond"] else 0, loaded

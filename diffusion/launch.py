@@ -19,6 +19,13 @@ from diffusion.checkpoint import Checkpoint, open_checkpoint
 from diffusion.errors import Stopped, UsageError
 
 
+def a_path(text: str) -> Path:
+    """The type of an argument that is a path: an empty one, such as an unset shell variable, is an error."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import EinopsError, rearrange
+from einops import rearrange
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.data import PIL_MODES
+from diffusion.errors import UsageError
 
 TILE = 64
 """Smaller images are enlarged to about this many pixels in a grid."""
@@ -64,22 +66,32 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 
 
 def read_grid(path: Path) -> Tensor | None:
-    """The images (N, C, H, W), uint8, of a grid that `save_grid` wrote; None where the file is anything else."""
+    """The images (N, C, H, W), uint8, of a grid that `save_grid` wrote; None where the file does not say it is one.
+
+    Raises UsageError where it says so and is another picture by now.
+    """
     try:
-        with Image.open(path) as image:
-            n, c, h, w = json.loads(image.info["tiles"])
-            sheet = np.asarray(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if "tiles" not in image.info:
+                    return None
+                n, c, h, w = map(int, json.loads(image.info["tiles"]))
+                mode, size, sheet = image.mode, image.size, np.asarray(image)
+        channels, tiles = (c, n) if c in PIL_MODES else (1, n * c)
         factor, border = _tile(h, w)
-        tiles = rearrange(
-            sheet.reshape(*sheet.shape[:2], -1)[border:, border:], "(r h) (q w) ch -> (r q) ch h w",
-            h=h * factor + border, w=w * factor + border,
-        )  # fmt: skip
-        images = torch.from_numpy(
-            tiles[: n * c // tiles.shape[1], :, : h * factor : factor, : w * factor : factor].copy()
-        )
-        return images.reshape(n, c, h, w)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EinopsError):
-        return None
+        columns, rows = (size[0] - border) // (w * factor + border), (size[1] - border) // (h * factor + border)
+        fits = size == (columns * (w * factor + border) + border, rows * (h * factor + border) + border)
+        if min(n, c, h, w) < 1 or mode != PIL_MODES[channels] or not fits or rows != math.ceil(tiles / columns):
+            raise ValueError(f"it was {n} images of {c} channels, and was changed since")
+    except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
+        if isinstance(error, UnidentifiedImageError | FileNotFoundError):
+            return None
+        raise UsageError(f"{path} cannot be read as a grid ({' '.join(str(error).split())[:200]})") from None
+    cut = rearrange(
+        sheet.reshape(*sheet.shape[:2], channels)[border:, border:], "(r h) (q w) ch -> (r q) ch h w", r=rows, q=columns
+    )
+    return torch.from_numpy(cut[:tiles, :, : h * factor : factor, : w * factor : factor].copy()).reshape(n, c, h, w)
 
 
 def grid_columns(n: int, num_classes: int) -> int:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import resource
 import shutil
+import signal
 import sys
 
 import diffusers
 import pytest
 import torch
 from helpers import ROOT, fill, golden, tensor
+from safetensors.torch import load_file, save_file
 
 from diffusion import UNetModel, checkpoint, convert
 from diffusion.config import load_config, parse_command_line
@@ -156,7 +159,7 @@ def test_flags_of_the_readmes_describe_the_published_networks(name):
 
 def test_each_repository_has_its_own_defaults():
     improved, guided = (config_from_flags(parse_flags(flags), False)
-                        for flags in ("--learn_sigma True", "--learn_sigma True --use_fp16 True"))  # fmt: skip
+                        for flags in ("--learn_sigma True --use_fp16 True", "--resblock_updown True"))  # fmt: skip
     assert (improved.diffusion.loss, improved.diffusion.rescale_timesteps) == ("rescaled_mse", True)
     assert (guided.diffusion.loss, guided.diffusion.rescale_timesteps) == ("mse", False)
 
@@ -245,6 +248,70 @@ def test_files_and_flags_that_cannot_be(content, flags, says, tmp_path, monkeypa
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "sprung").exists()
+
+
+ODD = {
+    "shared memory": lambda w: w | {"out.0.bias": w["out.0.weight"]},
+    "not contiguous": lambda w: w | {"out.2.weight": w["out.2.weight"].transpose(2, 3).contiguous().transpose(2, 3)},
+    "bfloat16": lambda w: {name: value.bfloat16() for name, value in w.items()},
+    "not finite": lambda w: w | {"out.2.bias": torch.full((6,), float("inf"))},
+    "too large": lambda w: w | {"out.2.bias": torch.full((6,), 1e300, dtype=torch.float64)},
+    "complex": lambda w: w | {"out.2.bias": torch.zeros(6, dtype=torch.complex64)},
+    "whole numbers": lambda w: w | {"out.2.bias": torch.zeros(6, dtype=torch.int64)},
+    "sparse": lambda w: w | {"out.2.bias": torch.ones(6).to_sparse()},
+    "huge": lambda w: w | {"out.2.bias": torch.zeros(1).expand(10**13)},
+    "no axis": lambda w: w | {"label_emb.weight": torch.tensor(1.0)},
+}
+"""Weights that a file can hold, and the first three of which are fit for use."""
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_tensors_become_plain_ones_or_are_refused(kind, tmp_path, monkeypatch, capsys):
+    weights = fill(UNetModel(**golden("unet.json")["uncond"]["kwargs"]), 0).state_dict()
+    torch.save(ODD[kind](dict(weights)), tmp_path / "a.pt")
+    flags = ("--flags", GOLDEN["uncond"], "--out", tmp_path / "run")
+    code, _, err = run_convert(monkeypatch, capsys, "openai", tmp_path / "a.pt", *flags)
+    if kind in list(ODD)[:3]:
+        assert (code, err) == (0, "")
+        saved = checkpoint.open_checkpoint(tmp_path / "run").weights()
+        torch.testing.assert_close(saved["out.2.weight"], weights["out.2.weight"], rtol=1e-2, atol=1e-2)
+    else:
+        assert code == 2
+        assert err.count("\n") == 1
+        assert ("label_emb" if kind == "no axis" else "out.2.bias") in err
+        assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_damaged_archive_is_noticed(tmp_path, monkeypatch, capsys):
+    """torch itself does not look at the checksums of what it loads."""
+    torch.save(UNetModel(**golden("unet.json")["uncond"]["kwargs"]).state_dict(), tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[len(content) // 2] ^= 8
+    (tmp_path / "a.pt").write_bytes(content)
+    flags = ("--flags", GOLDEN["uncond"], "--out", tmp_path / "run")
+    code, _, err = run_convert(monkeypatch, capsys, "openai", tmp_path / "a.pt", *flags)
+    assert code == 2
+    assert "in it is damaged" in err
+
+
+@pytest.mark.parametrize("target", ["openai", "diffusers", "run"])
+def test_a_full_disk_leaves_nothing_half_written(target, tmp_path, monkeypatch, capsys):
+    run_of(tmp_path / "run", *SMALL)
+    if target == "run":
+        run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
+    before = sorted(tmp_path.rglob("*"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        source, format = ("p", "diffusers") if target == "run" else ("run", target)
+        code, out, err = run_convert(monkeypatch, capsys, format, tmp_path / source, "--out", tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (code, out) == (2, "")
+    assert "new cannot be written" in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- diffusers --------------------------------------------------------------------------------------------------------
@@ -418,14 +485,17 @@ def test_what_diffusers_cannot_express_is_refused(overrides, says, tmp_path, mon
         ("unet", {"norm_eps": 1e-6}, "unet has norm_eps 1e-06"),
         ("unet", {"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "down_block_types"),
         ("unet", {"_class_name": "UNet2DConditionModel"}, "holds UNet2DConditionModel and DDPMScheduler"),
-        ("unet", {"layers_per_block": 2}, "diffusers cannot open"),
-        ("unet", {"block_out_channels": [32, 96]}, "diffusers cannot open"),
+        ("unet", {"layers_per_block": 2}, "other weights than its config.json says"),
+        ("unet", {"block_out_channels": [32, 96]}, "other weights than its config.json says"),
+        ("unet", {"block_out_channels": []}, "without counterpart here"),
+        ("unet", {"num_class_embeds": 3}, "other weights than its config.json says: 'class_embedding.weight'"),
+        ("scheduler", {"prediction_type": []}, "without counterpart here"),
         ("scheduler", {"_class_name": "EulerDiscreteScheduler"}, "holds UNet2DModel and EulerDiscreteScheduler"),
-        ("scheduler", {"beta_schedule": "sigmoid"}, "without counterpart here: sigmoid"),
+        ("scheduler", {"beta_schedule": "sigmoid"}, "without counterpart here: 'sigmoid'"),
         ("scheduler", {"beta_schedule": "linear", "beta_end": 0.01}, "beta_end 0.01"),
         ("scheduler", {"trained_betas": [0.1] * 1000}, "trained_betas [0.1, "),
         ("unet", {"attn_norm_num_groups": None}, "attn_norm_num_groups None, where only 32"),
-        ("scheduler", {"prediction_type": "v_prediction"}, "without counterpart here: v_prediction"),
+        ("scheduler", {"prediction_type": "v_prediction"}, "without counterpart here: 'v_prediction'"),
         ("scheduler", {"clip_sample": False}, "clip_sample False"),
     ],
 )
@@ -442,6 +512,52 @@ def test_a_pipeline_that_has_no_counterpart_is_refused(file, change, says, tmp_p
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("change", ["missing", "more", "empty", "cut", "nan"])
+def test_the_weights_of_a_pipeline_are_those_of_its_file(change, tmp_path, monkeypatch, capsys):
+    """diffusers itself would fill in what is missing with random numbers, and say so in a warning."""
+    run_of(tmp_path / "run", *SMALL)
+    run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
+    file = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    if change == "missing":
+        del weights["conv_in.weight"]
+    elif change == "more":
+        weights["class_embedding.weight"] = torch.zeros(3, 128)
+    elif change == "nan":
+        weights["conv_in.bias"][3] = float("nan")
+    save_file({} if change == "empty" else weights, file)
+    if change == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    code, out, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--out", tmp_path / "back")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    says = {
+        "missing": "other weights than its config.json says: 'conv_in.weight'",
+        "more": "weights that have no place here: class_embedding.weight",
+        "empty": "other weights than its config.json says",
+        "cut": "cannot be read",
+        "nan": "input_blocks.0.0.bias with numbers that are not finite",
+    }
+    assert says[change] in err
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("class_names.json", "null"), ("class_names.json", '["a", "a"]'), ("class_names.json", "{"),
+     ("unet/config.json", "[]"), ("scheduler/scheduler_config.json", "[" * 100_000), ("unet/config.json", "null")],
+    ids=lambda value: value[:20],
+)  # fmt: skip
+def test_broken_json_in_a_pipeline_is_named(file, content, tmp_path, monkeypatch, capsys):
+    run_of(tmp_path / "run", *SMALL)
+    run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
+    (tmp_path / "p" / file).write_text(content)
+    code, _, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--out", tmp_path / "back")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "cannot be read" in err if file == "class_names.json" else "is no pipeline folder of diffusers" in err
+
+
 def test_weights_that_only_a_pickle_holds_are_refused(tmp_path, monkeypatch, capsys):
     run_of(tmp_path / "run", *SMALL)
     run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
@@ -449,7 +565,7 @@ def test_weights_that_only_a_pickle_holds_are_refused(tmp_path, monkeypatch, cap
     torch.save({"a": Trap(tmp_path / "sprung")}, tmp_path / "p/unet/diffusion_pytorch_model.bin")
     code, _, err = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--out", tmp_path / "back")
     assert code == 2
-    assert "diffusers cannot open" in err
+    assert "holds no diffusion_pytorch_model.safetensors" in err
     assert not (tmp_path / "sprung").exists()
 
 
@@ -464,6 +580,9 @@ def test_weights_that_only_a_pickle_holds_are_refused(tmp_path, monkeypatch, cap
         (("openai", "run", "--ddim", "--out", "new.pt"), "--ddim has no meaning"),
         (("openai", "run", "--ema", "0.5", "--out", "new.pt"), "--ema is 0.5; "),
         (("openai", "run", "--out", "there"), "--out there is there already"),
+        (("openai", "run", "--out", "bare"), "--out bare is a folder: name a new .pt file"),
+        (("openai", "run", "--out", ""), "argument --out: it is empty"),
+        (("diffusers", "there", "--class_names", "there", "--out", "new"), "is no pipeline folder"),
         (("diffusers", "there", "--out", "new"), "is no pipeline folder of diffusers"),
         (("diffusers", "there", "--ema", "none", "--out", "new"), "--ema has no meaning"),
         (("onnx", "run", "--out", "new"), "invalid choice: 'onnx'"),
@@ -473,6 +592,7 @@ def test_the_command_answers_bad_input_in_one_line(argv, says, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     run_of(tmp_path / "run", *SMALL)
     (tmp_path / "there").mkdir()
+    (tmp_path / "bare").mkdir()
     (tmp_path / "there/file").touch()
     code, out, err = run_convert(monkeypatch, capsys, *argv)
     assert (code, out) == (2, "")
@@ -483,7 +603,7 @@ def test_the_command_answers_bad_input_in_one_line(argv, says, tmp_path, monkeyp
 def test_class_names_can_be_given(tmp_path, monkeypatch, capsys):
     run_of(tmp_path / "run", "--data.channels", "3", classes=("0", "1", "2"))
     run_convert(monkeypatch, capsys, "diffusers", tmp_path / "run", "--out", tmp_path / "p")
-    for names, wanted in (("cat\ndog\nowl\n", 0), ("cat\ndog\n", 2), ("cat\ndog\ndog\n", 2)):
+    for names, wanted in (("\ufeffcat\ndog \r\nowl\n\n", 0), ("cat\ndog\n", 2), ("cat\ndog\ndog\n", 2), ("", 2)):
         (tmp_path / "names.txt").write_text(names)
         shutil.rmtree(tmp_path / "back", ignore_errors=True)
         code, _, _ = run_convert(monkeypatch, capsys, "diffusers", tmp_path / "p", "--class_names",

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from diffusion import UsageError
 from diffusion.pictures import grid, grid_columns, read_grid, save_grid, to_uint8
 
 
@@ -48,6 +51,27 @@ def test_a_grid_gives_its_images_back(shape, columns, tmp_path):
     images = torch.randint(256, shape, dtype=torch.uint8)
     save_grid(images, tmp_path / "a.png", columns)
     assert torch.equal(read_grid(tmp_path / "a.png"), images)
+
+
+@pytest.mark.parametrize("change", ["mode", "cut", "number", "nonsense", "broken", "bomb"])
+def test_a_grid_that_was_changed_is_refused(change, tmp_path):
+    save_grid(torch.zeros(12, 1, 4, 4, dtype=torch.uint8), tmp_path / "a.png", 4)
+    with Image.open(tmp_path / "a.png") as image:
+        text = image.info["tiles"]
+        image.load()
+    tiles = PngInfo()
+    tiles.add_text("tiles", {"number": "[13, 1, 4, 4]", "nonsense": "[12, 1, 0, 0]"}.get(change, text))
+    if change == "mode":
+        image = image.convert("RGB")
+    elif change == "cut":
+        image = image.crop((0, 0, 100, 100))
+    elif change == "bomb":
+        image = Image.new("L", (10_000, 10_000))
+    image.save(tmp_path / "a.png", pnginfo=tiles)
+    if change == "broken":
+        (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-60] + b"x" * 60)
+    with pytest.raises(UsageError, match=r"a\.png cannot be read as a grid"):
+        read_grid(tmp_path / "a.png")
 
 
 def test_a_picture_of_something_else_is_no_grid(tmp_path):

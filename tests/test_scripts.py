@@ -299,6 +299,10 @@ def test_guidance_changes_the_pictures_of_a_run_that_was_trained_for_it(cascade,
         (["--ckpt", "upsampler", "--low_res", "bad.npz"], "bad.npz is no array that --npz wrote"),
         (["--ckpt", "upsampler", "--low_res", "bad.png", "--classes", "1"], "bad.png cannot be read as an image"),
         (["--ckpt", "upsampler", "--low_res", "nowhere"], "nowhere is not there"),
+        (["--ckpt", "upsampler", "--low_res", ""], "argument --low_res: it is empty"),
+        (["--ckpt", "upsampler", "--low_res", "few.npz"], "arr_1 is (1,) int64, not a class from 0 to 9"),
+        (["--ckpt", "upsampler", "--low_res", "float.npz"], "arr_1 is (2,) float64"),
+        (["--ckpt", "upsampler", "--low_res", "high.npz"], "arr_1 is (2,) int64, not a class from 0 to 9"),
         (["--ckpt", "upsampler", "--low_res", "empty"], "data.path empty holds no images"),
         (["--ckpt", "upsampler", "--low_res", "a.png"], "a.png does not say the classes"),
         (["--ckpt", "base", "--guidance", "nan"], "--guidance is nan"),
@@ -310,6 +314,8 @@ def test_guidance_changes_the_pictures_of_a_run_that_was_trained_for_it(cascade,
 def test_cascades_answer_bad_input_in_one_line(cascade, monkeypatch, capsys, tmp_path, flags, says):
     monkeypatch.chdir(tmp_path)
     np.savez("a.npz", np.zeros((2, 4, 4, 1), np.uint8), np.array([1, 2]))
+    for name, labels in (("few", [1]), ("float", [1.0, 2.0]), ("high", [1, 10])):
+        np.savez(f"{name}.npz", np.zeros((2, 4, 4, 1), np.uint8), np.array(labels))
     np.savez("wide.npz", np.zeros((2, 4, 5, 1), np.uint8))
     Image.new("L", (4, 4)).save("a.png")
     for name in ("bad.npz", "bad.png"):
@@ -455,6 +461,7 @@ def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_pa
         (["--ema", "0.1"], "--ema is 0.1"),
         (["--out", "tests"], "--out tests is a folder"),
         (["--out", "/proc/x/y.json"], "--out /proc/x/y.json cannot be written"),
+        (["--out", "/dev/full", "--n", "1", "--steps", "1"], "--out /dev/full cannot be written: No space left"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
