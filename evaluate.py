@@ -129,17 +129,17 @@ def main() -> None:
         "steps": process.num_timesteps,
     }
     if state.is_main_process:
-        if args.out:
-            try:
-                args.out.write_text(json.dumps(figures))
-            except OSError as error:
-                raise UsageError(f"--out {args.out} cannot be written: {error.strerror}") from None
         print(f"{figures['bits_per_dim']:.4f} +- {figures['standard_error']:.4f} bits per dimension: "
               f"{int(count)} images, {process.num_timesteps} steps, {saved.path}")  # fmt: skip
         print(
             f"prior {figures['prior']:.6f}; the terms by quarter of t: "
             + ", ".join(f"{sum(figures['terms'][q * len(vb) // 4 : (q + 1) * len(vb) // 4]):.4f}" for q in range(4))
         )
+        if args.out:
+            try:
+                args.out.write_text(json.dumps(figures))
+            except OSError as error:
+                raise UsageError(f"--out {args.out} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":
