@@ -46,6 +46,8 @@ class Checkpoint:
     step: int
     config: Config
     class_names: tuple[str, ...]
+    data: str | None = None
+    """The fingerprint of the data set that it was trained on."""
     passed_over: tuple[str, ...] = ()
     """What was wrong with newer checkpoints of the run, in whose place this one is."""
 
@@ -106,12 +108,13 @@ def save(
     weights: Weights,
     averages: Mapping[float, Weights],
     training: dict[str, Any],
+    data: str | None = None,
 ) -> None:
     """Write the checkpoint `folder`: into a temporary folder first, which takes its name when all is on the disk."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, step, config, class_names, weights, averages, training)
+        _write(temporary, step, config, class_names, weights, averages, training, data)
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its room is needed
         raise
@@ -127,10 +130,11 @@ def _write(
     weights: Weights,
     averages: Mapping[float, Weights],
     training: dict[str, Any],
+    data: str | None,
 ) -> None:
     temporary.mkdir(parents=True)
     config.save(temporary / "config.yaml")
-    state = {"format": FORMAT, "step": step, "class_names": class_names, "torch": torch.__version__}
+    state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "torch": torch.__version__}
     (temporary / "state.json").write_text(json.dumps(state, indent=1))
     save_file(_on_cpu(weights), temporary / "model.safetensors")
     for rate, average in averages.items():
@@ -214,7 +218,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     _verify(folder)
     if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
         raise UsageError(f"checkpoint {folder} is of step {step}: give the folder its name back, step_{step:08d}")
-    return Checkpoint(folder, step, load_config(folder / "config.yaml"), class_names)
+    return Checkpoint(folder, step, load_config(folder / "config.yaml"), class_names, state.get("data"))
 
 
 def check_fits(model: torch.nn.Module, weights: Weights, source: Path) -> None:

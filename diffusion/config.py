@@ -45,6 +45,8 @@ class DataConfig:
     """mirror half of the images left to right"""
     low_res_size: int | None = None
     """train an upsampler: the network is given each image shrunk to this size too; null: no upsampler"""
+    may_change: bool = False
+    """continue a run although its images are not those that it began with"""
     workers: int = 0
     """processes that read images ahead of each training process (for large folders)"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,10 @@ class ArrayDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return self.images[list(indices)], self.labels[list(indices)]
 
+    def fingerprint(self) -> str:
+        """A number that other images, labels, classes or another order would not have."""
+        return _digest(self.images.numpy(), self.labels.numpy(), self.class_names)
+
 
 @dataclass
 class FolderDataset(Dataset):
@@ -67,11 +73,26 @@ class FolderDataset(Dataset):
             return error
         return torch.from_numpy(np.stack(images)), self.labels[list(indices)]
 
+    def fingerprint(self) -> str:
+        """A number that files of other names, sizes or classes would not have. (Their content is not read for it.)"""
+        root = os.path.commonpath(self.paths)
+        files = [(os.path.relpath(path, root), path.stat().st_size) for path in self.paths]
+        return _digest(files, self.labels.numpy(), self.class_names)
+
     def in_memory(self) -> ArrayDataset:
         """All of it, read now. Raises UsageError with the name of a file that cannot be read."""
         with ThreadPoolExecutor() as pool:
             images = list(pool.map(lambda path: read_image(path, self.image_size, self.channels), self.paths))
         return ArrayDataset(torch.from_numpy(np.stack(images)), self.labels, self.class_names)
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        array = isinstance(part, np.ndarray)
+        digest.update(repr((part.shape, str(part.dtype)) if array else part).encode("utf-8", "surrogateescape"))
+        digest.update(part.tobytes() if array else b"")
+    return digest.hexdigest()[:16]
 
 
 def open_dataset(config: DataConfig, train: bool = True) -> ArrayDataset | FolderDataset:

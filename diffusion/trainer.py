@@ -36,7 +36,7 @@ from diffusion.signals import CutOff, StopSignals
 from diffusion.timesteps import LossSecondMoment
 
 MAY_CHANGE = {
-    "data": {"path", "workers"},
+    "data": {"path", "workers", "may_change"},
     "model": {"use_checkpoint"},
     "train": {"steps", "accumulation", "lr", "lr_schedule", "warmup_steps", "weight_decay", "grad_clip", "precision",
               "ema_warmup", "log_every"},
@@ -79,6 +79,12 @@ class Trainer:
                 f"the data's classes are {_names(self.class_names)}, and {_names(saved.class_names)} in {out}"
             )
 
+        self.fingerprint = self.dataset.fingerprint()
+        if saved and saved.data not in (None, self.fingerprint) and not config.data.may_change:
+            raise UsageError(
+                f"the data are not those that the run in {out} began with ({saved.data} then, {self.fingerprint} now): "
+                "continue on these with --data.may_change true, or begin another run with --out"
+            )
         self.process = config.diffusion.process()
         by_importance = config.train.timesteps == "loss_second_moment"
         self.importance = LossSecondMoment(self.process.num_timesteps) if by_importance else None
@@ -227,6 +233,7 @@ class Trainer:
                     "scaler": scaler.state_dict() if scaler else None,
                     "importance": self.importance.state_dict() if self.importance else None,
                 },
+                data=self.fingerprint,
             )
             checkpoint.prune(self.out, config.keep_last, config.keep_every)
 

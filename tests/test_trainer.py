@@ -456,3 +456,31 @@ def test_a_signal_cuts_a_grid_off(tmp_path, monkeypatch):
     assert len(drawn) == 5
     assert not (tmp_path / "run/samples").exists()
     assert checkpoint.open_checkpoint(tmp_path / "run").step == 2
+
+
+# --- data that changed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_run_does_not_go_on_with_other_images_unless_that_is_meant(tmp_path, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.setattr("diffusion.data.IN_MEMORY_BYTES", 0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        Image.effect_noise((8, 8), 100).save(folder / f"{i}.png")
+
+    def config(**changes):
+        values = dict(train__steps=2, train__batch_size=4, model__class_cond=False) | changes
+        plain = small(**values)
+        data = dataclasses.replace(plain.data, name="folder", path=str(folder), may_change="train__lr" in changes)
+        return dataclasses.replace(plain, data=data)
+
+    train(config(), tmp_path / "run")
+    folder.rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(folder)
+    train(config(train__steps=3), tmp_path / "run")  # the same images
+    Image.effect_noise((30, 30), 50).save(folder / "3.png")
+    with pytest.raises(UsageError, match=r"the data are not those .* with --data\.may_change true"):
+        Trainer(config(train__steps=4), tmp_path / "run")
+    assert train(config(train__steps=4, train__lr=1e-4), tmp_path / "run").step == 4
