@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from diffusion.config import parse_command_line
-from diffusion.launch import check_launcher, exit_code, progress_bar
+from diffusion.config import Config, parse_command_line
+from diffusion.errors import UsageError
+from diffusion.launch import check_launcher, exit_code, on_cpu, progress_bar
+
+
+def verify_resume(config: Config) -> None:
+    """Say whether a few steps of this configuration end with the same bits when they are broken off and continued."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from diffusion import verify
+
+    state = PartialState(cpu=on_cpu())
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]  # the first process's is for all
+        broadcast_object_list(shared)
+        differs = verify.verify_resume(config, Path(shared[0]))
+        state.wait_for_everyone()
+    if differs:
+        raise UsageError(f"a continued run is not the uninterrupted one: {differs}")
+    if state.is_main_process:
+        print(f"{verify.STEPS} steps, broken off and continued, end with the same bits as at one go")
 
 
 def main() -> None:
-    config, out = parse_command_line(sys.argv[1:])
+    verify = "--verify_resume" in sys.argv
+    config, out = parse_command_line([flag for flag in sys.argv[1:] if flag != "--verify_resume"])
     check_launcher()
+    if verify:
+        verify_resume(config)
+        return
 
     from diffusion.trainer import Trainer  # after the parser, so that --help and a mistyped key answer at once
 

@@ -19,13 +19,14 @@ class EMA:
 
     def __init__(self, model: nn.Module, rates: Sequence[float], warmup: bool = False):
         self.warmup = warmup
-        self._weights = [p.detach() for p in model.parameters()]
-        names = [name for name, _ in model.named_parameters()]
-        self.averages = {rate: dict(zip(names, (w.clone() for w in self._weights), strict=True)) for rate in rates}
+        self._model = model
+        self.averages = {rate: {name: p.detach().clone() for name, p in model.named_parameters()} for rate in rates}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights as they are after optimizer step `step` (0, 1, ...)."""
+        # Asked for anew each time: DistributedDataParallel may give the parameters another storage.
+        weights = list(self._model.parameters())
         for rate, average in self.averages.items():
             rate = min(rate, (1 + step) / (10 + step)) if self.warmup else rate
-            torch._foreach_lerp_(list(average.values()), self._weights, 1 - rate)
+            torch._foreach_lerp_(list(average.values()), weights, 1 - rate)

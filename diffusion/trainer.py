@@ -118,8 +118,12 @@ class Trainer:
         """
         with self._signals:
             self._run(on_step)
+        self.close()
+
+    def close(self) -> None:
+        """Let others go on with the run's folder."""
         if self._lock is not None:
-            os.close(self._lock)  # others may go on with the run
+            os.close(self._lock)
             self._lock = None
 
     def _run(self, on_step: Callable[[int, dict[str, Any] | None], None]) -> None:

@@ -21,8 +21,10 @@ import evaluate
 import sample
 import train
 from diffusion import checkpoint
+from diffusion.ema import EMA
 from diffusion.interop_openai import config_from_flags, parse_flags
 from diffusion.launch import exit_code
+from diffusion.trainer import Trainer
 
 BIN = Path(sys.executable).parent
 SMALL = ["--train.steps", "3", "--train.batch_size", "16", "--train.log_every", "1",
@@ -125,6 +127,9 @@ def test_two_processes_train_save_resume_and_sample(run, tmp_path):
         [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, two)
     )
     assert [line["step"] for line in both] == [1, 2, 3]
+    averages = [checkpoint.open_checkpoint(path).ema(0.999)["out.2.weight"] for path in (run, two)]
+    assert averages[0].abs().max() > 1e-4  # it began at zero
+    torch.testing.assert_close(averages[1], averages[0], rtol=1e-2, atol=1e-5)
     for a, b in zip(one, both, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
@@ -141,11 +146,33 @@ def test_two_processes_share_importance_dropped_classes_and_small_images(tmp_pat
              "--diffusion.steps", "3", "--train.label_dropout", "0.3", "--data.low_res_size", "4"]  # fmt: skip
     command(sys.executable, *flags, "--out", tmp_path / "one")
     command("torchrun", "--nproc_per_node", "2", *flags, "--out", tmp_path / "two")
-    one, two = (checkpoint.load_plain(checkpoint.newest(tmp_path / name) / "training.pt")["importance"]
+    one, two = (checkpoint.load_plain(checkpoint.folders(tmp_path / name)[0] / "training.pt")["importance"]
                 for name in ("one", "two"))  # fmt: skip
     assert torch.equal(one["counts"], two["counts"])
     assert (one["counts"] == 10).all()  # full: the last steps were drawn by importance
     torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-3, atol=1e-4)
+
+
+def test_users_can_verify_that_their_runs_resume(tmp_path):
+    flags = ["--verify_resume", "--train.batch_size", "16", "--model.dropout", "0.1", "--train.accumulation", "2"]
+    for launcher in ((sys.executable,), ("torchrun", "--nproc_per_node", "2")):
+        out = command(*launcher, ROOT / "train.py", *flags, "--data.workers", "1", cwd=tmp_path).stdout
+        assert "4 steps, broken off and continued, end with the same bits as at one go" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resume_that_is_not_exact_is_found(tmp_path, monkeypatch, capsys):
+    """An average that is not restored, as in other codebases, is named."""
+    restore = Trainer._restore
+
+    def without_averages(self, saved):
+        restore(self, saved)
+        self.ema = EMA(self.network, self.config.train.ema_rates, self.config.train.ema_warmup)
+
+    monkeypatch.setattr(Trainer, "_restore", without_averages)
+    code, out, err = script(train, monkeypatch, capsys, "--verify_resume", "--train.batch_size", "16")
+    assert (code, out) == (2, "")
+    assert re.search("a continued run is not the uninterrupted one: the average at 0.999 of .* differs by up to", err)
 
 
 @pytest.mark.parametrize(

@@ -409,7 +409,7 @@ def test_a_full_disk(tmp_path, monkeypatch, broken, on_error):
         with pytest.raises(UsageError, match=r"cannot be written: .*No space left on device; the checkpoints before"):
             trainer.run()
         assert not heard
-        os.close(trainer._lock)
+        trainer.close()
         monkeypatch.setattr(module, name, works)  # there is room again
         trainer = train(config, tmp_path / "run")
     else:
@@ -435,7 +435,7 @@ def test_a_signal_saves_and_stops_and_the_run_ends_with_the_same_bits(tmp_path, 
     assert caught.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert checkpoint.open_checkpoint(tmp_path / "run").step == 3
-    os.close(trainer._lock)
+    trainer.close()
     assert_same_bits(state(train(small(), tmp_path / "run")), state(train(small(), tmp_path / "whole")))
 
 
