@@ -36,15 +36,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", type=a_path, required=True, help="a run's folder (its newest checkpoint is used) or a checkpoint's")
     add("--n", type=int, help="how many pictures (default: as in the run's grids)")
-    add("--classes", help="class numbers or names, separated by commas, taken in turn (default: all of them)")
+    add(
+        "--classes",
+        help="class numbers or names, separated by commas, taken in turn (default: all of them, or those of --low_res)",
+    )
     add("--sampler", choices=["ddpm", "ddim"], help="default: as in the run's grids")
     add("--steps", help="sampling steps: a count, sections like 10,15,20, or ddim50 (default: as in the run's grids)")
     add("--eta", type=float, help="noise of ddim: 0 none (the default), 1 as much as ddpm")
     add("--seed", type=int, default=0, help="picture i of a seed is the same at any --n and --batch_size (default: 0)")
     add("--guidance", type=float, help="classifier-free guidance: 1 none, above 1 clearer classes and less variety, "
                                        "0 no class at all (default: as in the run's grids)")  # fmt: skip
-    add("--low_res", type=a_path, help="for an upsampler: a grid, an image, a folder or an .npz of small images, "
-                                     "or a run that draws them")  # fmt: skip
+    add("--low_res", type=a_path, help="for an upsampler: a grid, an image, a folder or an .npz of small images "
+                                     "(image files of other sizes are cut and shrunk as for training), or a run that "
+                                     "draws them (with its own sampler and steps)")  # fmt: skip
     add("--batch_size", type=int, default=64, help="pictures drawn at once (default: 64)")
     add("--ema", help="which moving average of the weights: a rate, or none for the weights in training "
                       "(default: the run's first)")  # fmt: skip
@@ -87,7 +91,8 @@ def main() -> None:
             raise UsageError(f"--n is {n}, and --low_res {args.low_res} holds {len(low_res[0])} images")
         if labels and args.classes is None:
             labels = low_res[1]
-    out = choose_out(saved, args, f"{sampler}{process.num_timesteps}_seed{args.seed}")
+    name = f"{sampler}{process.num_timesteps}_seed{args.seed}" + (f"_guidance{guidance:g}" if guidance != 1 else "")
+    out = choose_out(saved, args, name)
 
     state = PartialState(cpu=on_cpu())
     share = math.ceil(n / state.num_processes)  # every process draws as many; the last one's surplus is cut off
@@ -120,12 +125,13 @@ def main() -> None:
                    sampler=sampler, guidance=guidance, eta=args.eta or 0.0, low_res=small)  # fmt: skip
     images = gather(pictures.to_uint8(images).to(state.device))[:n]
     if state.is_main_process:
+        all_labels = None if labels is None else [labels[i % len(labels)] for i in range(n)]
         if args.images:
             pictures.save_images(images, out)
         elif args.npz:
-            pictures.save_npz(images, None if labels is None else [labels[i % len(labels)] for i in range(n)], out)
+            pictures.save_npz(images, all_labels, out)
         else:
-            pictures.save_grid(images, out, pictures.grid_columns(n, len(labels or ())))
+            pictures.save_grid(images, out, pictures.grid_columns(n, len(labels or ())), all_labels)
         print(f"{n} pictures: {out.resolve()}")
 
 
@@ -198,8 +204,11 @@ def read_low_res(path: Path, size: int, channels: int, class_names: tuple[str, .
             return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), None if labels is None else labels.tolist()
         except Exception as error:  # numpy raises OSError, KeyError, ValueError, BadZipFile, ...
             raise UsageError(f"--low_res {path} is no array that --npz wrote: {error}") from None
-    tiles = pictures.read_grid(path)
-    return torch.from_numpy(read_image(path, size, channels).copy())[None] if tiles is None else tiles, None
+    grid = pictures.read_grid(path)
+    if grid is None:
+        return torch.from_numpy(read_image(path, size, channels).copy())[None], None
+    images, labels = grid
+    return images, labels if labels and max(labels) < len(class_names) else None
 
 
 def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:

@@ -47,11 +47,19 @@ def main() -> None:
     main_process = trainer.accelerator.is_main_process
     if main_process:
         begun = f"continues after step {trainer.step}" if trainer.step else "begins"
+        if trainer.continues and not trainer.step:
+            begun = f"begins with the weights of {trainer.continues.name}"
         where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
         print(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}")
     if trainer.step >= config.train.steps:
         if main_process:
-            print(f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do")
+            print(
+                f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do"
+            )
+        if not trainer.last_grid.exists():  # a signal cut it off
+            trainer.sample()
+            if main_process:
+                print(f"pictures: {trainer.last_grid.resolve()}")
         return
     bar = progress_bar(config.train.steps, main_process, done=trainer.step)
 

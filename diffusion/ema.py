@@ -26,7 +26,7 @@ class EMA:
     def update(self, step: int) -> None:
         """Take in the weights as they are after optimizer step `step` (0, 1, ...)."""
         # Asked for anew each time: DistributedDataParallel may give the parameters another storage.
-        weights = list(self._model.parameters())
+        weights = [p.detach() for p in self._model.parameters()]
         for rate, average in self.averages.items():
             rate = min(rate, (1 + step) / (10 + step)) if self.warmup else rate
             torch._foreach_lerp_(list(average.values()), weights, 1 - rate)

@@ -55,18 +55,18 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def save_grid(images: Tensor, path: Path, columns: int) -> None:
+def save_grid(images: Tensor, path: Path, columns: int, labels: list[int] | None = None) -> None:
     """Write `grid(images, columns)` as PNG, which says how `read_grid` finds them; the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     tiles = PngInfo()
-    tiles.add_text("tiles", json.dumps(images.shape))
+    tiles.add_text("tiles", json.dumps({"shape": images.shape, "labels": labels}))
     grid(images, columns).save(temporary, format="PNG", pnginfo=tiles)
     temporary.replace(path)
 
 
-def read_grid(path: Path) -> Tensor | None:
-    """The images (N, C, H, W), uint8, of a grid that `save_grid` wrote; None where the file does not say it is one.
+def read_grid(path: Path) -> tuple[Tensor, list[int] | None] | None:
+    """The images (N, C, H, W), uint8, and the labels, if any, of a grid that `save_grid` wrote; None of other files.
 
     Raises UsageError where it says so and is another picture by now.
     """
@@ -76,13 +76,21 @@ def read_grid(path: Path) -> Tensor | None:
             with Image.open(path) as image:
                 if "tiles" not in image.info:
                     return None
-                n, c, h, w = map(int, json.loads(image.info["tiles"]))
+                said = json.loads(image.info["tiles"])
+                (n, c, h, w), labels = map(int, said["shape"]), said["labels"]
                 mode, size, sheet = image.mode, image.size, np.asarray(image)
         channels, tiles = (c, n) if c in PIL_MODES else (1, n * c)
         factor, border = _tile(h, w)
         columns, rows = (size[0] - border) // (w * factor + border), (size[1] - border) // (h * factor + border)
         fits = size == (columns * (w * factor + border) + border, rows * (h * factor + border) + border)
-        if min(n, c, h, w) < 1 or mode != PIL_MODES[channels] or not fits or rows != math.ceil(tiles / columns):
+        whole = labels is None or (len(labels) == n and all(type(label) is int and label >= 0 for label in labels))
+        if (
+            min(n, c, h, w) < 1
+            or not whole
+            or mode != PIL_MODES[channels]
+            or not fits
+            or rows != math.ceil(tiles / columns)
+        ):
             raise ValueError(f"it was {n} images of {c} channels, and was changed since")
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
         if isinstance(error, UnidentifiedImageError | FileNotFoundError):
@@ -91,7 +99,8 @@ def read_grid(path: Path) -> Tensor | None:
     cut = rearrange(
         sheet.reshape(*sheet.shape[:2], channels)[border:, border:], "(r h) (q w) ch -> (r q) ch h w", r=rows, q=columns
     )
-    return torch.from_numpy(cut[:tiles, :, : h * factor : factor, : w * factor : factor].copy()).reshape(n, c, h, w)
+    images = torch.from_numpy(cut[:tiles, :, : h * factor : factor, : w * factor : factor].copy())
+    return images.reshape(n, c, h, w), labels
 
 
 def grid_columns(n: int, num_classes: int) -> int:

@@ -54,8 +54,8 @@ AT_STEP_0 = {
 class Trainer:
     """A run: made new in the folder `out`, or continued from its newest checkpoint.
 
-    `step` counts the optimizer steps that are done. `tell` hears, in the main process, of what went wrong and was got
-    over. Raises UsageError where the run cannot begin.
+    `step` counts the optimizer steps that are done, `continues` is the checkpoint that the run goes on from, if any.
+    `tell` hears, in the main process, of what went wrong and was got over. Raises UsageError where it cannot begin.
     """
 
     def __init__(self, config: Config, out: Path, tell: Callable[[str], None] = lambda message: None):
@@ -102,6 +102,7 @@ class Trainer:
         # Only `model` is wrapped (DDP, autocast); names and averages stay those of `network`.
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.step = 0
+        self.continues = saved.path if saved else None
         if saved and saved.step:
             self._restore(saved)
         if saved and accelerator.is_main_process:
@@ -217,7 +218,8 @@ class Trainer:
         self.network.train()
         images = gather(pictures.to_uint8(images).to(accelerator.device))[: config.sample.n]
         columns = pictures.grid_columns(config.sample.n, classes)
-        self._write(lambda: pictures.save_grid(images, self.last_grid, columns), self.last_grid)
+        chosen = gather(labels.to(accelerator.device))[: config.sample.n].tolist() if labels is not None else None
+        self._write(lambda: pictures.save_grid(images, self.last_grid, columns, chosen), self.last_grid)
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is."""

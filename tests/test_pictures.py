@@ -49,8 +49,11 @@ def test_a_picture_is_whole_or_absent(tmp_path):
 @pytest.mark.parametrize("columns", [1, 3])
 def test_a_grid_gives_its_images_back(shape, columns, tmp_path):
     images = torch.randint(256, shape, dtype=torch.uint8)
-    save_grid(images, tmp_path / "a.png", columns)
-    assert torch.equal(read_grid(tmp_path / "a.png"), images)
+    for labels in (None, list(range(shape[0]))):
+        save_grid(images, tmp_path / "a.png", columns, labels)
+        back, said = read_grid(tmp_path / "a.png")
+        assert torch.equal(back, images)
+        assert said == labels
 
 
 @pytest.mark.parametrize("change", ["mode", "cut", "number", "nonsense", "broken", "bomb"])
@@ -60,7 +63,7 @@ def test_a_grid_that_was_changed_is_refused(change, tmp_path):
         text = image.info["tiles"]
         image.load()
     tiles = PngInfo()
-    tiles.add_text("tiles", {"number": "[13, 1, 4, 4]", "nonsense": "[12, 1, 0, 0]"}.get(change, text))
+    tiles.add_text("tiles", {"number": text.replace("12", "13"), "nonsense": "[12, 1, 0, 0]"}.get(change, text))
     if change == "mode":
         image = image.convert("RGB")
     elif change == "cut":

@@ -115,6 +115,17 @@ def test_the_same_command_continues(run, monkeypatch, capsys):
     assert "it has done 3 steps, and train.steps is 3: nothing is left to do" in out
 
 
+def test_a_last_grid_that_a_signal_cut_off_is_drawn_by_the_same_command(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    grid = tmp_path / "run/samples/step_00000003.png"
+    first = grid.read_bytes()
+    grid.unlink()
+    code, out, _ = script(train, monkeypatch, capsys, "--out", tmp_path / "run", *SMALL)
+    assert code == 0
+    assert str(grid) in out
+    assert grid.read_bytes() == first
+
+
 def test_two_processes_train_save_resume_and_sample(run, tmp_path):
     """They see what one process sees, and either continues what the other saved."""
     torchrun = ["torchrun", "--nproc_per_node", "2"]
@@ -287,11 +298,13 @@ def test_a_cascade_is_the_same_by_every_way(cascade, monkeypatch, capsys, tmp_pa
     assert drawn["base"]["arr_1"].tolist() == [3, 1, 3, 1, 3]
     for arrays in drawn.values():
         np.testing.assert_array_equal(arrays["arr_0"], drawn["base"]["arr_0"])
-    # An array brings its classes along, and its number.
-    whole = tmp_path / "b.npz"
-    assert script(sample, monkeypatch, capsys, "--ckpt", upsampler, "--low_res", tmp_path / "a.npz", "--npz",
-                  "--steps", 3, "--out", whole)[0] == 0  # fmt: skip
-    np.testing.assert_array_equal(np.load(whole)["arr_0"], drawn["base"]["arr_0"])
+    # An array and a grid bring their classes along, and their number.
+    for source in ("a.npz", "a.png"):
+        whole = tmp_path / f"whole_{source}.npz"
+        assert script(sample, monkeypatch, capsys, "--ckpt", upsampler, "--low_res", tmp_path / source, "--npz",
+                      "--steps", 3, "--out", whole)[0] == 0  # fmt: skip
+        np.testing.assert_array_equal(np.load(whole)["arr_0"], drawn["base"]["arr_0"])
+        assert np.load(whole)["arr_1"].tolist() == [3, 1, 3, 1, 3]
 
 
 def test_the_first_stage_alone_may_know_classes(cascade, monkeypatch, capsys, tmp_path):
