@@ -279,7 +279,7 @@ def plot(results: Results, path: Path) -> None:
     right.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance, classifier's features")
     right.set_xticks(SAMPLING_STEPS, [str(n) for n in SAMPLING_STEPS], minor=False)
     right.minorticks_off()
-    right.legend(fontsize=8)
+    right.legend(fontsize=7, loc="lower left")
     figure.savefig(path, dpi=120)
 
 
