@@ -53,9 +53,7 @@ def main() -> None:
         print(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}")
     if trainer.step >= config.train.steps:
         if main_process:
-            print(
-                f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do"
-            )
+            print(f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do")
         if not trainer.last_grid.exists():  # a signal cut it off
             trainer.sample()
             if main_process:
@@ -65,9 +63,8 @@ def main() -> None:
 
     def on_step(step: int, metrics: dict[str, Any] | None) -> None:
         if metrics:
-            bar.set_postfix_str(
-                f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False
-            )
+            loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+            bar.set_postfix_str(f"loss {loss}, {metrics['images_per_second']:.0f} images/s", refresh=False)
         bar.update()
 
     with bar:

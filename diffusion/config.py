@@ -189,6 +189,8 @@ class TrainConfig:
     """decoupled weight decay"""
     grad_clip: float | None = None
     """largest norm of the gradient; null: no clipping"""
+    max_skipped: int = 20
+    """stop after so many steps in a row whose loss or gradient is not finite; each is skipped, and counted"""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """mixed precision of accelerate"""
     ema_rates: tuple[float, ...] = (0.999,)
@@ -205,7 +207,7 @@ class TrainConfig:
     """steps between lines of metrics.jsonl"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "max_skipped"):
             check_range(f"train.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "weight_decay", "seed"):
             check_range(f"train.{name}", getattr(self, name), 0)

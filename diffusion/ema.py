@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -23,10 +23,16 @@ class EMA:
         self.averages = {rate: {name: p.detach().clone() for name, p in model.named_parameters()} for rate in rates}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights as they are after optimizer step `step` (0, 1, ...)."""
+    def update(self, step: int, took_step: Tensor | float = 1.0) -> None:
+        """Take in the weights as they are after optimizer step `step` (0, 1, ...), or nothing where `took_step` is 0.
+
+        As a tensor, `took_step` may still be on its way on a GPU, which is not waited for.
+        """
         # Asked for anew each time: DistributedDataParallel may give the parameters another storage.
         weights = [p.detach() for p in self._model.parameters()]
         for rate, average in self.averages.items():
             rate = min(rate, (1 + step) / (10 + step)) if self.warmup else rate
-            torch._foreach_lerp_(list(average.values()), weights, 1 - rate)
+            averages = list(average.values())
+            change = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(change, (1 - rate) * took_step)
+            torch._foreach_add_(averages, change)

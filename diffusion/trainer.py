@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from diffusion import checkpoint, pictures
 from diffusion.config import Config, TrainConfig, load_config
-from diffusion.data import Batch, micro_batches, open_dataset, shrink, to_x_start
+from diffusion.data import Batch, batch_indices, micro_batches, open_dataset, shrink, to_x_start
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
 from diffusion.launch import on_cpu
@@ -39,7 +39,7 @@ MAY_CHANGE = {
     "data": {"path", "workers", "may_change"},
     "model": {"use_checkpoint"},
     "train": {"steps", "accumulation", "lr", "lr_schedule", "warmup_steps", "weight_decay", "grad_clip", "precision",
-              "ema_warmup", "log_every"},
+              "ema_warmup", "log_every", "max_skipped"},
     "sample": {"every", "n", "sampler", "steps", "guidance"},
     "checkpoint": {"every", "keep_last", "keep_every", "on_error"},
 }  # fmt: skip
@@ -159,14 +159,20 @@ class Trainer:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if train.grad_clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, train.grad_clip, grad_norm)
+            finite = torch.isfinite(grad_norm) & torch.isfinite(seen).all()
+            bad = (accelerator.reduce((~finite).float()) > 0).float()  # the same for all processes, and not waited for
+            if accelerator.scaler is None:  # else it finds that out by itself
+                self.optimizer.optimizer.found_inf = bad
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if not accelerator.optimizer_step_was_skipped:  # fp16 found its loss scale too large
-                self.ema.update(step)
+            if not accelerator.optimizer_step_was_skipped:
+                self.ema.update(step, 1 - bad)
+            meter.judge(step, bad)
             self.step = step + 1
             saves = _due(self.config.checkpoint.every, self.step, train.steps)
             logs = saves or self.step % train.log_every == 0
             on_step(self.step, self._log(meter, grad_norm, lr) if logs else None)
+            saves = saves and not meter.in_a_row  # weights that may be at fault do not push out good ones
             if saves:
                 with meter.paused():
                     self.save()
@@ -304,12 +310,26 @@ class Trainer:
             inputs["low_res"] = shrink(x_start, self.config.data.low_res_size)
         return partial(self.model, **inputs)
 
+    def _describe(self, step: int) -> str:
+        """The timesteps and the images of a step, both a function of it (uniform timesteps only)."""
+        batch = batch_indices(len(self.dataset), self.config.train.batch_size, self.config.train.seed, step)[:8]
+        paths = getattr(self.dataset, "paths", None)
+        images = ", ".join(str(paths[i]) if paths else f"number {i}" for i in batch)
+        t = "" if self.importance else f"t {', '.join(map(str, self._random(step)[0][:8].tolist()))}, ... and "
+        return f"{t}images {images}, ..."
+
     def _log(self, meter: _Meter, grad_norm: Tensor, lr: float) -> dict[str, Any]:
         metrics: dict[str, Any] = {"step": self.step, **meter.read(), "grad_norm": grad_norm.item(), "lr": lr}
-        if not math.isfinite(metrics["loss"]):
+        if metrics["skipped"] and self.accelerator.is_main_process:
+            self.tell(f"{metrics['skipped']} steps by step {self.step} had a loss or gradient that is not finite "
+                      "and were skipped")  # fmt: skip
+        in_a_row = int(meter.in_a_row)
+        if in_a_row >= self.config.train.max_skipped or (in_a_row and self.step == self.config.train.steps):
+            last = int(meter.last_bad)
             raise UsageError(
-                f"the loss is {metrics['loss']} by step {self.step}, and nothing of that is saved: "
-                "continue from the last checkpoint with a lower train.lr or with train.grad_clip"
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite. The last was step {last}, "
+                f"with {self._describe(last - 1)}. Nothing since is saved: continue from the last checkpoint with a "
+                "lower train.lr or with train.grad_clip"
             )
         if self.accelerator.is_main_process:
             with (self.out / "metrics.jsonl").open("a") as file:
@@ -323,6 +343,8 @@ class _Meter:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.sums = torch.zeros(2, 4, device=accelerator.device)
+        self.skipped, self.in_a_row = torch.zeros(2, device=accelerator.device)
+        self.last_bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.started = time.perf_counter()
 
     @contextmanager
@@ -334,14 +356,22 @@ class _Meter:
 
     def see(self, loss: Tensor, quarter: Tensor) -> None:
         in_quarter = F.one_hot(quarter, 4).float()
-        # A loss that is not finite belongs to its own quarter only.
+        in_quarter = in_quarter * torch.isfinite(loss)[:, None]
         self.sums += torch.stack([torch.where(in_quarter > 0, loss[:, None], 0).sum(0), in_quarter.sum(0)])
+
+    def judge(self, step: int, bad: Tensor) -> None:
+        """Count a step that was skipped (`bad` 1) or not (0)."""
+        self.skipped = self.skipped + bad
+        self.in_a_row = (self.in_a_row + bad) * bad
+        self.last_bad = torch.where(bad > 0, step + 1, self.last_bad)
 
     def read(self) -> dict[str, Any]:
         sums = self.accelerator.reduce(self.sums.clone()).tolist()  # waits for the device
         now = time.perf_counter()
         images = sum(sums[1])
-        metrics = {"loss": sum(sums[0]) / images, "images_per_second": images / (now - self.started)}
+        metrics: dict[str, Any] = {"loss": sum(sums[0]) / images if images else None}
+        metrics |= {"images_per_second": images / (now - self.started), "skipped": int(self.skipped)}
+        self.skipped = torch.zeros_like(self.skipped)
         quarters = {f"loss_q{q + 1}": total / n if n else None for q, (total, n) in enumerate(zip(*sums, strict=True))}
         self.sums.zero_()
         self.started = now

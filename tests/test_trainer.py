@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from diffusion import GaussianDiffusion, UsageError, checkpoint, pictures
+from diffusion import trainer as trainer_module
 from diffusion.config import Config
 from diffusion.data import shrink, to_x_start
 from diffusion.errors import Stopped
@@ -80,6 +82,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
             "loss_q4",
             "grad_norm",
             "lr",
+            "skipped",
         }
         assert all(value is None or math.isfinite(value) for value in line.values())
     assert Image.open(trainer.last_grid).size[0] > 4 * 64
@@ -264,9 +267,47 @@ def test_files_of_something_else_are_not_overwritten(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine: 1\n"
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(UsageError, match=r"the loss is nan by step \d, and nothing of that is saved"):
-        train(small(train__lr=1e30, checkpoint__every=1), tmp_path)
+# --- numbers that go bad ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_never_comes_back_ends_and_says_where(tmp_path):
+    """A learning rate that no network bears: the weights of such steps are not saved as good ones."""
+    config = small(train__lr=1e30, train__steps=100, train__max_skipped=5, train__log_every=1, checkpoint__every=1)
+    heard = []
+    trainer = Trainer(config, tmp_path, tell=heard.append)
+    with pytest.raises(
+        UsageError, match=r"5 steps in a row .* was step (\d), with t \d+, .* images number \d+, "
+    ) as caught:
+        trainer.run()
+    last = int(re.search(r"was step (\d)", str(caught.value))[1])
+    assert trainer.step == last
+    assert len(heard) == 5
+    assert checkpoint.open_checkpoint(tmp_path).step == last - 5
+    t = [int(word) for word in re.search(r"with t ([\d, ]+), \.\.\.", str(caught.value))[1].split(",")]
+    assert t == trainer._random(last - 1)[0][:8].tolist()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_touches_nothing(tmp_path, monkeypatch, where):
+    """Weights, averages, moments and the optimizer's own count are those of a run in which it was not."""
+    works, states = trainer_module.training_losses, {}
+
+    def broken(process, model, x_start, t, noise, loss_type):
+        terms = works(process, model, x_start, t, noise, loss_type)
+        if trainer.step == 3:
+            spoilt = terms["loss"] * float("nan") if where == "gradient" else terms["loss"].detach() * float("inf")
+            terms["loss"] = spoilt + (0 * terms["loss"] if where == "loss" else 0)
+        return terms
+
+    monkeypatch.setattr(trainer_module, "training_losses", broken)
+    trainer = Trainer(small(train__log_every=1), tmp_path / "run")
+    trainer.run(lambda step, _: states.update({step: {name: value.clone() for name, value in state(trainer).items()}}))
+    assert_same_bits(states[4], states[3])
+    assert all(value.isfinite().all() for value in states[6].values())
+    assert (states[6]["out.2.weight"] != states[4]["out.2.weight"]).any()
+    assert states[6]["optimizer 0 step"] == 5
+    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0, 0, 0, 1, 0, 0]
+    assert metrics(tmp_path / "run")[3]["loss"] is None
 
 
 def test_what_may_change_may_change(tmp_path):
