@@ -35,7 +35,7 @@ def verify_resume(config: Config) -> None:
 
 def main() -> None:
     verify = "--verify_resume" in sys.argv
-    config, out = parse_command_line([flag for flag in sys.argv[1:] if flag != "--verify_resume"])
+    config, out = parse_command_line(sys.argv[1:])
     check_launcher()
     if verify:
         verify_resume(config)

@@ -348,6 +348,8 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
     )
     parser.add_argument("--config", action="config", help="the run's YAML file; not given: the digits run")
     parser.add_argument("--out", type=str, default=None, help="the run's folder; not given: runs/<name of --config>")
+    parser.add_argument("--verify_resume", action="store_true", help="train a few steps, break them off, continue, and "
+                        "say whether that ends with the same bits as at one go; nothing is kept")  # fmt: skip
     parser.add_class_arguments(Config)
     try:
         config_files, overrides = _split(argv)
@@ -355,6 +357,7 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
             _check_file(file)
         parsed = parser.parse_args([*(f"--config={file}" for file in config_files), *overrides])
         parsed.pop("config")
+        parsed.pop("verify_resume")  # train.py's own
         out = parsed.pop("out")
         if out == "":
             raise UsageError("--out is empty: name the run's folder")
@@ -400,7 +403,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     found, others = finder.parse_known_args(list(argv))
     for flag in others:
         section = flag.removeprefix("--").split("=")[0]
-        if section in {f.name for f in dataclasses.fields(Config)}:
+        if flag.startswith("--") and section in {f.name for f in dataclasses.fields(Config)}:
             raise UsageError(f"--{section} is a section: set its keys one by one, --{section}.KEY VALUE")
     return found.config, others
 
@@ -454,7 +457,7 @@ def _one_line(message: str, known: list[str]) -> str:
     if unknown:
         parts: dict[str, Any] = unknown.groupdict()
         key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
-        return _unknown(key, ["config", "out", *known])
+        return _unknown(key, ["config", "out", "verify_resume", *known])
     union = re.search(
         r'Parser key "(?P<key>[\w.]+)": Does not validate against any .*Given value: (?P<value>.*)', message
     )

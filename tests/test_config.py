@@ -79,6 +79,10 @@ def test_cifar10_is_the_published_run():
     assert (process.mean_type, process.variance_type) == ("epsilon", "learned_range")
 
 
+def test_a_folder_may_have_the_name_of_a_section():
+    assert parse_command_line(["--out", "data"])[1] == Path("data")
+
+
 def test_overrides_beat_the_file_and_both_beat_the_defaults(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("train:\n  lr: 2e-4\n  steps: 7\nsample:\n  steps: 25\n")
