@@ -19,35 +19,13 @@ from diffusers import UNet2DModel
 
 from diffusion.config import Config, load_config
 from diffusion.ema import EMA
+from diffusion.interop_diffusers import unet_config
 from diffusion.losses import training_losses
 
 
 def diffusers_unet(config: Config, num_classes: int) -> Any:
-    """The network of a configuration, in diffusers' words."""
-    model = config.model
-    attention = [2**level in model.attention_resolutions for level in range(len(model.channel_mult))]
-    widths = [mult * model.model_channels for mult in model.channel_mult]
-    heads = {width // model.num_heads for width, here in zip(widths, attention, strict=True) if here}
-    assert len(heads) == 1, "diffusers fixes the width of a head, these networks their number"
-    return UNet2DModel(
-        sample_size=config.data.image_size,
-        in_channels=config.data.channels,
-        out_channels=2 * config.data.channels,
-        layers_per_block=model.num_res_blocks,
-        block_out_channels=widths,
-        down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
-        up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
-        attention_head_dim=heads.pop(),
-        norm_num_groups=32,
-        norm_eps=1e-5,
-        attn_norm_num_groups=32,
-        downsample_padding=1,
-        freq_shift=0,
-        flip_sin_to_cos=True,
-        dropout=model.dropout,
-        resnet_time_scale_shift="scale_shift" if model.use_scale_shift_norm else "default",
-        num_class_embeds=num_classes or None,
-    )
+    """The network of a configuration, in diffusers' words; here it is told the timestep on the same scale as ours."""
+    return UNet2DModel(**unet_config(config, num_classes) | dict(time_embedding_type="positional"))
 
 
 def main() -> None:

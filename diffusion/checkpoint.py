@@ -114,36 +114,23 @@ def save(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, step, config, class_names, weights, averages, training, data)
+        temporary.mkdir(parents=True)
+        config.save(temporary / "config.yaml")
+        state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "torch": torch.__version__}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        save_file(_on_cpu(weights), temporary / "model.safetensors")
+        for rate, average in averages.items():
+            save_file(_on_cpu(average), temporary / f"ema_{rate}.safetensors")
+        torch.save(training, temporary / "training.pt")
+        sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+        (temporary / SUMS).write_text("".join(sums))
+        for path in (*temporary.iterdir(), temporary):
+            _to_disk(path)
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its room is needed
         raise
     temporary.rename(folder)
     _to_disk(folder.parent)
-
-
-def _write(
-    temporary: Path,
-    step: int,
-    config: Config,
-    class_names: tuple[str, ...],
-    weights: Weights,
-    averages: Mapping[float, Weights],
-    training: dict[str, Any],
-    data: str | None,
-) -> None:
-    temporary.mkdir(parents=True)
-    config.save(temporary / "config.yaml")
-    state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "torch": torch.__version__}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1))
-    save_file(_on_cpu(weights), temporary / "model.safetensors")
-    for rate, average in averages.items():
-        save_file(_on_cpu(average), temporary / f"ema_{rate}.safetensors")
-    torch.save(training, temporary / "training.pt")
-    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
-    (temporary / SUMS).write_text("".join(sums))
-    for path in (*temporary.iterdir(), temporary):
-        _to_disk(path)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
