@@ -315,9 +315,16 @@ class Config:
         )
 
     def save(self, path: Path) -> None:
-        """Write the configuration as YAML, every field spelled out."""
+        """Write the configuration as YAML, every field spelled out; the file is whole or what it was."""
         plain = json.loads(json.dumps(dataclasses.asdict(self)))  # YAML has no tuples
-        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+        replace_text(path, yaml.safe_dump(plain, sort_keys=False))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that, whenever this process is killed, is whole: the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def load_config(path: Path) -> Config:

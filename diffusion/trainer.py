@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from diffusion import checkpoint, pictures
-from diffusion.config import Config, TrainConfig, load_config
+from diffusion.config import Config, TrainConfig, load_config, replace_text
 from diffusion.data import Batch, batch_indices, micro_batches, open_dataset, shrink, to_x_start
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
@@ -440,7 +440,7 @@ def _begin_folder(out: Path, config: Config, step: int) -> int:
         # A line without an end was cut off by a kill.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         config.save(out / "config.yaml")
-        metrics.write_text("".join(kept))
+        replace_text(metrics, "".join(kept))
         return lock
     except BlockingIOError:
         raise UsageError(f"--out {out} is in use by another process that trains there") from None
