@@ -46,6 +46,8 @@ MAY_CHANGE = {
 """What a continued run may set anew; anything else would make it another run."""
 AT_STEP_0 = {
     "data": {"name", "random_flip"},
+    "model": {"dropout"},
+    "diffusion": {"loss"},
     "train": {"batch_size", "ema_rates", "timesteps", "label_dropout", "seed"},
 }
 """What also may be where no step is done yet: a converted model that is to be trained on."""

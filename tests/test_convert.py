@@ -187,6 +187,7 @@ def test_a_converted_model_is_trained_on(published, tmp_path, monkeypatch, capsy
     run_convert(monkeypatch, capsys, "openai", path, "--flags", flags, "--out", tmp_path / "run")
     overrides = ["--data.name", "digits", "--data.random_flip", "false", "--train.batch_size", "4",
                  "--train.steps", "2", "--train.ema_rates", "[0.5]", "--train.lr", "1e-30",
+                 "--model.dropout", "0.1", "--diffusion.loss", "mse",
                  "--sample.n", "1", "--sample.steps", "1"]  # fmt: skip
     config, out = parse_command_line(["--config", str(tmp_path / "run/config.yaml"), *overrides])
     assert out == tmp_path / "run"
