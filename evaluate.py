@@ -80,11 +80,12 @@ def main() -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from diffusion.data import open_dataset, shrink, to_x_start
+    from diffusion.data import load, open_dataset, shrink, to_x_start
     from diffusion.likelihood import bits_per_dim
     from diffusion.randomness import picture_noise
 
-    dataset = open_dataset(data, train=args.split == "train")
+    # Each image is scored once, so none may take the place of another.
+    dataset = open_dataset(dataclasses.replace(data, on_error="fail"), train=args.split == "train")
     if saved.class_names and not saved.fits_classes(dataset.class_names):
         given = ", ".join(dataset.class_names) or "none"
         raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
@@ -104,11 +105,9 @@ def main() -> None:
 
     with bar:
         for batch in batches:
-            loaded = dataset.__getitems__(batch)
-            if isinstance(loaded, UsageError):
-                raise loaded
-            x_start = to_x_start(loaded[0].to(state.device))
-            inputs = {"y": loaded[1].to(state.device)} if saved.class_names else {}
+            images, y = load(dataset, batch)
+            x_start = to_x_start(images.to(state.device))
+            inputs = {"y": y.to(state.device)} if saved.class_names else {}
             if data.low_res_size is not None:
                 inputs["low_res"] = shrink(x_start, data.low_res_size)
             noise = partial(picture_noise, batch, x_start.shape[1:], state.device, args.seed)

@@ -177,16 +177,14 @@ def read_low_res(path: Path, size: int, channels: int, class_names: tuple[str, .
 
     from diffusion import pictures
     from diffusion.config import DataConfig
-    from diffusion.data import open_dataset, read_image
+    from diffusion.data import load, open_dataset, read_image
 
     if path.is_dir():
         folder = open_dataset(DataConfig(name="folder", path=str(path), image_size=size, channels=channels))
-        loaded = folder.__getitems__(range(len(folder)))
-        if isinstance(loaded, UsageError):
-            raise loaded
+        found, y = load(folder, range(len(folder)))
         if not set(folder.class_names) <= set(class_names) or not folder.class_names:
-            return loaded[0], None
-        return loaded[0], [class_names.index(folder.class_names[label]) for label in loaded[1]]
+            return found, None
+        return found, [class_names.index(folder.class_names[label]) for label in y]
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as arrays:

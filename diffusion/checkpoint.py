@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion.config import Config, load_config
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, in_short
 from diffusion.unet import UNetModel
 
-FORMAT = 2
+FORMAT = 3
 SUMS = "SHA256SUMS"
 Weights = Mapping[str, Tensor]
 
@@ -84,7 +83,7 @@ class Checkpoint:
             training = load_plain(path)
             moments = training["optimizer"]["state"]
             shapes = [moments[i][name].shape for i in range(len(parameters)) for name in ("exp_avg", "exp_avg_sq")]
-            training["scaler"], training["importance"]
+            training["scaler"], training["importance"], training["meter"]
         except (UsageError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path, error) from None
         if shapes != [p.shape for p in parameters for _ in range(2)]:  # a fused optimizer would not look
@@ -141,13 +140,18 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def folders(run: Path) -> list[Path]:
     """A run's checkpoints, the newest first."""
     steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in (run / "checkpoints").glob("step_*")}
-    return sorted((path for path, match in steps.items() if match), key=lambda path: -int(path.name[5:]))
+    return sorted((path for path, match in steps.items() if match), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def prune(run: Path, keep_last: int, keep_every: int) -> None:
     """Remove a run's checkpoints but the last `keep_last` (0: all stay) and those of each `keep_every`-th step."""
     for path in folders(run)[keep_last:] if keep_last else []:
-        if not keep_every or int(path.name[5:]) % keep_every:
+        if not keep_every or step_of(path) % keep_every:
             removed = path.rename(path.with_name(f".{path.name}.tmp"))  # half of a checkpoint must not look like one
             shutil.rmtree(removed, ignore_errors=True)
 
@@ -232,16 +236,12 @@ def checked_names(value: object) -> tuple[str, ...]:
 def load_plain(path: Path) -> Any:
     """What `torch.save` wrote, if it is plain data and tensors: nothing in the file is run. Raises UsageError else."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch would not look
-                    raise ValueError(f"{damaged} in it is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of what it then refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the broken part gave
         unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
-        reason = "it holds code or objects, of which nothing was run" if unsafe else _in_short(error)
+        reason = "it holds code or objects, of which nothing was run" if unsafe else in_short(error)
         raise UsageError(f"{path} cannot be read as plain tensors: {reason}") from None
 
 
@@ -250,17 +250,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be read: {_in_short(error)}") from None
+        raise UsageError(f"{path} cannot be read: {in_short(error)}") from None
 
 
 def _damaged(path: Path, error: Exception) -> UsageError:
     state = "is damaged" if path.exists() else "is missing"
-    reason = "" if isinstance(error, FileNotFoundError) else f": {_in_short(error)}"
+    reason = "" if isinstance(error, FileNotFoundError) else f": {in_short(error)}"
     return UsageError(f"checkpoint {path.parent} is not whole: {path.name} {state}{reason}")
-
-
-def _in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, in_short
 from diffusion.losses import LossType
 from diffusion.process import GaussianDiffusion, MeanType, VarianceType
 from diffusion.samplers import SamplerName
@@ -45,6 +45,8 @@ class DataConfig:
     """mirror half of the images left to right"""
     low_res_size: int | None = None
     """train an upsampler: the network is given each image shrunk to this size too; null: no upsampler"""
+    on_error: Literal["fail", "skip"] = "fail"
+    """an image file that cannot be read ends the run, or is skipped, named and counted"""
     may_change: bool = False
     """continue a run although its images are not those that it began with"""
     workers: int = 0
@@ -373,7 +375,7 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Con
     except UsageError:
         raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets of thousands of levels
-        raise UsageError(f"a value cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"a value cannot be read: {in_short(error)}") from None
     except argparse.ArgumentError as error:
         known = [action.dest for action in parser._actions if "." in action.dest]
         raise UsageError(_one_line(str(error), known)) from None
@@ -428,7 +430,7 @@ def _check_file(file: str) -> None:
     except UsageError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--config {file} is not YAML: {in_short(error)}") from None
     sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in sections):
         raise UsageError(

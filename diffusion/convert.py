@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffusion import checkpoint
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, in_short
 from diffusion.interop_diffusers import pipeline_writer, read_pipeline
 from diffusion.interop_openai import flags_from_config, from_openai
 from diffusion.launch import Parser, a_path, check_writable, exit_code, opened
@@ -63,7 +63,7 @@ def main() -> None:
         write(temporary)
         temporary.replace(args.out)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
-        raise UsageError(f"--out {args.out} cannot be written: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--out {args.out} cannot be written: {in_short(error)}") from None
     finally:
         _remove(temporary)
     print(f"{args.out.resolve()}: {says}")

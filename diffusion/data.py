@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffusion.config import DataConfig
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, in_short
 from diffusion.randomness import generator_for
+from diffusion.signals import ASK
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -31,6 +33,8 @@ IN_MEMORY_BYTES = 64 * 2**20
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, H, W), uint8, and their labels (B,), int64 (0 where there are no classes)."""
+Loaded = tuple[Tensor, Tensor, list[str]]
+"""A batch, and what was wrong with images that others took the place of."""
 
 
 @dataclass
@@ -40,12 +44,14 @@ class ArrayDataset(Dataset):
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    """What was wrong with files that are not among the images."""
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        return self.images[list(indices)], self.labels[list(indices)]
+    def __getitems__(self, indices: Sequence[int]) -> Loaded:
+        return self.images[list(indices)], self.labels[list(indices)], []
 
     def fingerprint(self) -> str:
         """A number that other images, labels, classes or another order would not have."""
@@ -61,29 +67,61 @@ class FolderDataset(Dataset):
     class_names: tuple[str, ...]
     image_size: int
     channels: int
+    on_error: Literal["fail", "skip"] = "fail"
+    left_out = ()  # nothing has been read yet
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch | UsageError:
-        """A batch, or the error that one of its files gave: raised in a worker it would lose its one-line message."""
-        try:
-            images = [read_image(self.paths[i], self.image_size, self.channels) for i in indices]
-        except UsageError as error:
-            return error
-        return torch.from_numpy(np.stack(images)), self.labels[list(indices)]
+    def __getitems__(self, indices: Sequence[int]) -> Loaded | UsageError:
+        """A batch, or the error that one of its files gave: raised in a worker it would lose its one-line message.
+
+        Where such files are skipped, the next one that can be read takes the place: which, depends on nothing else.
+        """
+        images, labels, wrong = [], [], list[str]()
+        for first in indices:
+            for i in (first + further for further in range(len(self))):
+                try:
+                    image = self._read(self.paths[i % len(self)])
+                    break
+                except UsageError as error:
+                    if self.on_error == "fail":
+                        return error
+                    wrong.append(str(error))
+            else:
+                return UsageError(f"none of the {len(self)} images can be read: {wrong[-1]}")
+            images.append(image)
+            labels.append(self.labels[i % len(self)])
+        return torch.from_numpy(np.stack(images)), torch.stack(labels), wrong
+
+    def _read(self, path: Path) -> NDArray[np.uint8]:
+        return read_image(path, self.image_size, self.channels)
 
     def fingerprint(self) -> str:
         """A number that files of other names, sizes or classes would not have. (Their content is not read for it.)"""
         root = os.path.commonpath(self.paths)
-        files = [(os.path.relpath(path, root), path.stat().st_size) for path in self.paths]
+        files = [(os.path.relpath(path, root), path.stat().st_size if path.exists() else -1) for path in self.paths]
         return _digest(files, self.labels.numpy(), self.class_names)
 
     def in_memory(self) -> ArrayDataset:
-        """All of it, read now. Raises UsageError with the name of a file that cannot be read."""
+        """All of it, read now. Raises UsageError with the name of a file that cannot be read, if it is not left out."""
+
+        def read(path: Path) -> NDArray[np.uint8] | UsageError:
+            try:
+                return self._read(path)
+            except UsageError as error:
+                return error
+
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(lambda path: read_image(path, self.image_size, self.channels), self.paths))
-        return ArrayDataset(torch.from_numpy(np.stack(images)), self.labels, self.class_names)
+            read_ones = list(pool.map(read, self.paths))
+        wrong = [image for image in read_ones if isinstance(image, UsageError)]
+        images = [image for image in read_ones if not isinstance(image, UsageError)]
+        if wrong and (self.on_error == "fail" or not images):
+            raise wrong[0]
+        kept = torch.tensor([not isinstance(image, UsageError) for image in read_ones])
+        return ArrayDataset(
+            torch.from_numpy(np.stack(images)), self.labels[kept], self.class_names, tuple(map(str, wrong))
+        )
 
 
 def _digest(*parts: Any) -> str:
@@ -103,7 +141,7 @@ def open_dataset(config: DataConfig, train: bool = True) -> ArrayDataset | Folde
     if config.name == "folder":
         if config.path is None:
             raise UsageError("data.name is folder: say which with --data.path FOLDER")
-        folder = _open_folder(Path(config.path), config.image_size, config.channels)
+        folder = _open_folder(Path(config.path), config)
         small = len(folder) * config.channels * config.image_size**2 <= IN_MEMORY_BYTES
         return folder.in_memory() if small else folder
     if config.name == "digits":
@@ -141,19 +179,18 @@ def _open_torchvision(
     return np.asarray(data.data), np.asarray(data.targets), names
 
 
-def _open_folder(root: Path, image_size: int, channels: int) -> FolderDataset:
+def _open_folder(root: Path, config: DataConfig) -> FolderDataset:
     if not root.is_dir():
         raise UsageError(f"data.path {root} is {'not a folder' if root.exists() else 'not there'}")
-    paths = sorted(path for path in _files(root) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = sorted(path for path in _files(root) if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise UsageError(f"data.path {root} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     folders = [path.relative_to(root).parts[0] if path.parent != root else "" for path in paths]
-    names = sorted(set(folders) - {""})
-    if not names or "" in folders:  # images beside the class folders belong to no class, so there are no classes
-        return FolderDataset(paths, torch.zeros(len(paths), dtype=torch.int64), (), image_size, channels)
+    # Images beside the class folders belong to no class, so there are no classes.
+    names = [] if "" in folders else sorted(set(folders))
     number = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([number[folder] for folder in folders])
-    return FolderDataset(paths, labels, tuple(names), image_size, channels)
+    labels = torch.tensor([number.get(folder, 0) for folder in folders])
+    return FolderDataset(paths, labels, tuple(names), config.image_size, config.channels, config.on_error)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -170,6 +207,8 @@ def _files(root: Path) -> Iterator[Path]:
 def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
     """One file, preprocessed: (C, size, size), uint8. Raises UsageError with its name where it cannot be read."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is a link to nowhere" if path.is_symlink() else "it is no file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if path.suffix.lower() == ".npy":
@@ -181,17 +220,18 @@ def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
             with Image.open(path) as image:
                 return preprocess(image, size, channels)
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{path} cannot be read as an image ({reason})") from None
+        raise UsageError(f"{path} cannot be read as an image ({in_short(error)})") from None
 
 
 def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
     """An image as the paper's pipeline cuts it: (C, size, size), uint8.
 
-    Halved by box filter while its short side is at least twice `size`, then bicubic to `size`, then the centre.
+    Turned upright, if a camera said how (the published code does not look), then halved by box filter while its short
+    side is at least twice `size`, then bicubic to `size`, then the centre.
     """
     if channels not in PIL_MODES:
         raise ValueError(f"{channels} channels need .npy files")
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -216,6 +256,14 @@ def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8
 def to_x_start(images: Tensor) -> Tensor:
     """Images as they are stored, uint8, as the network sees them: float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def load(dataset: ArrayDataset | FolderDataset, indices: Sequence[int]) -> Batch:
+    """The images at `indices`, in order. Raises UsageError with the name of a file that cannot be read."""
+    loaded = dataset.__getitems__(indices)
+    if isinstance(loaded, UsageError):
+        raise loaded
+    return loaded[:2]
 
 
 def shrink(x_start: Tensor, size: int) -> Tensor:
@@ -266,6 +314,12 @@ class _Order(Sampler[list[int]]):
             yield from (indices[part] for part in self.parts)
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A terminal, torchrun and schedulers signal workers too, which have to read on until the run is saved."""
+    for number in ASK:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def micro_batches(
     dataset: ArrayDataset | FolderDataset,
     batch_size: int,
@@ -273,10 +327,12 @@ def micro_batches(
     steps: range,
     parts: list[slice],
     workers: int = 0,
-) -> Iterator[Batch]:
+    skipped: Callable[[list[str]], None] = lambda wrong: None,
+) -> Generator[Batch]:
     """The images of `steps`: for each step this process's `parts` of the global batch, one after the other.
 
-    Raises UsageError with the name of a file that cannot be read.
+    `skipped` hears what was wrong with images in whose place others are. Raises UsageError with the name of a file
+    that cannot be read. Has to be closed (or exhausted), so that its workers end.
     """
     loader = DataLoader(
         dataset,
@@ -284,9 +340,13 @@ def micro_batches(
         collate_fn=lambda batch: batch,
         num_workers=workers,
         generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
+        worker_init_fn=_leave_signals_to_the_run,
         pin_memory=torch.cuda.is_available(),
     )
     for batch in loader:
         if isinstance(batch, UsageError):
             raise batch
-        yield batch
+        images, labels, wrong = batch
+        if wrong:
+            skipped(wrong)
+        yield images, labels

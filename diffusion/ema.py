@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from diffusion.sharding import local, weights_have_changed
 
 
 class EMA:
@@ -28,11 +31,28 @@ class EMA:
 
         As a tensor, `took_step` may still be on its way on a GPU, which is not waited for.
         """
-        # Asked for anew each time: DistributedDataParallel may give the parameters another storage.
-        weights = [p.detach() for p in self._model.parameters()]
+        weights = self._weights()
         for rate, average in self.averages.items():
             rate = min(rate, (1 + step) / (10 + step)) if self.warmup else rate
-            averages = list(average.values())
+            averages = [local(value) for value in average.values()]
             change = torch._foreach_sub(weights, averages)
             torch._foreach_mul_(change, (1 - rate) * took_step)
             torch._foreach_add_(averages, change)
+
+    @contextmanager
+    @torch.no_grad()
+    def in_place(self, rate: float) -> Iterator[None]:
+        """Within `with`, the model has the average at `rate` for its weights; afterwards its own, to the bit."""
+        weights = self._weights()
+        kept = [value.clone() for value in weights]
+        try:
+            torch._foreach_copy_(weights, [local(value) for value in self.averages[rate].values()])
+            weights_have_changed(self._model)
+            yield
+        finally:
+            torch._foreach_copy_(weights, kept)
+            weights_have_changed(self._model)
+
+    def _weights(self) -> list[Tensor]:
+        """Asked for anew each time: DistributedDataParallel may give the parameters another storage."""
+        return [local(p.detach()) for p in self._model.parameters()]

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exceptions that are meant for the person at the keyboard, and how others are told to them."""
 
 
 class UsageError(ValueError):
@@ -12,3 +12,12 @@ class Stopped(Exception):
     def __init__(self, signal_name: str, code: int, step: int):
         super().__init__(f"stopped by {signal_name} after step {step}, which is saved: the same command continues")
         self.code = code
+
+
+def in_short(error: Exception) -> str:
+    """What an exception says, in one line of up to 200 characters."""
+    if isinstance(error, FileExistsError):
+        return "it is a file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__

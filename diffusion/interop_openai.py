@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,7 @@ def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tens
     Nothing in the file is run. Raises UsageError where it is no state dict or not the network of the flags.
     """
     flags = parse_flags(flag_text)
+    _check_crcs(path)
     loaded = checkpoint.load_plain(path)
     if (
         not isinstance(loaded, dict)
@@ -153,3 +155,13 @@ def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tens
     upsampler = shapes.get("input_blocks.0.0.weight", ())[1:2] == (6,)
     num_classes = (shapes.get("label_emb.weight", (0,))[:1] or (0,))[0] or 1000
     return config_from_flags(flags, upsampler), num_classes if flags["class_cond"] else 0, loaded
+
+
+def _check_crcs(path: Path) -> None:
+    """Raise UsageError where a download was damaged on its way; torch would not look."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise UsageError(f"{path} is damaged: its checksum of {damaged} is another")
+    except (OSError, zipfile.BadZipFile):
+        pass  # not there, or of the format before: what comes next will say so

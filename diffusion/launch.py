@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion.checkpoint import Checkpoint, open_checkpoint
-from diffusion.errors import Stopped, UsageError
+from diffusion.errors import Stopped, UsageError, in_short
 
 
 def a_path(text: str) -> Path:
@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 def check_launcher() -> None:
     """Use the cores that `accelerate launch` hides; raise UsageError where it started too few processes."""
+    _rejoin()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return  # not started by it, or as one of several processes
     try:
@@ -49,6 +50,21 @@ def check_launcher() -> None:
         )
     if os.environ.get("OMP_NUM_THREADS") == "1":  # its default, which would leave every other core idle
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _rejoin() -> None:
+    """After a restart by torchrun (or accelerate, which uses it), meet the others where the first attempt did not.
+
+    On one machine its workers all meet in one store, in which a restarted one finds the addresses of those that died
+    (torch 2.14; on several machines with --rdzv-backend c10d, each attempt has a store of its own).
+    """
+    attempt, world = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
+    if attempt != "0" and 1 < int(world) == int(os.environ["LOCAL_WORLD_SIZE"]):
+        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        page = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+        torch.distributed.init_process_group(
+            "gloo" if on_cpu() else None, store=page, rank=int(os.environ["RANK"]), world_size=int(world)
+        )
 
 
 def on_cpu() -> bool:
@@ -70,8 +86,7 @@ def check_writable(folder: Path, flag: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise UsageError(f"{flag} cannot be written: {reason}") from None
+        raise UsageError(f"{flag} cannot be written: {in_short(error)}") from None
 
 
 def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
@@ -109,6 +124,13 @@ def exit_code(main: Callable[[], None]) -> int:
             raise
         print(f"{name}: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        others = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not others:
+            raise
+        print(f"{name} [rank {os.environ['RANK']}]: another process of this run ended: its own message, if it had time "
+              f"for one, says why ({in_short(error)})", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)  # at the interpreter's end, the group would wait for those that are gone
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130

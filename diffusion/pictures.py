@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.data import PIL_MODES
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, in_short
 
 TILE = 64
 """Smaller images are enlarged to about this many pixels in a grid."""
@@ -95,7 +95,7 @@ def read_grid(path: Path) -> tuple[Tensor, list[int] | None] | None:
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
         if isinstance(error, UnidentifiedImageError | FileNotFoundError):
             return None
-        raise UsageError(f"{path} cannot be read as a grid ({' '.join(str(error).split())[:200]})") from None
+        raise UsageError(f"{path} cannot be read as a grid ({in_short(error)})") from None
     cut = rearrange(
         sheet.reshape(*sheet.shape[:2], channels)[border:, border:], "(r h) (q w) ch -> (r q) ch h w", r=rows, q=columns
     )

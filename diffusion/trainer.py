@@ -9,8 +9,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather
+from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.func import functional_call
 
 from diffusion import checkpoint, pictures
 from diffusion.config import Config, TrainConfig, load_config, replace_text
-from diffusion.data import Batch, batch_indices, micro_batches, open_dataset, shrink, to_x_start
+from diffusion.data import Batch, batch_indices, load, micro_batches, open_dataset, shrink, to_x_start
 from diffusion.ema import EMA
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, in_short
 from diffusion.launch import on_cpu
 from diffusion.losses import Denoiser, training_losses
 from diffusion.randomness import generator_for, seed_for
 from diffusion.samplers import draw
+from diffusion.sharding import cut_like, full
 from diffusion.signals import CutOff, StopSignals
 from diffusion.timesteps import LossSecondMoment
 
 MAY_CHANGE = {
-    "data": {"path", "workers", "may_change"},
+    "data": {"path", "workers", "may_change", "on_error"},
     "model": {"use_checkpoint"},
     "train": {"steps", "accumulation", "lr", "lr_schedule", "warmup_steps", "weight_decay", "grad_clip", "precision",
               "ema_warmup", "log_every", "max_skipped"},
@@ -51,6 +51,8 @@ AT_STEP_0 = {
     "train": {"batch_size", "ema_rates", "timesteps", "label_dropout", "seed"},
 }
 """What also may be where no step is done yet: a converted model that is to be trained on."""
+LOSS_SCALES = 1.0, 2.0**24
+"""Bounds of fp16's loss scale. Below, gradients vanish unseen; torch lets it grow until steps are lost to it."""
 
 
 class Trainer:
@@ -63,6 +65,7 @@ class Trainer:
     def __init__(self, config: Config, out: Path, tell: Callable[[str], None] = lambda message: None):
         self.config, self.out, self.tell = config, out, tell
         self.accelerator = accelerator = Accelerator(mixed_precision=config.train.precision, cpu=on_cpu())
+        _check_known(accelerator)
         self.parts = _parts(config.train, accelerator.process_index, accelerator.num_processes)
         if config.train.precision == "fp16" and accelerator.device.type == "cpu":
             raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
@@ -82,6 +85,11 @@ class Trainer:
             )
 
         self.fingerprint = self.dataset.fingerprint()
+        self._check_agreed("the newest checkpoint is", saved.path.name if saved else "none",
+                           f"--out {out} must be a folder that all machines share")  # fmt: skip
+        self._check_agreed("the data are", self.fingerprint, "they must be the same for all processes")
+        self._check_agreed("the configuration is", json.dumps(dataclasses.asdict(config)),
+                           "give all processes the same command")  # fmt: skip
         if saved and saved.data not in (None, self.fingerprint) and not config.data.may_change:
             raise UsageError(
                 f"the data are not those that the run in {out} began with ({saved.data} then, {self.fingerprint} now): "
@@ -100,16 +108,18 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
         )
-        self.ema = EMA(self.network, config.train.ema_rates, config.train.ema_warmup)
-        # Only `model` is wrapped (DDP, autocast); names and averages stay those of `network`.
+        # Only `model` is wrapped (DDP, autocast); names and averages stay those of `network`, which FSDP2 cuts up.
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.ema = EMA(self.network, config.train.ema_rates, config.train.ema_warmup)
+        self.meter = _Meter(accelerator)
         self.step = 0
         self.continues = saved.path if saved else None
         if saved and saved.step:
             self._restore(saved)
-        if saved and accelerator.is_main_process:
-            for damage in saved.passed_over:
-                tell(f"{damage}; it is put away, and {saved.path.name} is used")
+        if accelerator.is_main_process:
+            for damage in saved.passed_over if saved else ():
+                tell(f"{damage}; it is put away, and that of step {self.step} is used")
+            self._tell_of("images cannot be read and are left out", self.dataset.left_out)
         self._signals = StopSignals(accelerator.num_processes)
         self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
@@ -119,8 +129,11 @@ class Trainer:
 
         Raises Stopped after a signal, when all is saved, and UsageError where the loss is not finite any more.
         """
-        with self._signals:
-            self._run(on_step)
+        data, train = self.config.data, self.config.train
+        batches = micro_batches(self.dataset, train.batch_size, train.seed, range(self.step, train.steps), self.parts,
+                                data.workers, skipped=self.meter.unreadable.extend)  # fmt: skip
+        with self._signals, closing(batches):
+            self._run(batches, on_step)
         self.close()
 
     def close(self) -> None:
@@ -129,14 +142,12 @@ class Trainer:
             os.close(self._lock)
             self._lock = None
 
-    def _run(self, on_step: Callable[[int, dict[str, Any] | None], None]) -> None:
-        train, accelerator = self.config.train, self.accelerator
-        steps = range(self.step, train.steps)
-        batches = micro_batches(self.dataset, train.batch_size, train.seed, steps, self.parts, self.config.data.workers)
+    def _run(self, batches: Iterator[Batch], on_step: Callable[[int, dict[str, Any] | None], None]) -> None:
+        train, accelerator, meter = self.config.train, self.accelerator, self.meter
         parameters = list(self.network.parameters())
-        meter = _Meter(accelerator)
         self.model.train()
-        for step in steps:
+        meter.start()
+        for step in range(self.step, train.steps):
             lr = learning_rate(train, step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -161,11 +172,13 @@ class Trainer:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if train.grad_clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, train.grad_clip, grad_norm)
+            grad_norm = full(grad_norm)
             finite = torch.isfinite(grad_norm) & torch.isfinite(seen).all()
             bad = (accelerator.reduce((~finite).float()) > 0).float()  # the same for all processes, and not waited for
             if accelerator.scaler is None:  # else it finds that out by itself
                 self.optimizer.optimizer.found_inf = bad
             self.optimizer.step()
+            bound_loss_scale(accelerator.scaler)
             self.optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:
                 self.ema.update(step, 1 - bad)
@@ -192,7 +205,7 @@ class Trainer:
         return self.out / "samples" / f"step_{self.step:08d}.png"
 
     def sample(self) -> None:
-        """Draw the grid of fixed noise with the first moving average; the weights in training are not touched."""
+        """Draw the grid of fixed noise with the first moving average; the weights in training stay what they are."""
         config, accelerator = self.config, self.accelerator
         share = math.ceil(config.sample.n / accelerator.num_processes)
         # Every process draws as many, so that gathering is one call; the surplus of the last is cut off.
@@ -201,28 +214,24 @@ class Trainer:
         labels = torch.tensor(indices) % classes if classes else None
         low_res = None
         if config.data.low_res_size is not None:  # the first images of the data, shrunk, are enlarged
-            images, y = self._images([i % len(self.dataset) for i in indices])
+            images, y = load(self.dataset, [i % len(self.dataset) for i in indices])
             low_res, labels = shrink(to_x_start(images), config.data.low_res_size), y if classes else None
-        average = self.ema.averages[config.train.ema_rates[0]]
-
-        def model(x: Tensor, t: Tensor, **inputs: Tensor) -> Tensor:
-            return functional_call(self.network, average, (x, t), inputs)
-
         self.network.eval()
-        images = draw(
-            config.sample.sampler,
-            config.diffusion.process(config.sample.steps),
-            model,
-            (config.data.channels, config.data.image_size, config.data.image_size),
-            indices=indices,
-            labels=labels,
-            low_res=low_res,
-            guidance=config.sample.guidance,
-            seed=config.train.seed,
-            batch_size=max(1, config.train.batch_size // accelerator.num_processes // config.train.accumulation),
-            device=accelerator.device,
-            progress=self._signals.watched,
-        )
+        with self.ema.in_place(config.train.ema_rates[0]):
+            images = draw(
+                config.sample.sampler,
+                config.diffusion.process(config.sample.steps),
+                self.network,
+                (config.data.channels, config.data.image_size, config.data.image_size),
+                indices=indices,
+                labels=labels,
+                low_res=low_res,
+                guidance=config.sample.guidance,
+                seed=config.train.seed,
+                batch_size=max(1, config.train.batch_size // accelerator.num_processes // config.train.accumulation),
+                device=accelerator.device,
+                progress=self._signals.watched,
+            )
         self.network.train()
         images = gather(pictures.to_uint8(images).to(accelerator.device))[: config.sample.n]
         columns = pictures.grid_columns(config.sample.n, classes)
@@ -234,24 +243,37 @@ class Trainer:
         config, scaler = self.config.checkpoint, self.accelerator.scaler
         folder = checkpoint.checkpoint_folder(self.out, self.step)
 
+        # What all processes have to gather, before the first one writes.
+        weights = self._collected(self.network.state_dict())
+        averages = {rate: self._collected(average) for rate, average in self.ema.averages.items()}
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {i: self._collected(moments) for i, moments in optimizer["state"].items()}
+        training = {
+            "optimizer": optimizer,
+            "scaler": scaler.state_dict() if scaler else None,
+            "importance": self.importance.state_dict() if self.importance else None,
+            "meter": self.meter.state_dict(),
+        }
+
         def write() -> None:
             checkpoint.save(
                 folder,
                 step=self.step,
                 config=self.config,
                 class_names=self.class_names,
-                weights=self.network.state_dict(),
-                averages=self.ema.averages,
-                training={
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": scaler.state_dict() if scaler else None,
-                    "importance": self.importance.state_dict() if self.importance else None,
-                },
+                weights=weights,
+                averages=averages,
+                training=training,
                 data=self.fingerprint,
             )
             checkpoint.prune(self.out, config.keep_last, config.keep_every)
 
         self._write(write, folder)
+
+    def _collected(self, tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+        """The whole tensors, in the main process's memory; nothing in the others, which have to ask too."""
+        whole = ((name, full(value)) for name, value in tensors.items())
+        return {name: value.cpu() for name, value in whole if self.accelerator.is_main_process}
 
     def _write(self, write: Callable[[], None], path: Path) -> None:
         """Let the main process write. Where it cannot, all raise UsageError, or all go on with a message."""
@@ -260,7 +282,7 @@ class Trainer:
             try:
                 write()
             except (OSError, SafetensorError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
-                failed = [f"{path} cannot be written: {' '.join(str(error).split())}"]
+                failed = [f"{path} cannot be written: {in_short(error)}"]
         broadcast_object_list(failed)
         if failed[0] is not None:
             if self.config.checkpoint.on_error == "stop":
@@ -271,7 +293,11 @@ class Trainer:
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         training = saved.training(list(self.network.parameters()))
         groups = self.optimizer.state_dict()["param_groups"]  # as configured now: the rates may be new
-        self.optimizer.load_state_dict({"state": training["optimizer"]["state"], "param_groups": groups})
+        state = {
+            i: {name: cut_like(value, parameter) for name, value in training["optimizer"]["state"][i].items()}
+            for i, parameter in enumerate(self.network.parameters())
+        }
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.accelerator.scaler and training["scaler"]:
             self.accelerator.scaler.load_state_dict(training["scaler"])
         if self.importance:
@@ -280,14 +306,22 @@ class Trainer:
             kept = saved.ema(rate)
             checkpoint.check_fits(self.network, kept, saved.path / f"ema_{rate}.safetensors")
             for name, value in average.items():
-                value.copy_(kept[name])
+                value.copy_(cut_like(kept[name], value))
+        self.meter.load_state_dict(training["meter"])
         self.step = saved.step
 
-    def _images(self, indices: list[int]) -> Batch:
-        images = self.dataset.__getitems__(indices)
-        if isinstance(images, UsageError):
-            raise images
-        return images
+    def _check_agreed(self, what: str, mine: str, hint: str) -> None:
+        """Raise UsageError, in every process, where this is not the same in all of them."""
+        said = gather_object([mine])
+        for i, theirs in enumerate(said):
+            if theirs != said[0]:
+                raise UsageError(f"{what}: {said[0]} in process 0, and {theirs} in process {i}: {hint}")
+
+    def _tell_of(self, what: str, wrong: Sequence[str]) -> None:
+        """Name up to five of what went wrong, and count all."""
+        if wrong:
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            self.tell(f"{len(wrong)} {what}: {'; '.join(wrong[:5])}{more}")
 
     def _random(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Timesteps, their weights, noise, flips and which images lose their class, of the whole global batch of
@@ -321,7 +355,11 @@ class Trainer:
         return f"{t}images {images}, ..."
 
     def _log(self, meter: _Meter, grad_norm: Tensor, lr: float) -> dict[str, Any]:
+        unreadable = gather_object(meter.unreadable) if self.config.data.on_error == "skip" else []
         metrics: dict[str, Any] = {"step": self.step, **meter.read(), "grad_norm": grad_norm.item(), "lr": lr}
+        metrics["unreadable"] = len(unreadable)
+        if self.accelerator.is_main_process:
+            self._tell_of("images could not be read, and others took their places", sorted(set(unreadable)))
         if metrics["skipped"] and self.accelerator.is_main_process:
             self.tell(f"{metrics['skipped']} steps by step {self.step} had a loss or gradient that is not finite "
                       "and were skipped")  # fmt: skip
@@ -347,6 +385,12 @@ class _Meter:
         self.sums = torch.zeros(2, 4, device=accelerator.device)
         self.skipped, self.in_a_row = torch.zeros(2, device=accelerator.device)
         self.last_bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        self.unreadable: list[str] = []
+        self.before = 0.0  # images seen before the clock started
+        self.started = time.perf_counter()
+
+    def start(self) -> None:
+        """Begin to count time."""
         self.started = time.perf_counter()
 
     @contextmanager
@@ -368,16 +412,47 @@ class _Meter:
         self.last_bad = torch.where(bad > 0, step + 1, self.last_bad)
 
     def read(self) -> dict[str, Any]:
+        """What there is to log, of all processes; and begin anew. (How many steps were bad in a row is kept.)"""
         sums = self.accelerator.reduce(self.sums.clone()).tolist()  # waits for the device
-        now = time.perf_counter()
-        images = sum(sums[1])
+        images, seconds = sum(sums[1]), time.perf_counter() - self.started
         metrics: dict[str, Any] = {"loss": sum(sums[0]) / images if images else None}
-        metrics |= {"images_per_second": images / (now - self.started), "skipped": int(self.skipped)}
-        self.skipped = torch.zeros_like(self.skipped)
+        metrics |= {"images_per_second": (images - self.before) / seconds, "skipped": int(self.skipped)}
         quarters = {f"loss_q{q + 1}": total / n if n else None for q, (total, n) in enumerate(zip(*sums, strict=True))}
         self.sums.zero_()
-        self.started = now
+        self.skipped = torch.zeros_like(self.skipped)
+        self.unreadable.clear()
+        self.before = 0.0
+        self.start()
         return metrics | quarters
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is broken off between two lines of the log needs to write the next one."""
+        return {
+            "sums": gather(self.sums[None]),
+            "bad": torch.stack([self.skipped, self.in_a_row, self.last_bad]),
+            "unreadable": gather_object(list(self.unreadable)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, of as many processes or of others."""
+        sums = state["sums"].to(self.sums.device)
+        if len(sums) == self.accelerator.num_processes:
+            self.sums.copy_(sums[self.accelerator.process_index])
+        elif self.accelerator.is_main_process:
+            self.sums.copy_(sums.sum(0))
+        if self.accelerator.is_main_process:
+            self.unreadable.extend(state["unreadable"])
+        bad = state["bad"].to(self.sums.device)
+        self.skipped, self.in_a_row, self.last_bad = bad[0], bad[1], bad[2].long()
+        self.before = float(sums[:, 1].sum())
+
+
+def bound_loss_scale(scaler: torch.amp.GradScaler | None) -> None:
+    """Keep fp16's loss scale within `LOSS_SCALES`."""
+    if scaler is not None:
+        scale = scaler.get_scale()
+        if not LOSS_SCALES[0] <= scale <= LOSS_SCALES[1]:
+            scaler.update(min(max(scale, LOSS_SCALES[0]), LOSS_SCALES[1]))
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -388,6 +463,19 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         return train.lr
     done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
     return train.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _check_known(accelerator: Accelerator) -> None:
+    """Raise UsageError where accelerate is set up to share the work in a way that saving and averaging do not know."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        name = "FSDP 1" if kind == DistributedType.FSDP else kind.value
+        raise UsageError(
+            f"accelerate is set up for {name}, which this trainer does not know: to cut a network up over GPUs, "
+            "use accelerate launch --config_file configs/accelerate/fsdp2.yaml"
+        )
 
 
 def _parts(train: TrainConfig, rank: int, processes: int) -> list[slice]:
@@ -433,7 +521,7 @@ def _begin_folder(out: Path, config: Config, step: int) -> int:
         if (out / "config.yaml").exists():
             load_config(out / "config.yaml")
         for newer in checkpoint.folders(out):
-            if int(newer.name[5:]) > step:  # damaged, and in the way of the one that will be written again
+            if checkpoint.step_of(newer) > step:  # damaged, and in the way of the one that will be written again
                 newer.rename(newer.with_name(f"damaged_{newer.name}_{time.time_ns()}"))
         for left in (out / "checkpoints").glob(".step_*.tmp"):
             shutil.rmtree(left, ignore_errors=True)  # by a kill in the middle of a save
@@ -449,8 +537,7 @@ def _begin_folder(out: Path, config: Config, step: int) -> int:
     except (ValueError, KeyError, TypeError):  # UsageError is a ValueError
         raise UsageError(f"--out {out} holds a config.yaml or metrics.jsonl of something else: name another") from None
     except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise UsageError(f"--out {out} cannot be written: {reason}") from None
+        raise UsageError(f"--out {out} cannot be written: {in_short(error)}") from None
 
 
 def _names(class_names: tuple[str, ...]) -> str:

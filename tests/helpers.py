@@ -1,7 +1,10 @@
-"""The golden figures and the known weights and noise that they were computed with."""
+"""The golden figures, the known weights and noise that they were computed with, and whole commands."""
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,9 @@ from diffusion import GaussianDiffusion, Schedule, UNetModel
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
+BIN = Path(sys.executable).parent
+SMALL = ["--train.steps", "3", "--train.batch_size", "16", "--train.log_every", "1",
+         "--sample.n", "6", "--sample.steps", "2"]  # fmt: skip
 
 
 def golden(name):
@@ -51,3 +57,20 @@ def process(schedule="cosine", steps=1000, respacing="", mean="epsilon", varianc
 
 def tensor(array):
     return torch.from_numpy(array)
+
+
+def user_environment():
+    """The environment as a user has it; with a GPU, promises to the bit are still those of the CPU."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    if not torch.cuda.is_available():
+        environment.pop("ACCELERATE_USE_CPU")
+    return environment | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def command(*argv, code=0, cwd=ROOT):
+    """Run a whole command; its output."""
+    done = subprocess.run(
+        [str(a) for a in argv], capture_output=True, text=True, cwd=cwd, env=user_environment(), timeout=300
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done

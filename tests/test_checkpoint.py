@@ -13,7 +13,7 @@ from diffusion.config import Config
 
 def training(network):
     moments = {i: {"exp_avg": p * 2, "exp_avg_sq": p * 3} for i, p in enumerate(network.state_dict().values())}
-    return {"optimizer": {"state": moments}, "scaler": None, "importance": None}
+    return {"optimizer": {"state": moments}, "scaler": None, "importance": None, "meter": None}
 
 
 def forge(folder, name, content):
@@ -144,7 +144,7 @@ def test_a_format_from_the_future_is_refused(run):
     path, _ = run
     file = path / "checkpoints/step_00000010/state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(UsageError, match="has format 99; this version reads 2"):
+    with pytest.raises(UsageError, match="has format 99; this version reads 3"):
         checkpoint.open_checkpoint(file.parent)
 
 

@@ -9,7 +9,7 @@ from helpers import ROOT, golden
 from diffusion import UsageError
 from diffusion.config import Config, load_config, parse_command_line
 
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+FILES = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/published").glob("*.yaml")])
 
 
 def parse(*argv):

@@ -292,7 +292,7 @@ def test_a_damaged_archive_is_noticed(tmp_path, monkeypatch, capsys):
     flags = ("--flags", GOLDEN["uncond"], "--out", tmp_path / "run")
     code, _, err = run_convert(monkeypatch, capsys, "openai", tmp_path / "a.pt", *flags)
     assert code == 2
-    assert "in it is damaged" in err
+    assert "a.pt is damaged: its checksum of " in err
 
 
 @pytest.mark.parametrize("target", ["openai", "diffusers", "run"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, SMALL, command, user_environment
 from PIL import Image
 
 import evaluate
@@ -25,21 +25,6 @@ from diffusion.ema import EMA
 from diffusion.interop_openai import config_from_flags, parse_flags
 from diffusion.launch import exit_code
 from diffusion.trainer import Trainer
-
-BIN = Path(sys.executable).parent
-SMALL = ["--train.steps", "3", "--train.batch_size", "16", "--train.log_every", "1",
-         "--sample.n", "6", "--sample.steps", "2"]  # fmt: skip
-
-
-def command(*argv, code=0, cwd=ROOT):
-    """Run a whole command; its output."""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    if not torch.cuda.is_available():  # as a user has it; with a GPU, promises to the bit are still those of the CPU
-        environment.pop("ACCELERATE_USE_CPU")
-    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run([str(a) for a in argv], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def script(module, monkeypatch, capsys, *argv):
@@ -192,14 +177,13 @@ def test_a_resume_that_is_not_exact_is_found(tmp_path, monkeypatch, capsys):
 def test_a_signal_from_outside_stops_all_processes_with_a_checkpoint(tmp_path, launcher, name):
     run = tmp_path / "run"
     argv = [*launcher, "train.py", "--out", str(run), "--train.steps", "100000", "--train.batch_size", "16",
-            "--train.log_every", "1"]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-    with subprocess.Popen(argv, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE) as process:
+            "--train.log_every", "1", "--data.workers", "2"]  # fmt: skip
+    with subprocess.Popen(argv, cwd=ROOT, env=user_environment(), text=True, stderr=subprocess.PIPE,
+                          start_new_session=True) as process:  # fmt: skip
         while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
             assert process.poll() is None
             time.sleep(0.1)
-        process.send_signal(getattr(signal, name))
+        os.killpg(process.pid, getattr(signal, name))  # a terminal's Ctrl-C is for all of its processes
         err = process.communicate(timeout=60)[1]
     assert process.returncode != 0
     saved = checkpoint.open_checkpoint(run)
