@@ -355,7 +355,7 @@ class Trainer:
         return f"{t}images {images}, ..."
 
     def _log(self, meter: _Meter, grad_norm: Tensor, lr: float) -> dict[str, Any]:
-        unreadable = gather_object(meter.unreadable) if self.config.data.on_error == "skip" else []
+        unreadable = gather_object(list(meter.unreadable)) if self.config.data.on_error == "skip" else []
         metrics: dict[str, Any] = {"step": self.step, **meter.read(), "grad_norm": grad_norm.item(), "lr": lr}
         metrics["unreadable"] = len(unreadable)
         if self.accelerator.is_main_process:

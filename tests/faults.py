@@ -1,9 +1,9 @@
 """A run that is killed at random moments, saves included: `python tests/faults.py --kills 200`.
 
-Each attempt is a fork of this process, which has imported everything and computed nothing, and is killed by SIGKILL
-within --seconds. After each kill, some checkpoint must load, if one was ever finished; none may be less far than
-before. At the end the run is finished in peace, and every file of its last checkpoint compared with that of a run that
-was never touched.
+Each attempt is a fork of this process (or one for each of --processes), which has imported everything and computed
+nothing. Within --seconds, one of its processes is killed by SIGKILL; the others get torchrun's SIGTERM and have to end.
+After each kill, some checkpoint must load, if one was ever finished; none may be less far than before. At the end the
+run is finished in peace, and every file of its last checkpoint compared with that of a run that was never touched.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import dataclasses
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -21,68 +22,106 @@ import torch._dynamo  # which the first optimizer would import, in every child
 
 from diffusion import checkpoint
 from diffusion.config import Config
+from diffusion.launch import exit_code
 from diffusion.trainer import Trainer
+
+TO_END = 60
+"""Seconds in which a process whose fellow died has to end."""
+
+
+def changed(**sections):
+    """The digits run with some settings changed: `train=dict(steps=3)`."""
+    config = Config()
+    parts = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **parts)
 
 
 def configuration(steps):
-    config = Config()
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, dropout=0.1),
-        train=dataclasses.replace(config.train, steps=steps, batch_size=8, accumulation=2, log_every=1,
-                                  timesteps="loss_second_moment"),
-        sample=dataclasses.replace(config.sample, every=7, n=2, steps=2),
-        checkpoint=dataclasses.replace(config.checkpoint, every=2, keep_last=3),
-    )  # fmt: skip
+    return changed(
+        model=dict(dropout=0.1),
+        train=dict(steps=steps, batch_size=8, accumulation=2, log_every=1, timesteps="loss_second_moment"),
+        sample=dict(every=7, n=2, steps=2),
+        checkpoint=dict(every=2, keep_last=3),
+    )
 
 
-def attempt(out, steps):
-    """Start or continue the run in a child process; its number."""
+def attempt(out, steps, processes):
+    """Start or continue the run in child processes; their numbers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [_child(out, steps, processes, rank, port) for rank in range(processes)]
+
+
+def _child(out, steps, processes, rank, port):
     child = os.fork()
     if child == 0:
         status = 1
         try:
             torch.set_num_threads(1)
-            sys.stderr = open(out.with_suffix(".log"), "a")  # noqa: SIM115
-            Trainer(configuration(steps), out, tell=lambda message: print(message, file=sys.stderr)).run()
-            status = 0
+            if processes > 1:
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                                   LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                                   OMP_NUM_THREADS="1")  # fmt: skip
+            sys.stderr = open(out.with_suffix(".log"), "a", buffering=1)  # noqa: SIM115
+            config = configuration(steps)
+            status = exit_code(lambda: Trainer(config, out, tell=lambda message: print(message, file=sys.stderr)).run())
         except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
+            print(f"traceback: {error!r}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
     return child
 
 
-def finish(out, steps):
-    assert os.waitpid(attempt(out, steps), 0)[1] == 0, out.with_suffix(".log").read_text()[-2000:]
+def finish(out, steps, processes):
+    for child in attempt(out, steps, processes):
+        assert os.waitpid(child, 0)[1] == 0, out.with_suffix(".log").read_text()[-2000:]
+
+
+def ends(child):
+    """How a process ended that had to."""
+    for _ in range(TO_END * 100):
+        number, status = os.waitpid(child, os.WNOHANG)
+        if number:
+            return status
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    raise AssertionError(f"a process hangs although its fellow died {TO_END} seconds ago")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=2.5)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         killed, whole = Path(folder, "killed"), Path(folder, "whole")
-        reached, in_saves = 0, 0
+        reached, in_saves, slowest = 0, 0, 0.0
         for kill in range(args.kills):
-            child = attempt(killed, 10**6)
+            children = attempt(killed, 10**6, args.processes)
             time.sleep(rng.uniform(0, args.seconds))
-            os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            assert os.WIFSIGNALED(status), (
-                f"kill {kill}: ended by itself: {killed.with_suffix('.log').read_text()[-2000:]}"
-            )
+            first = children.pop(rng.randrange(args.processes))
+            os.kill(first, signal.SIGKILL)
+            said = killed.with_suffix(".log").read_text() if killed.with_suffix(".log").exists() else ""
+            assert os.WIFSIGNALED(os.waitpid(first, 0)[1]), f"kill {kill}: ended by itself: {said[-2000:]}"
             in_saves += any((killed / "checkpoints").glob(".step_*.tmp"))
+            began = time.monotonic()
+            for child in children:
+                os.kill(child, signal.SIGTERM)  # as torchrun does
+                assert ends(child) != 0
+            slowest = max(slowest, time.monotonic() - began)
             if reached or checkpoint.folders(killed):
                 step = checkpoint.open_checkpoint(killed).step
                 assert step >= reached, f"kill {kill}: fell back from step {reached} to {step}"
                 reached = step
         steps = reached + 3
-        finish(killed, steps)
-        finish(whole, steps)
+        finish(killed, steps, args.processes)
+        finish(whole, steps, args.processes)
+        said = killed.with_suffix(".log").read_text()
+        assert "traceback" not in said, said[-2000:]
         ours, theirs = (checkpoint.checkpoint_folder(run, steps) for run in (killed, whole))
         for name in ("model.safetensors", "ema_0.999.safetensors", "training.pt"):
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), f"{name} differs after {steps} steps"
@@ -90,6 +129,8 @@ def main():
                  for run in (killed, whole)]  # fmt: skip
         assert lines[0] == lines[1], "the metrics differ"
     print(f"{args.kills} kills, {in_saves} of them in a save; after each the newest checkpoint loaded; {steps} steps:")
+    if args.processes > 1:
+        print(f"one of {args.processes} processes was killed; the others ended within {slowest:.1f} seconds;")
     print("weights, average, optimizer, importance and losses have the bits of a run that was never touched")
 
 

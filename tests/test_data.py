@@ -1,4 +1,8 @@
+import dataclasses
 import os
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,3 +210,166 @@ def test_reading_data_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     list(micro_batches(open_dataset(DataConfig()), 8, 0, range(2), [slice(0, 8)]))
     assert torch.equal(torch.rand(1), expected)
+
+
+# --- odd files --------------------------------------------------------------------------------------------------------
+
+RED = (200, 40, 10)
+GREY = round(0.299 * 200 + 0.587 * 40 + 0.114 * 10)
+
+
+def red(mode="RGB", size=(16, 12)):
+    return Image.new("RGB", size, RED).convert(mode)
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def upside(path):
+    """A picture that is blue at the top as a viewer shows it, and on the right as its pixels lie."""
+    pixels = np.zeros((12, 12, 3), np.uint8)
+    pixels[:, 6:] = (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 8  # turn by 90 degrees, counter-clockwise
+    Image.fromarray(pixels).save(path, exif=exif)
+    return path
+
+
+def noise(path, keep=None, flip=None):
+    """A PNG of noise, cut off or with a bit changed."""
+    Image.effect_noise((64, 64), 90).save(path)
+    content = bytearray(path.read_bytes()[:keep])
+    if flip is not None:
+        content[flip] ^= 4
+    path.write_bytes(content)
+    return path
+
+
+def array(path, *shape, dtype=np.uint8):
+    np.save(path, np.full(shape, 7, dtype))
+    return path
+
+
+def huge(path):
+    """A PNG of a few bytes that says it is 60,000 pixels wide and high."""
+    content = bytearray(saved(red(), path).read_bytes())
+    content[16:24] = struct.pack(">II", 60000, 60000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    return path
+
+
+def pipe(path):
+    os.mkfifo(path)
+    return path
+
+
+def link(path, target):
+    path.symlink_to(target)
+    return path
+
+
+def unreadable(path):
+    saved(red(), path).chmod(0)
+    return path
+
+
+RIGHT = {  # read as they should be: colour in the middle, as RGB
+    "1 pixel": (lambda d: saved(red(size=(1, 1)), d / "a.png"), RED),
+    "grey": (lambda d: saved(red("L"), d / "a.png"), (GREY,) * 3),
+    "palette": (lambda d: saved(red().quantize(4), d / "a.png"), RED),
+    "palette, transparent": (lambda d: saved(red().quantize(4), d / "a.png", transparency=3), RED),
+    "bilevel": (lambda d: saved(Image.new("1", (9, 9), 1), d / "a.png"), (255,) * 3),
+    "alpha": (lambda d: saved(red("RGBA"), d / "a.png"), RED),
+    "grey and alpha": (lambda d: saved(red("LA"), d / "a.png"), (GREY,) * 3),
+    "16 bits, grey": (lambda d: saved(Image.fromarray(np.full((9, 9), 40000, np.uint16)), d / "a.png"), (156,) * 3),
+    "16 bits, tiff": (lambda d: saved(Image.fromarray(np.full((9, 9), 40000, np.uint16)), d / "a.tif"), (156,) * 3),
+    "jpeg": (lambda d: saved(red(), d / "a.JPEG", quality=100), RED),
+    "cmyk jpeg": (lambda d: saved(red("CMYK"), d / "a.jpg", quality=100), RED),
+    "progressive jpeg": (lambda d: saved(red(), d / "a.jpg", quality=100, progressive=True), RED),
+    "animated gif": (lambda d: saved(red(), d / "a.gif", save_all=True, append_images=[red("L")]), RED),
+    "animated webp": (lambda d: saved(red(), d / "a.webp", lossless=True, save_all=True, append_images=[red()]), RED),
+    "tiff of two pages": (lambda d: saved(red(), d / "a.tiff", save_all=True, append_images=[red()]), RED),
+    "bmp": (lambda d: saved(red(), d / "a.bmp"), RED),
+    "interlaced or not": (lambda d: saved(red(), d / "a.png", optimize=True), RED),
+    "a png named .jpg": (lambda d: saved(red(), d / "a.jpg", format="PNG"), RED),
+    "a name that is not UTF-8": (lambda d: saved(red(), Path(os.fsdecode(bytes(d / "a") + b"\xff\xfe.png"))), RED),
+    "a name with a line break": (lambda d: saved(red(), d / "a\nb.png"), RED),
+    "a name of 250 characters": (lambda d: saved(red(), d / ("a" * 246 + ".png")), RED),
+    "a link": (lambda d: link(d / "link.png", saved(red(), d / "elsewhere", format="PNG")), RED),
+    "an array": (lambda d: array(d / "a.npy", 9, 9, 3), (7, 7, 7)),
+    "bytes after the end": (lambda d: broken(d / "a.png", saved(red(), d / "a.png").read_bytes() + b"more"), RED),
+    "turned by the camera": (lambda d: upside(d / "a.png"), None),
+}  # fmt: skip
+WRONG = {  # named, and why
+    "empty": (lambda d: broken(d / "a.png", b""), "cannot identify"),
+    "text": (lambda d: broken(d / "a.png", b"hello\n" * 99), "cannot identify"),
+    "cut off": (lambda d: noise(d / "a.png", keep=-500), "truncated|Truncated"),
+    "cut off in its head": (lambda d: noise(d / "a.png", keep=20), "."),
+    "a bit changed": (lambda d: noise(d / "a.png", flip=900), "unrecognized data"),
+    "a jpeg cut off": (lambda d: broken(d / "a.jpg", saved(red(), d / "a.jpg").read_bytes()[:-90]), "Truncated"),
+    "20,000 pixels wide": (lambda d: saved(red(size=(20000, 3)), d / "a.png"), "too unequal"),
+    "says 60,000 by 60,000": (lambda d: huge(d / "a.png"), "exceeds limit|decompression bomb"),
+    "32 bits": (lambda d: saved(Image.new("I", (9, 9), 70000), d / "a.tif"), "range is not known"),
+    "floats": (lambda d: saved(Image.new("F", (9, 9), 0.5), d / "a.tif"), "range is not known"),
+    "an array of floats": (lambda d: array(d / "a.npy", 9, 9, 3, dtype=np.float32), "not .height, width, 3. uint8"),
+    "an array of another shape": (lambda d: array(d / "a.npy", 3, 9, 9), "not .height, width, 3. uint8"),
+    "an array cut off": (lambda d: broken(d / "a.npy", array(d / "a.npy", 9, 9, 3).read_bytes()[:-50]), "."),
+    "a link to nowhere": (lambda d: link(d / "a.png", d / "nowhere"), "a link to nowhere"),
+    "a link to itself": (lambda d: link(d / "a.png", d / "a.png"), "a link to nowhere"),
+    "a pipe": (lambda d: pipe(d / "a.png"), "no file"),
+    "svg": (lambda d: broken(d / "a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "cannot identify"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_odd_files_that_are_read(tmp_path, kind):
+    make, colour = RIGHT[kind]
+    path = make(tmp_path)
+    data = folder(tmp_path)
+    image = data.images[0]
+    assert image.shape == (3, 8, 8)
+    if colour is None:
+        assert image[2, 1].min() == 255
+        assert image[2, 6].max() == 0
+    else:
+        assert (image[:, 4, 4].int() - torch.tensor(colour)).abs().max() <= 3, (image[:, 4, 4], path)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_odd_files_that_are_not_read_are_named_and_can_be_skipped(tmp_path, kind):
+    make, reason = WRONG[kind]
+    good = picture(tmp_path / "good.png", colour=RED)
+    path = make(tmp_path)
+    config = DataConfig(name="folder", path=str(tmp_path), image_size=8, channels=3)
+    with pytest.raises(UsageError, match=rf"{path.name} cannot be read as an image \(.*({reason})") as caught:
+        open_dataset(config)
+    assert "\n" not in str(caught.value)
+    data = open_dataset(dataclasses.replace(config, on_error="skip"))
+    assert len(data) == len(data.labels) == 1
+    assert data.left_out == (str(caught.value),)
+    lazy = FolderDataset(sorted([path, good]), torch.tensor([1, 1]), (), 8, 3, "skip")
+    lazy.fingerprint()
+    images, labels, wrong = lazy.__getitems__([0, 1, 0])
+    assert len(wrong) == (2 if path < good else 1)
+    assert (images[:, 0] == RED[0]).all()
+    assert labels.tolist() == [1, 1, 1]
+
+
+def test_where_nothing_can_be_read_skipping_ends(tmp_path):
+    paths = [broken(tmp_path / f"{i}.png", b"no") for i in range(3)]
+    config = DataConfig(name="folder", path=str(tmp_path), image_size=8, channels=3, on_error="skip")
+    with pytest.raises(UsageError, match=r"0\.png cannot be read"):
+        open_dataset(config)
+    lazy = FolderDataset(paths, torch.zeros(3), (), 8, 3, "skip")
+    with pytest.raises(UsageError, match="none of the 3 images can be read"):
+        load(lazy, [1])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission_is_named(tmp_path):
+    unreadable(tmp_path / "a.png")
+    with pytest.raises(UsageError, match=r"a\.png cannot be read as an image \(Permission denied"):
+        folder(tmp_path)

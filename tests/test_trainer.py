@@ -526,3 +526,38 @@ def test_a_run_does_not_go_on_with_other_images_unless_that_is_meant(tmp_path, m
     with pytest.raises(UsageError, match=r"the data are not those .* with --data\.may_change true"):
         Trainer(config(train__steps=4), tmp_path / "run")
     assert train(config(train__steps=4, train__lr=1e-4), tmp_path / "run").step == 4
+
+
+@pytest.mark.parametrize(("in_memory", "workers"), [(True, 0), (False, 0), (False, 2)])
+def test_images_that_cannot_be_read_are_counted_and_the_run_still_resumes_exactly(
+    tmp_path, monkeypatch, in_memory, workers
+):
+    if not in_memory:
+        monkeypatch.setattr("diffusion.data.IN_MEMORY_BYTES", 0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(9):
+        Image.effect_noise((8, 8), 100).save(folder / f"{i}.png")
+    (folder / "4.png").write_bytes(b"not this one")
+
+    def config(steps):
+        plain = small(train__steps=steps, train__batch_size=4, train__log_every=4, model__class_cond=False,
+                      model__dropout=0.1)  # fmt: skip
+        data = dataclasses.replace(plain.data, name="folder", path=str(folder), on_error="skip", workers=workers,
+                                   random_flip=True)  # fmt: skip
+        return dataclasses.replace(plain, data=data)
+
+    heard = []
+    whole = Trainer(config(9), tmp_path / "whole", tell=heard.append)
+    whole.run()
+    assert all("4.png cannot be read as an image" in message for message in heard)
+    if in_memory:
+        assert "1 images cannot be read and are left out" in heard[0]
+    assert sum(line["unreadable"] for line in metrics(tmp_path / "whole")) == (0 if in_memory else 4)  # 36 of 9 images
+    trainer = Trainer(config(9), tmp_path / "run")
+    with pytest.raises(Stopped):  # between two lines of the log
+        trainer.run(lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+    trainer.close()
+    assert_same_bits(state(train(config(9), tmp_path / "run")), state(whole))
+    lines = [[{**line, "images_per_second": 0} for line in metrics(tmp_path / name)] for name in ("run", "whole")]
+    assert lines[0] == lines[1]
