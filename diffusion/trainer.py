@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -516,21 +516,24 @@ def _begin_folder(out: Path, config: Config, step: int) -> int:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if (out / "config.yaml").exists():
-            load_config(out / "config.yaml")
-        for newer in checkpoint.folders(out):
-            if checkpoint.step_of(newer) > step:  # damaged, and in the way of the one that will be written again
-                newer.rename(newer.with_name(f"damaged_{newer.name}_{time.time_ns()}"))
-        for left in (out / "checkpoints").glob(".step_*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)  # by a kill in the middle of a save
-        metrics = out / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        # A line without an end was cut off by a kill.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        config.save(out / "config.yaml")
-        replace_text(metrics, "".join(kept))
+        with ExitStack() as at_an_error:
+            lock = os.open(out, os.O_RDONLY)
+            at_an_error.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (out / "config.yaml").exists():
+                load_config(out / "config.yaml")
+            for newer in checkpoint.folders(out):
+                if checkpoint.step_of(newer) > step:  # damaged, and in the way of the one that will be written again
+                    newer.rename(newer.with_name(f"damaged_{newer.name}_{time.time_ns()}"))
+            for left in (out / "checkpoints").glob(".step_*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)  # by a kill in the middle of a save
+            metrics = out / "metrics.jsonl"
+            lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+            # A line without an end was cut off by a kill.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            config.save(out / "config.yaml")
+            replace_text(metrics, "".join(kept))
+            at_an_error.pop_all()
         return lock
     except BlockingIOError:
         raise UsageError(f"--out {out} is in use by another process that trains there") from None

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import Trap
 
 from diffusion import UsageError, checkpoint
 from diffusion.config import Config
@@ -149,12 +150,8 @@ def test_a_format_from_the_future_is_refused(run):
 
 
 def test_nothing_in_a_checkpoint_is_run(run, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-
     path, network = run
-    forge(path / "checkpoints/step_00000010", "training.pt", {"optimizer": Trap()})
+    forge(path / "checkpoints/step_00000010", "training.pt", {"optimizer": Trap(tmp_path / "sprung")})
     with pytest.raises(UsageError, match=r"training\.pt is damaged"):
         checkpoint.open_checkpoint(path).training(list(network.parameters()))
     assert not (tmp_path / "sprung").exists()

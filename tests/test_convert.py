@@ -10,7 +10,7 @@ import sys
 import diffusers
 import pytest
 import torch
-from helpers import ROOT, fill, golden, tensor
+from helpers import ROOT, Trap, fill, golden, tensor
 from safetensors.torch import load_file, save_file
 
 from diffusion import UNetModel, checkpoint, convert
@@ -197,16 +197,6 @@ def test_a_converted_model_is_trained_on(published, tmp_path, monkeypatch, capsy
     before = torch.load(path, weights_only=True)
     for name, value in saved.ema(0.5).items():  # a step of 1e-30 moves nothing
         torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-6)
-
-
-class Trap:
-    """What a pickle can do to whoever opens it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""Configurations that no person would write: each is a run or one clear line, never a traceback, never a hang.
+
+A hundred in every test run; `DIFFUSION_FUZZ_CASES=2000 python -m pytest tests/test_fuzz.py` tries others, and more.
+"""
+
+import io
+import os
+import signal
+import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train
+from diffusion.launch import exit_code
+
+CASES = os.environ.get("DIFFUSION_FUZZ_CASES")
+SECONDS = 120
+"""A case that takes longer hangs."""
+
+sizes = st.sampled_from([1, 2, 3, 4, 8, 16])
+bad_numbers = st.sampled_from([0, -1, -7, 1.5, 10**10, 10**30, float("nan"), float("inf"), -float("inf")])
+junk = st.one_of(
+    bad_numbers, st.none(), st.booleans(), st.text(max_size=6), st.lists(st.integers(-2, 40), max_size=3),
+    st.sampled_from(["", "no", "null", "1e-3", "0x10", "1_000", "[1", "{a: 1}", "- 1", "!!python/name:os.system", "~",
+                     "ddim5", "9" * 5000, "é\n", "\x00", "*x", "&a b", "--", "=", "%"]),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)  # fmt: skip
+names = st.sampled_from(["digits", "mnist", "folder", "linear", "cosine", "epsilon", "x_start", "previous_x", "learned",
+                         "learned_range", "fixed_small", "fixed_large", "mse", "rescaled_mse", "kl", "rescaled_kl",
+                         "uniform", "loss_second_moment", "ddpm", "ddim", "bf16", "fp16", "no", "stop", "continue",
+                         "skip", "fail", "constant"])  # fmt: skip
+rates = st.sampled_from([0.0, 0.1, 0.5, 0.999, 1.0, -0.1, 1e-3, 1e30])
+fitting: dict = {
+    "data.image_size": sizes, "data.channels": sizes, "data.low_res_size": sizes, "data.workers": st.just(1),
+    "model.model_channels": st.sampled_from([32, 64, 33]), "model.num_res_blocks": st.sampled_from([1, 2]),
+    "model.channel_mult": st.lists(st.sampled_from([1, 2, 0.5]), max_size=3),
+    "model.attention_resolutions": st.lists(st.sampled_from([1, 2, 4]), max_size=2),
+    "model.num_heads": sizes, "model.num_heads_upsample": sizes, "model.num_head_channels": sizes,
+    "diffusion.steps": sizes, "diffusion.respacing": sizes, "train.batch_size": sizes, "train.accumulation": sizes,
+    "train.ema_rates": st.lists(rates, max_size=2), "train.warmup_steps": sizes, "train.log_every": sizes,
+    "train.max_skipped": sizes, "train.steps": st.sampled_from([1, 2, 3]), "sample.n": sizes, "sample.every": sizes,
+    "sample.steps": st.one_of(sizes, st.sampled_from(["ddim2", "1,1", ""])), "checkpoint.every": sizes,
+    "checkpoint.keep_last": sizes, "checkpoint.keep_every": sizes, "data.path": st.sampled_from([".", "/nowhere", ""]),
+}  # fmt: skip
+fitting |= dict.fromkeys(
+    ["data.random_flip", "data.may_change", "model.use_new_attention_order", "model.conv_resample",
+     "model.resblock_updown", "model.use_scale_shift_norm", "model.use_checkpoint", "model.class_cond",
+     "diffusion.rescale_timesteps", "train.ema_warmup"], st.booleans())  # fmt: skip
+fitting |= dict.fromkeys(
+    ["data.name", "data.on_error", "diffusion.schedule", "diffusion.mean", "diffusion.variance", "diffusion.loss",
+     "train.lr_schedule", "train.precision", "train.timesteps", "sample.sampler", "checkpoint.on_error"],
+    names)  # fmt: skip
+fitting |= dict.fromkeys(
+    ["model.dropout", "train.lr", "train.weight_decay", "train.grad_clip", "train.label_dropout", "sample.guidance",
+     "train.seed"], rates)  # fmt: skip
+COSTLY = {"model.num_res_blocks", "data.workers", "sample.n", "train.steps", "diffusion.steps", "data.path"}
+"""Of these, even junk that is accepted would take the machine or the day."""
+
+
+def setting(key):
+    value = fitting[key] if key in COSTLY else st.one_of(fitting[key], fitting[key], junk)
+    return st.tuples(st.just(key), value)
+
+
+keys = st.sampled_from(sorted(fitting))
+some = st.lists(keys.flatmap(setting), max_size=4)
+strange = st.one_of(st.sampled_from(["model.dropot", "train", "data", "x", "", "model.", ".steps", "train.steps.x"]),
+                    st.text(max_size=5))  # fmt: skip
+CHEAP = {"train": {"steps": 2, "batch_size": 8}, "sample": {"n": 2, "steps": 2}, "diffusion": {"steps": 10}}
+
+
+@st.composite
+def command_lines(draw):
+    """The text of a file, and flags."""
+    tree = {name: dict(values) for name, values in CHEAP.items()}
+    for key, value in draw(some):
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    if draw(st.integers(0, 9)) == 0:
+        tree[draw(strange)] = draw(junk)
+    text = yaml.safe_dump(tree)
+    if draw(st.integers(0, 9)) == 0:
+        at = draw(st.integers(0, len(text)))
+        text = (
+            text[:at]
+            + draw(st.sampled_from(["\t", ":", "{", "]", "\x00", "- ", "'", "\n\n", "a: 1", "\ufeff"]))
+            + text[at:]
+        )
+    flags = []
+    for key, value in draw(some):
+        flags += draw(st.sampled_from([[f"--{key}", str(value)], [f"--{key}={value}"]]))
+    if draw(st.integers(0, 9)) == 0:
+        flags.insert(draw(st.integers(0, len(flags))), "--" + draw(strange))
+    return text, flags
+
+
+def hangs(number, frame):
+    raise AssertionError(f"it takes more than {SECONDS} seconds")
+
+
+@given(command_lines())
+@settings(max_examples=int(CASES or 100), deadline=None, derandomize=CASES is None,
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+def test_any_configuration_is_a_run_or_one_clear_line(case):
+    text, flags = case
+    argv, out, err = sys.argv, io.StringIO(), io.StringIO()
+    signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(SECONDS)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "run.yaml").write_text(text)
+            sys.argv = ["train.py", "--config", f"{folder}/run.yaml", "--out", f"{folder}/out", *flags]
+            with redirect_stdout(out), redirect_stderr(err):
+                code = exit_code(train.main)
+            if code == 0:
+                assert "is done" in out.getvalue()
+                assert list(Path(folder, "out/checkpoints").iterdir())
+            else:
+                assert code == 2
+                last = err.getvalue().splitlines()[-1]
+                assert last.startswith("train.py: ")
+                assert 20 < len(last) < 700, last
+                assert "Traceback" not in err.getvalue()
+                assert "<class" not in last
+                assert "object at 0x" not in last
+    finally:
+        signal.alarm(0)
+        sys.argv = argv
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_every_key_is_tried():
+    from diffusion.config import Config
+
+    assert set(fitting) == {f"{section}.{key}" for section, values in asdict(Config()).items() for key in values}
