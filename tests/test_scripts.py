@@ -57,7 +57,7 @@ def readme_commands():
     """Every command of the README's shell blocks that trains, samples, scores or converts."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = [line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    ours = r"(accelerate launch|python|torchrun\b.*) ?(\S*(train|sample|evaluate)\.py|-m diffusion\.convert)"
+    ours = r"(accelerate launch.*|python|torchrun\b.*) ?(\S*(train|sample|evaluate)\.py|-m diffusion\.convert)"
     return [line for line in lines if re.match(ours, line)]
 
 
