@@ -468,25 +468,26 @@ def _one_line(message: str, known: list[str]) -> str:
         key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
         return _unknown(key, ["config", "out", "verify_resume", *known])
     union = re.search(
-        r'Parser key "(?P<key>[\w.]+)": Does not validate against any .*Given value: (?P<value>.*)', message
+        r'Parser key "(?P<key>[\w.]+)": Does not validate against any .*Given value: ?(?P<value>.*)', message
     )
     if union:
         types = [
             kind.replace("NoneType", "null")
             for kind in dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
         ]
-        return f"{union['key']} is {union['value']}; it must be of type {' or '.join(types)}"
+        return f"{union['key']} is {union['value'] or 'empty'}; it must be of type {' or '.join(types)}"
     wrong = re.search(r'Parser key "(?P<key>[\w.]+)": Expected an? (?P<type>.+)\. Got value: ?(?P<value>.*)', message)
     if wrong:
+        value = wrong["value"] or "empty"
         options = re.findall(r"'(\w+)'", wrong["type"]) if "Literal" in wrong["type"] else []
         if options:
             near = difflib.get_close_matches(wrong["value"], options, n=1)
             did_you_mean = f" (did you mean {near[0]}?)" if near else ""
-            return f"{wrong['key']} is {wrong['value']}; it must be one of {', '.join(options)}{did_you_mean}"
+            return f"{wrong['key']} is {value}; it must be one of {', '.join(options)}{did_you_mean}"
         wanted = re.sub(r"<class '(\w+)'>", r"\1", wrong["type"])
         if wanted == "tuple":
-            return f"{wrong['key']} is {wrong['value']}; it must be a list: [{wrong['value']}]"
-        return f"{wrong['key']} is {wrong['value']}; it must be of type {wanted}"
+            return f"{wrong['key']} is {value}; it must be a list: [{wrong['value']}]"
+        return f"{wrong['key']} is {value}; it must be of type {wanted}"
     return message
 
 

@@ -122,6 +122,8 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--diffusion.steps", str(10**30)], "it must be at most 100000"),
         (["--train.grad_clip", "true"], "train.grad_clip is true; it must be of type float or null"),
         (["--train.grad_clip", "0"], "train.grad_clip is 0.0"),
+        (["--train.grad_clip", ""], "train.grad_clip is empty; it must be of type float or null"),
+        (["--train.steps", ""], "train.steps is empty; it must be of type int"),
         (["--train.precision", "fp8"], "train.precision is fp8; it must be one of no, bf16, fp16"),
         (["--diffusion.schedule", "cosin"], "must be one of linear, cosine (did you mean cosine?)"),
         (["--diffusion.schedule", "linear", "--diffusion.steps", "20", "--sample.steps", "5"], "beta of 1"),
