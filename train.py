@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from diffusion.config import Config, parse_command_line
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, printable
 from diffusion.launch import check_launcher, exit_code, on_cpu, progress_bar
 
 
@@ -43,7 +43,7 @@ def main() -> None:
 
     from diffusion.trainer import Trainer  # after the parser, so that --help and a mistyped key answer at once
 
-    trainer = Trainer(config, out, tell=lambda message: tqdm.write(f"train.py: {message}", file=sys.stderr))
+    trainer = Trainer(config, out, tell=lambda message: tqdm.write(f"train.py: {printable(message)}", file=sys.stderr))
     main_process = trainer.accelerator.is_main_process
     if main_process:
         begun = f"continues after step {trainer.step}" if trainer.step else "begins"

@@ -21,3 +21,8 @@ def in_short(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: the line breaks and control characters that a file's name may hold are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion.checkpoint import Checkpoint, open_checkpoint
-from diffusion.errors import Stopped, UsageError, in_short
+from diffusion.errors import Stopped, UsageError, in_short, printable
 
 
 def a_path(text: str) -> Path:
@@ -76,7 +76,7 @@ def opened(path: Path) -> Checkpoint:
     """`open_checkpoint`, which says on stderr what it passed over."""
     saved = open_checkpoint(path)
     for damage in saved.passed_over:
-        print(f"{os.path.basename(sys.argv[0])}: {damage}; {saved.path.name} is used", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {printable(damage)}; {saved.path.name} is used", file=sys.stderr)
     return saved
 
 
@@ -112,8 +112,7 @@ def exit_code(main: Callable[[], None]) -> int:
             torch.distributed.destroy_process_group()
     except UsageError as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        line = str(error).replace("\n", "\\n")  # a file's name may hold one
-        print(f"{name}{rank}: {line}", file=sys.stderr)
+        print(f"{name}{rank}: {printable(str(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
