@@ -21,6 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from diffusion.errors import UsageError, in_short
+from diffusion.initialisation import InitName, initialise
 from diffusion.losses import LossType
 from diffusion.process import GaussianDiffusion, MeanType, VarianceType
 from diffusion.samplers import SamplerName
@@ -103,6 +104,11 @@ class ModelConfig:
     """recompute activations in the backward pass: less memory, a third more work"""
     class_cond: bool = True
     """condition on the data's classes; in a folder of images, these are its folders"""
+    init: InitName = "zero"
+    """weights at the start: zero (the paper), fixup (for a network without normalisation), default (no layer zero),
+    small (1e-5 in place of zero), constant and all_zero (which do not learn)"""
+    use_norm: bool = True
+    """normalise in groups"""
 
     def __post_init__(self) -> None:
         check_range("model.model_channels", self.model_channels, 32, most=8192)
@@ -123,6 +129,8 @@ class ModelConfig:
                 f"model.channel_mult is {list(self.channel_mult)}; it must be a list of numbers above 0 and up to 64, "
                 f"each of which makes a multiple of 32 of model.model_channels {self.model_channels}"
             )
+        if self.init == "fixup" and self.use_norm:
+            raise UsageError("model.init is fixup, which does without normalisation: add --model.use_norm false")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         factors = [2**level for level in range(len(self.channel_mult))]
@@ -187,6 +195,8 @@ class TrainConfig:
     """stay at lr, or fall to 0 by the last step"""
     warmup_steps: int = 0
     """optimizer steps over which the learning rate grows from 0"""
+    scalar_lr_factor: float = 1.0
+    """what the learning rate of Fixup's scalars is multiplied by (0.1 in its paper)"""
     weight_decay: float = 0.0
     """decoupled weight decay"""
     grad_clip: float | None = None
@@ -215,6 +225,8 @@ class TrainConfig:
             check_range(f"train.{name}", getattr(self, name), 0)
         if not 0 < self.lr < math.inf:
             raise UsageError(f"train.lr is {self.lr}; it must be a finite number above 0")
+        if not 0 <= self.scalar_lr_factor < math.inf:
+            raise UsageError(f"train.scalar_lr_factor is {self.scalar_lr_factor}; it must be a finite number from 0")
         if not 0 <= self.label_dropout < 1:
             raise UsageError(f"train.label_dropout is {self.label_dropout}; it must be at least 0 and below 1")
         if self.grad_clip is not None and not self.grad_clip > 0:
@@ -292,6 +304,10 @@ class Config:
             raise UsageError(
                 f"train.label_dropout is {self.train.label_dropout}, but model.class_cond is false: no class to drop"
             )
+        if self.train.scalar_lr_factor != 1 and self.model.init != "fixup":
+            raise UsageError(
+                f"train.scalar_lr_factor is {self.train.scalar_lr_factor}, but only model.init fixup has scalars"
+            )
         check_guidance("sample.guidance", self.sample.guidance, self)
         try:
             space_timesteps(self.diffusion.steps, str(self.sample.steps))
@@ -301,7 +317,7 @@ class Config:
     def network(self, num_classes: int) -> UNetModel:
         """The network with fresh weights, for data of `num_classes` classes (0: none)."""
         options = dataclasses.asdict(self.model)
-        class_cond = options.pop("class_cond")
+        class_cond, init = options.pop("class_cond"), options.pop("init")
         if class_cond and not num_classes:
             raise UsageError(
                 f"model.class_cond is true, but the data ({self.data.name}) have no classes: "
@@ -309,12 +325,14 @@ class Config:
             )
         outputs = 2 if self.diffusion.variance in ("learned", "learned_range") else 1
         kind = UNetModel if self.data.low_res_size is None else SuperResModel
-        return kind(
+        network = kind(
             in_channels=self.data.channels,
             out_channels=outputs * self.data.channels,
             num_classes=num_classes if class_cond else None,
             **options,
         )
+        initialise(network, init)
+        return network
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML, every field spelled out; the file is whole or what it was."""

@@ -78,6 +78,8 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
         kind = "DDIMPipeline" if args.ddim else "DDPMPipeline"
         classes = "; it passes no classes: call its unet with class_labels (README, Other formats)"
         return pipeline_writer(saved, weights, args.ddim), kind + (classes if saved.class_names else "")
+    if not saved.config.model.use_norm:
+        raise UsageError(f"{args.source} is a network without normalisation, and the published code has none such")
     try:
         says = f"a state dict; guided-diffusion's flags: {flags_from_config(saved.config, len(saved.class_names))}"
     except UsageError as error:
@@ -105,7 +107,7 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     def write(out: Path) -> None:
         checkpoint.save(
             checkpoint.checkpoint_folder(out, 0), step=0, config=config, class_names=names, weights=weights,
-            averages={}, training={"optimizer": {"state": {}}, "scaler": None, "importance": None},
+            averages={}, training={"optimizer": {"state": {}}, "scaler": None, "importance": None, "meter": None},
         )  # fmt: skip
         config.save(out / "config.yaml")
         (out / "metrics.jsonl").touch()

@@ -28,6 +28,8 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
     attention = [2**level in model.attention_resolutions for level in range(len(model.channel_mult))]
     widths = [int(mult * model.model_channels) for mult in model.channel_mult]
     with_attention = {w for w, here in zip(widths, attention, strict=True) if here} | {widths[-1]}
+    if model.init == "fixup" or not model.use_norm:
+        raise _not_in_diffusers("a network without normalisation, and Fixup's scalars (model.use_norm, model.init)")
     if model.num_head_channels == -1 and len(with_attention) > 1 and model.num_heads > 1:
         raise _not_in_diffusers(f"{model.num_heads} heads at widths {sorted(with_attention)}: it fixes a head's width")
     if model.num_heads_upsample not in (-1, model.num_heads) and model.num_head_channels == -1:

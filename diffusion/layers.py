@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,75 @@ class GroupNorm32(nn.GroupNorm):
 def normalization(channels: int) -> GroupNorm32:
     """The paper's normalisation: 32 groups (appendix A of the paper, after Ho et al. 2020)."""
     return GroupNorm32(32, channels)
+
+
+class ShiftedSiLU(nn.SiLU):
+    """SiLU behind a scalar bias."""
+
+    bias_before: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x + self.bias_before)
+
+
+class _Scaled:
+    """A layer with Fixup's scalars: a bias on everything that it sees, padding included, and if it ends a branch a
+    multiplier. Both are folded into the weights, which are small."""
+
+    bias_before: nn.Parameter
+    multiplier: nn.Parameter | None
+
+
+class ScaledLinear(_Scaled, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *folded(self))
+
+
+class ScaledConv1d(_Scaled, nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *folded(self))
+
+
+class ScaledConv2d(_Scaled, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *folded(self))
+
+
+class ScaledConv3d(_Scaled, nn.Conv3d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *folded(self))
+
+
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+SCALED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: ScaledLinear, nn.Conv1d: ScaledConv1d, nn.Conv2d: ScaledConv2d, nn.Conv3d: ScaledConv3d,
+}  # fmt: skip
+
+
+def folded(layer: Layer) -> tuple[Tensor, Tensor]:
+    """What the layer multiplies with and adds, its scalars, if any, included."""
+    weight, bias = layer.weight, layer.bias
+    assert bias is not None
+    if isinstance(layer, _Scaled):
+        bias = bias + layer.bias_before * weight.flatten(1).sum(1)
+        if layer.multiplier is not None:
+            weight, bias = layer.multiplier * weight, layer.multiplier * bias
+    return weight, bias
+
+
+def add_scalars(model: nn.Module, ends: Sequence[Layer]) -> None:
+    """Fixup's third rule: a bias (0) before every layer and activation, a multiplier (1) for the `ends` of branches."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.SiLU):
+            module.__class__ = ShiftedSiLU
+        elif isinstance(module, Layer):
+            module.__class__ = SCALED[type(module)]  # type: ignore[assignment]
+            module.register_parameter("multiplier", None)
+        else:
+            continue
+        module.bias_before = nn.Parameter(torch.zeros(1))  # of one element, since FSDP2 takes none of no axis
+    for layer in ends:
+        layer.multiplier = nn.Parameter(torch.ones(1))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:

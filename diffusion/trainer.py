@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion import checkpoint, pictures
 from diffusion.config import Config, TrainConfig, load_config, replace_text
 from diffusion.data import Batch, batch_indices, load, micro_batches, open_dataset, shrink, to_x_start
 from diffusion.ema import EMA
 from diffusion.errors import UsageError, in_short
+from diffusion.initialisation import NEVER_LEARN, scalars
 from diffusion.launch import on_cpu
 from diffusion.losses import Denoiser, training_losses
 from diffusion.randomness import generator_for, seed_for
@@ -38,8 +39,8 @@ from diffusion.timesteps import LossSecondMoment
 MAY_CHANGE = {
     "data": {"path", "workers", "may_change", "on_error"},
     "model": {"use_checkpoint"},
-    "train": {"steps", "accumulation", "lr", "lr_schedule", "warmup_steps", "weight_decay", "grad_clip", "precision",
-              "ema_warmup", "log_every", "max_skipped"},
+    "train": {"steps", "accumulation", "lr", "lr_schedule", "scalar_lr_factor", "warmup_steps", "weight_decay",
+              "grad_clip", "precision", "ema_warmup", "log_every", "max_skipped"},
     "sample": {"every", "n", "sampler", "steps", "guidance"},
     "checkpoint": {"every", "keep_last", "keep_every", "on_error"},
 }  # fmt: skip
@@ -106,7 +107,10 @@ class Trainer:
             self.network.load_state_dict(weights)
         self.network.to(accelerator.device)
         optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
+            parameter_groups(self.network, config.train.scalar_lr_factor),
+            lr=config.train.lr,
+            weight_decay=config.train.weight_decay,
+            fused=True,
         )
         # Only `model` is wrapped (DDP, autocast); names and averages stay those of `network`, which FSDP2 cuts up.
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
@@ -120,6 +124,9 @@ class Trainer:
             for damage in saved.passed_over if saved else ():
                 tell(f"{damage}; it is put away, and that of step {self.step} is used")
             self._tell_of("images cannot be read and are left out", self.dataset.left_out)
+            if config.model.init in NEVER_LEARN:
+                tell(f"model.init is {config.model.init}: all channels of a layer stay alike, and it will not learn "
+                     "what a network can (docs/zero-init.md)")  # fmt: skip
         self._signals = StopSignals(accelerator.num_processes)
         self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
@@ -150,7 +157,7 @@ class Trainer:
         for step in range(self.step, train.steps):
             lr = learning_rate(train, step)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["factor"]
             t, weights, noise, flip, unlabelled = self._random(step)
             seen = torch.zeros_like(weights)
             for part in self.parts:
@@ -291,11 +298,12 @@ class Trainer:
                 self.tell(failed[0])
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        training = saved.training(list(self.network.parameters()))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        training = saved.training(parameters)
         groups = self.optimizer.state_dict()["param_groups"]  # as configured now: the rates may be new
         state = {
             i: {name: cut_like(value, parameter) for name, value in training["optimizer"]["state"][i].items()}
-            for i, parameter in enumerate(self.network.parameters())
+            for i, parameter in enumerate(parameters)
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.accelerator.scaler and training["scaler"]:
@@ -453,6 +461,14 @@ def bound_loss_scale(scaler: torch.amp.GradScaler | None) -> None:
         scale = scaler.get_scale()
         if not LOSS_SCALES[0] <= scale <= LOSS_SCALES[1]:
             scaler.update(min(max(scale, LOSS_SCALES[0]), LOSS_SCALES[1]))
+
+
+def parameter_groups(network: nn.Module, scalar_lr_factor: float) -> list[dict[str, Any]]:
+    """The optimizer's: all weights, then Fixup's scalars, if there are any, which do not decay."""
+    few = scalars(network)
+    weights = [p for p in network.parameters() if not any(p is scalar for scalar in few)]
+    groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0}]
+    return [*groups, {"params": few, "factor": scalar_lr_factor, "weight_decay": 0.0}] if few else groups
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:

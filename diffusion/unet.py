@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.errors import UsageError
-from diffusion.layers import Downsample, Upsample, conv_nd, normalization, timestep_embedding, zero_module
+from diffusion.layers import Downsample, Upsample, conv_nd, folded, normalization, timestep_embedding, zero_module
 
 
 class ResBlock(nn.Module):
@@ -37,6 +37,7 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: the embedding scales and shifts the second normalisation instead of being added.
         use_checkpoint: recompute the activations in the backward pass instead of keeping them.
         resample: an `Upsample` or `Downsample` without weights, for both paths of a block that changes the size.
+        use_norm: normalise.
     """
 
     def __init__(
@@ -49,13 +50,14 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: bool = False,
         use_checkpoint: bool = False,
         resample: Upsample | Downsample | None = None,
+        use_norm: bool = True,
     ):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.resample = resample
         self.in_layers = nn.Sequential(
-            normalization(channels),
+            normalization(channels) if use_norm else nn.Identity(),
             nn.SiLU(),
             conv_nd(dims, channels, out_channels, 3, padding=1),
         )
@@ -64,7 +66,7 @@ class ResBlock(nn.Module):
             nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels),
         )
         self.out_layers = nn.Sequential(
-            normalization(out_channels),
+            normalization(out_channels) if use_norm else nn.Identity(),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
@@ -101,7 +103,14 @@ class AttentionBlock(nn.Module):
     weights; with `new_order` into q, k and v first.
     """
 
-    def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False, new_order: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        use_checkpoint: bool = False,
+        new_order: bool = False,
+        use_norm: bool = True,
+    ):
         super().__init__()
         if channels % num_heads:
             raise UsageError(f"num_heads {num_heads} does not divide the {channels} channels of an attention block")
@@ -110,7 +119,7 @@ class AttentionBlock(nn.Module):
         self.split = (
             "b n (three heads c) -> three b heads n c" if new_order else "b n (heads three c) -> three b heads n c"
         )
-        self.norm = normalization(channels)
+        self.norm = normalization(channels) if use_norm else nn.Identity()
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -123,10 +132,12 @@ class AttentionBlock(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         # The two convolutions of size 1 as matrix products, and positions before channels: a fifth faster.
         h = self.norm(x).flatten(2).transpose(1, 2)
-        qkv = F.linear(h, self.qkv.weight.squeeze(2), self.qkv.bias)
+        weight, bias = folded(self.qkv)
+        qkv = F.linear(h, weight.squeeze(2), bias)
         q, k, v = rearrange(qkv, self.split, heads=self.num_heads, three=3)
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)")
-        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        weight, bias = folded(self.proj_out)
+        h = F.linear(h, weight.squeeze(2), bias)
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
@@ -159,6 +170,7 @@ class UNetModel(nn.Module):
         num_head_channels: the width of a head, in place of the number of heads (-1: by number).
         resblock_updown: down- and upsample inside residual blocks.
         use_new_attention_order: split q, k and v across heads.
+        use_norm: normalise; without, `diffusion.initialisation` has weights that bear it.
         image_size: of no effect, since the network runs at any size; the sequel's class has it.
 
     Raises UsageError where a width is not a multiple of 32 or of the heads.
@@ -183,6 +195,7 @@ class UNetModel(nn.Module):
         num_head_channels: int = -1,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
+        use_norm: bool = True,
         image_size: int | None = None,
     ):
         super().__init__()
@@ -199,12 +212,13 @@ class UNetModel(nn.Module):
 
         def res_block(channels: int, out_channels: int, resample: Upsample | Downsample | None = None) -> ResBlock:
             return ResBlock(
-                channels, emb_channels, dropout, out_channels, dims, use_scale_shift_norm, use_checkpoint, resample
-            )
+                channels, emb_channels, dropout, out_channels, dims, use_scale_shift_norm, use_checkpoint, resample,
+                use_norm,
+            )  # fmt: skip
 
         def attention(channels: int, heads: int) -> AttentionBlock:
             heads = heads if num_head_channels == -1 else channels // num_head_channels
-            return AttentionBlock(channels, heads, use_checkpoint, use_new_attention_order)
+            return AttentionBlock(channels, heads, use_checkpoint, use_new_attention_order, use_norm)
 
         def resample(kind: type[Upsample] | type[Downsample], channels: int) -> nn.Module:
             if resblock_updown:
@@ -253,7 +267,7 @@ class UNetModel(nn.Module):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
-            normalization(ch),
+            normalization(ch) if use_norm else nn.Identity(),
             nn.SiLU(),
             zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion import checkpoint
 from diffusion.config import Config
-from diffusion.trainer import Trainer
+from diffusion.trainer import Trainer, parameter_groups
 
 STEPS = 4
 
@@ -58,7 +58,10 @@ def _tensors(run: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     for rate in config.train.ema_rates:
         yield from ((f"the average at {rate} of {name}", value) for name, value in saved.ema(rate).items())
     training = checkpoint.load_plain(saved.path / "training.pt")
-    names = list(weights)
+    # in the optimizer's order
+    model = saved.network(weights)
+    named = {id(p): name for name, p in model.named_parameters()}
+    names = [named[id(p)] for group in parameter_groups(model, 1.0) for p in group["params"]]
     for i, moments in training["optimizer"]["state"].items():
         yield from ((f"the optimizer's {kind} of {names[i]}", value) for kind, value in moments.items())
     for part in ("scaler", "importance"):

@@ -1,0 +1,98 @@
+"""How a U-Net's weights begin: the paper's way, Fixup's, and those that show why these work.
+
+Fixup (Zhang, Dauphin & Ma 2019, "Fixup Initialization: Residual Learning Without Normalization", section 3) has three
+rules. In this U-Net:
+
+1. The output convolution and the last layer of every residual branch are zero.
+2. Other layers are drawn after He et al. (2015): variance 2 / fan_in behind an activation, 1 / fan_in where none comes
+   before (on the main path, where a factor of 2 would add up). Inside a branch, weights are scaled by
+   L^(-1 / (2m - 2)). L is the number of branches, residual and attention blocks alike: all of them lie one behind the
+   other on the way through the bottleneck; the long skips are concatenated, not added, and start no branch. m, the
+   layers in a row in a branch, is 2 for both kinds: convolution and convolution; q, k and v, and their projection. The
+   timestep's linear layer enters a residual branch beside its first convolution, before its last layer: it makes no row
+   longer, and is scaled alike.
+3. Every branch ends in a scalar multiplier (1), and a scalar bias (0) stands before every convolution, linear layer and
+   activation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+
+from diffusion.layers import Layer, add_scalars
+from diffusion.unet import AttentionBlock, ResBlock, UNetModel
+
+InitName = Literal["zero", "default", "small", "fixup", "constant", "all_zero"]
+NEVER_LEARN = ("constant", "all_zero")
+"""Channels that begin alike stay alike."""
+SMALL = 1e-5
+"""What EDM (Karras et al. 2022) scales last layers by, in place of zero."""
+
+
+def initialise(model: UNetModel, init: InitName) -> None:
+    """Give a fresh model the weights, and with fixup the scalars, that `init` asks for.
+
+    zero: as it was built, last layers zero (the paper). default: last layers as torch draws any layer. small: the same
+    times 1e-5, without bias. fixup: see above; the model must be without normalisation. constant: every weight of a
+    tensor the same, scaled to keep the size of signals. all_zero: every weight zero.
+    """
+    if init in ("default", "small"):
+        for layer in last_layers(model):
+            layer.reset_parameters()
+            if init == "small":
+                with torch.no_grad():
+                    layer.weight.mul_(SMALL)
+                    layer.bias.zero_()  # type: ignore[union-attr]
+    elif init in NEVER_LEARN:
+        for layer in layers(model):
+            nn.init.constant_(layer.weight, 1 / layer.weight[0].numel() if init == "constant" else 0.0)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        if model.num_classes is not None:
+            nn.init.constant_(model.label_emb.weight, 0.0)
+    elif init == "fixup":
+        _fixup(model)
+
+
+def layers(model: UNetModel) -> list[Layer]:
+    """Every convolution and linear layer."""
+    return [module for module in model.modules() if isinstance(module, Layer)]
+
+
+def branches(model: UNetModel) -> list[ResBlock | AttentionBlock]:
+    """The blocks that add a branch to what they are given."""
+    return [module for module in model.modules() if isinstance(module, ResBlock | AttentionBlock)]
+
+
+def last_layers(model: UNetModel) -> list[Layer]:
+    """Those that the paper sets to zero: the output's, and the last one of every branch."""
+    ends = [block.out_layers[-1] if isinstance(block, ResBlock) else block.proj_out for block in branches(model)]
+    return [*ends, model.out[-1]]  # type: ignore[list-item]
+
+
+def scalars(model: nn.Module) -> list[nn.Parameter]:
+    """Fixup's scalar multipliers and biases."""
+    return [p for name, p in model.named_parameters() if name.endswith(("multiplier", "bias_before"))]
+
+
+def _fixup(model: UNetModel) -> None:
+    found, last = branches(model), last_layers(model)
+    inside: list[nn.Module] = []
+    activated: list[nn.Module] = [model.time_embed[2]]
+    for block in found:
+        if isinstance(block, ResBlock):
+            inside += [block.in_layers[2], block.emb_layers[1]]
+            activated += [block.in_layers[2], block.emb_layers[1]]
+        else:
+            inside.append(block.qkv)
+    for layer in layers(model):
+        gain = 2.0 if any(layer is other for other in activated) else 1.0
+        scale = len(found) ** -0.5 if any(layer is other for other in inside) else 1.0
+        nn.init.normal_(layer.weight, std=scale * math.sqrt(gain / layer.weight[0].numel()))
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    for layer in last:
+        nn.init.zeros_(layer.weight)
+    add_scalars(model, last[:-1])

@@ -1,0 +1,232 @@
+"""Why zero works: the paper's zero initialisation against others, with and without normalisation.
+
+    pip install -e '.[studies]'
+    python studies/zero_init.py --mnist FOLDER    (the folder that holds MNIST/raw)
+
+Seven arms x four learning rates x ten seeds on the 8x8 digits, and four arms x two rates x five seeds on MNIST at
+16x16, all trained alike: runs of one seed share images, timesteps and noise, and what weights they can. Scored on
+held-out images. The comparisons are `COMPARISONS`, named before the first run; differences are paired by seed.
+
+Results are kept in runs/studies/zero_init/, one file a run: what is there already is not run again. At the end the
+tables in docs/zero-init.md and the figures beside it are rewritten. Every run is one thread, so that the figures do not
+depend on --workers (but for steps a second, which are measured by benchmarks/initialisation.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion import GaussianDiffusion, Schedule, UNetModel
+from diffusion.config import DataConfig
+from diffusion.data import ArrayDataset, batch_indices, open_dataset, to_x_start
+from diffusion.ema import EMA
+from diffusion.initialisation import InitName, initialise
+from diffusion.likelihood import bits_per_dim
+from diffusion.losses import training_losses
+from diffusion.randomness import generator_for, picture_noise, seed_for
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "zero-init.md"
+T, BATCH_SIZE, EMA_RATE = 1000, 32, 0.99
+LOOK_EVERY = 50
+"""Steps between two looks at the held-out loss."""
+LIKELIHOOD_STEPS = "25"
+TRAINS = 0.5
+"""A run trains if its held-out loss ends below this: predicting no noise at all gives 1."""
+
+
+class Arm(NamedTuple):
+    init: InitName
+    use_norm: bool = True
+
+
+ARMS = {
+    "zero": Arm("zero"),
+    "small": Arm("small"),
+    "default": Arm("default"),
+    "fixup, no norm": Arm("fixup", False),
+    "zero, no norm": Arm("zero", False),
+    "default, no norm": Arm("default", False),
+    "all_zero": Arm("all_zero"),
+}
+
+
+class Setting(NamedTuple):
+    """A data set, and what is run on it."""
+
+    size: int
+    steps: int
+    seeds: int
+    rates: tuple[float, ...]
+    arms: tuple[str, ...]
+    held_out: int
+
+
+SETTINGS = {
+    "digits": Setting(8, 400, 10, (5e-4, 2e-3, 8e-3, 3.2e-2), tuple(ARMS), 180),
+    "mnist": Setting(16, 300, 5, (2e-3, 8e-3), ("zero", "default", "fixup, no norm", "default, no norm"), 180),
+}
+
+
+class Comparison(NamedTuple):
+    """That `better` has a lower `figure` than `worse`: each with the rate that suits it best on average, or at one."""
+
+    says: str
+    better: str
+    worse: str
+    figure: str = "loss"
+    rate: float | None = None
+
+
+COMPARISONS = [
+    Comparison("zero ends lower than default", "zero", "default"),
+    Comparison("zero ends lower than small", "zero", "small"),
+    Comparison("zero is further after 100 steps than default", "zero", "default", "loss at 100"),
+    Comparison("zero has the better likelihood", "zero", "default", "bits"),
+    Comparison("at a rate of 8e-3, zero ends lower than default", "zero", "default", "loss", 8e-3),
+    Comparison("without normalisation, zero ends lower than default", "zero, no norm", "default, no norm"),
+    Comparison("without normalisation, fixup ends lower than default", "fixup, no norm", "default, no norm"),
+    Comparison("without normalisation, fixup ends lower than zero", "fixup, no norm", "zero, no norm"),
+    Comparison("the normalised network ends lower than fixup", "zero", "fixup, no norm"),
+]
+
+
+class Job(NamedTuple):
+    setting: str
+    arm: str
+    rate: float
+    seed: int
+
+    def path(self, folder: Path) -> Path:
+        return folder / self.setting / f"{self.arm.replace(', ', '_').replace(' ', '_')}_{self.rate:g}_{self.seed}.json"
+
+
+def jobs(names: list[str]) -> list[Job]:
+    """All runs, seed by seed, so that whatever is done is balanced."""
+    return [
+        Job(name, arm, rate, seed)
+        for name in names
+        for seed in range(SETTINGS[name].seeds)
+        for arm in SETTINGS[name].arms
+        for rate in SETTINGS[name].rates
+    ]
+
+
+@lru_cache
+def data(name: str, path: str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and held-out images in [-1, 1], each with its labels: of MNIST the first 20,000 and its test images."""
+    setting = SETTINGS[name]
+    options: dict[str, Any] = {} if name == "digits" else dict(name="mnist", path=path, image_size=setting.size)
+    dataset = open_dataset(DataConfig(**options))
+    assert isinstance(dataset, ArrayDataset)
+    x, y = to_x_start(dataset.images), dataset.labels
+    if name == "digits":
+        held_out = torch.arange(len(x)) % (len(x) // setting.held_out) == 0
+        return x[~held_out], y[~held_out], x[held_out], y[held_out]
+    test = open_dataset(DataConfig(**options), train=False)
+    assert isinstance(test, ArrayDataset)
+    return x[:20_000], y[:20_000], to_x_start(test.images)[: setting.held_out], test.labels[: setting.held_out]
+
+
+def network(arm: Arm, seed: int) -> UNetModel:
+    """The network of configs/digits.yaml."""
+    torch.manual_seed(seed_for(seed, "weights"))
+    model = UNetModel(1, 32, 2, 1, (2,), channel_mult=(1, 2), num_heads=2, use_scale_shift_norm=True, num_classes=10,
+                      use_norm=arm.use_norm)  # fmt: skip
+    initialise(model, arm.init)
+    return model
+
+
+def process(respacing: str = "") -> GaussianDiffusion:
+    return GaussianDiffusion(Schedule.named("cosine", T, respacing))
+
+
+@torch.no_grad()
+def held_out_loss(model: UNetModel, x_start: Tensor, y: Tensor) -> float:
+    """The mean squared error of epsilon on images that are not trained on: at four timesteps each, always the same."""
+    learned, losses = process(), []
+    for part in range(4):
+        generator = generator_for("cpu", 0, "held out", part)
+        t = torch.randint(T, (len(x_start),), generator=generator)
+        noise = torch.randn(x_start.shape, generator=generator)
+        losses.append(training_losses(learned, partial(model, y=y), x_start, t, noise, "rescaled_mse")["mse"].mean())
+    return torch.stack(losses).mean().item()
+
+
+def run(job: Job, folder: Path, path: str | None) -> Path:
+    """Train and score one arm with one rate and seed, unless its file is there."""
+    file = job.path(folder)
+    if file.exists():
+        return file
+    torch.set_num_threads(1)
+    setting = SETTINGS[job.setting]
+    x_start, y, test_x, test_y = data(job.setting, path)
+    trained = process()
+    model = network(ARMS[job.arm], job.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.rate, weight_decay=0.0, fused=True)
+    ema = EMA(model, [EMA_RATE], warmup=True)
+    norms: list[float] = []
+    looks: dict[int, float] = {}
+    began = time.process_time()
+    for step in range(setting.steps):
+        if step % LOOK_EVERY == 0:
+            looks[step] = held_out_loss(model, test_x, test_y)
+        batch = batch_indices(len(x_start), BATCH_SIZE, job.seed, step)
+        generator = generator_for("cpu", job.seed, "step", step)
+        t = torch.randint(T, (BATCH_SIZE,), generator=generator)
+        noise = torch.randn(BATCH_SIZE, *x_start.shape[1:], generator=generator)
+        denoiser = partial(model, y=y[batch])
+        loss = training_losses(trained, denoiser, x_start[batch], t, noise, "rescaled_mse")["loss"].mean()
+        loss.backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
+        if not math.isfinite(norms[-1] + loss.item()):
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(step)
+    result: dict[str, Any] = job._asdict() | {"norms": norms, "seconds": time.process_time() - began}
+    finite = len(norms) == setting.steps and math.isfinite(norms[-1])
+    with ema.in_place(EMA_RATE):
+        result["loss"] = held_out_loss(model, test_x, test_y) if finite else math.nan
+        noise_of = partial(picture_noise, range(len(test_x)), test_x.shape[1:], torch.device("cpu"), job.seed)
+        spaced = process(LIKELIHOOD_STEPS)
+        with torch.no_grad():
+            bits = bits_per_dim(spaced, partial(model, y=test_y), test_x, noise_of).total.mean().item()
+        result["bits"] = bits if finite else math.nan
+    result["looks"] = looks
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    temporary.replace(file)
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--mnist", help="the folder that holds MNIST/raw; not given: digits alone")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "zero_init")
+    args = parser.parse_args()
+    names = list(SETTINGS) if args.mnist else ["digits"]
+    todo = jobs(names)
+    torch.set_num_threads(1)
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        started = [pool.submit(run, job, args.results, args.mnist) for job in todo]
+        for future in tqdm(as_completed(started), total=len(started), unit="run"):
+            future.result()
+
+
+if __name__ == "__main__":
+    main()

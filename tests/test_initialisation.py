@@ -1,0 +1,297 @@
+"""How weights begin: Fixup's rules on the tensors, and what zero, small, default and constant weights lead to."""
+
+import math
+
+import pytest
+import torch
+from helpers import small_unet
+from test_trainer import assert_same_bits, small, state
+from torch import nn
+
+from diffusion import UNetModel, UsageError, checkpoint
+from diffusion.config import Config, parse_command_line
+from diffusion.initialisation import branches, initialise, last_layers, layers, scalars
+from diffusion.layers import ShiftedSiLU, add_scalars
+from diffusion.trainer import Trainer
+from diffusion.unet import AttentionBlock, ResBlock, SuperResModel
+
+KINDS = {
+    "digits": {},
+    "added embedding": dict(use_scale_shift_norm=False),
+    "two levels of blocks": dict(num_res_blocks=2, channel_mult=(1, 2, 2)),
+    "resblocks up and down": dict(resblock_updown=True),
+    "no convolutions in resampling": dict(conv_resample=False),
+    "one axis": dict(dims=1),
+    "three axes": dict(dims=3),
+    "recomputed": dict(use_checkpoint=True),
+}
+
+
+def unet(init="zero", seed=0, kind=UNetModel, **options):
+    torch.manual_seed(seed)
+    defaults = dict(num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 2), num_heads=2,
+                    use_scale_shift_norm=True, num_classes=10, use_norm=init != "fixup")  # fmt: skip
+    model = kind(1, 32, 2, **(defaults | options))
+    initialise(model, init)
+    return model
+
+
+def inputs(model, batch=4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 1, *[8] * model.dims, generator=generator)
+    return x, torch.arange(batch) * 200, torch.arange(batch) % 10
+
+
+def spread(weight):
+    return weight.detach().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_fixups_rules(options):
+    model = unet("fixup", **options)
+    found = branches(model)
+    blocks = [block for block in found if isinstance(block, ResBlock)]
+    attentions = [block for block in found if isinstance(block, AttentionBlock)]
+    assert not [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    # 1: zero for the last layers
+    ends = [*(block.out_layers[3] for block in blocks), *(block.proj_out for block in attentions)]
+    assert len(ends) == len(found) == len(blocks) + len(attentions)
+    for layer in (*ends, model.out[2]):
+        assert not layer.weight.any()
+    # 2: He's variance elsewhere, inside branches scaled by L^(-1/2)
+    inside = {}
+    for block in blocks:
+        inside |= {block.in_layers[2]: 2.0, block.emb_layers[1]: 2.0}
+    for block in attentions:
+        inside[block.qkv] = 1.0
+    for layer in layers(model):
+        assert not layer.bias.any()
+        if layer in (*ends, model.out[2]):
+            continue
+        gain = inside.get(layer, 2.0 if layer is model.time_embed[2] else 1.0)
+        scale = len(found) ** -0.5 if layer in inside else 1.0
+        wanted = scale * math.sqrt(gain / layer.weight[0].numel())
+        assert spread(layer.weight) == pytest.approx(wanted, rel=6 / math.sqrt(layer.weight.numel()))
+    # 3: a multiplier for each branch, a bias before each layer and activation
+    multipliers = [layer.multiplier for layer in layers(model) if layer.multiplier is not None]
+    assert len(multipliers) == len(found)
+    assert all(layer.multiplier is not None for layer in ends)
+    activations = [module for module in model.modules() if isinstance(module, nn.SiLU)]
+    biases = [module.bias_before for module in (*layers(model), *activations)]
+    assert all(multiplier.tolist() == [1.0] for multiplier in multipliers)
+    assert all(bias.tolist() == [0.0] for bias in biases)
+    assert {id(p) for p in scalars(model)} == {id(p) for p in (*multipliers, *biases)}
+
+
+@pytest.mark.parametrize("init", ["zero", "fixup"])
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_every_block_begins_as_the_identity_on_its_skip_path(init, options):
+    model = unet(init, **options)
+    seen = []
+    for block in branches(model):
+        block.register_forward_hook(lambda block, given, out: seen.append((block, given[0], out)))
+    x, t, y = inputs(model)
+    assert not model(x, t, y).any()
+    assert len(seen) == len(branches(model))
+    for block, given, out in seen:
+        if isinstance(block, ResBlock):
+            given = block.skip_connection(given if block.resample is None else block.resample(given))
+        assert torch.equal(out, given)
+
+
+def test_scalars_do_what_they_are_for():
+    """Against the formula written out: a bias on everything that a layer sees, a multiplier on what it gives."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.SiLU(), nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Flatten(),
+                        nn.Linear(16, 2))  # fmt: skip
+    convolution, _, strided, _, linear = net
+    x = torch.randn(5, 2, 4, 4)
+    plain = net(x)
+    add_scalars(net, [strided])
+    torch.testing.assert_close(net(x), plain)
+    with torch.no_grad():
+        for i, p in enumerate(scalars(net)):
+            p.fill_(0.3 + 0.2 * i)
+
+    def conv(layer, x, **options):
+        padded = nn.functional.pad(x, (1, 1, 1, 1)) + layer.bias_before
+        return nn.functional.conv2d(padded, layer.weight, layer.bias, **options)
+
+    assert isinstance(net[1], ShiftedSiLU)
+    h = nn.functional.silu(conv(convolution, x) + net[1].bias_before)
+    h = (conv(strided, h, stride=2) * strided.multiplier).flatten(1)
+    torch.testing.assert_close(net(x), nn.functional.linear(h + linear.bias_before, linear.weight, linear.bias))
+
+
+def test_the_attention_block_uses_its_scalars():
+    model = unet("fixup")
+    block = next(block for block in branches(model) if isinstance(block, AttentionBlock))
+    nn.init.normal_(block.proj_out.weight)
+    x = torch.randn(2, block.proj_out.weight.shape[0], 4, 4)
+    with torch.no_grad():
+        once = block(x) - x
+        block.proj_out.multiplier.fill_(2.0)
+        torch.testing.assert_close(block(x) - x, 2 * once)
+        block.proj_out.multiplier.fill_(1.0)
+        block.qkv.bias_before.fill_(0.5)
+        shifted = block(x) - x
+        block.qkv.bias_before.fill_(0.0)
+        torch.testing.assert_close(block(x + 0.5) - x - 0.5, shifted)
+
+
+def test_the_other_choices():
+    zero, default, little = (unet(name, seed=3) for name in ("zero", "default", "small"))
+    torch.manual_seed(3)
+    built = UNetModel(1, 32, 2, 1, (2,), channel_mult=(1, 2), num_heads=2, use_scale_shift_norm=True, num_classes=10)
+    assert_same_bits(dict(zero.state_dict()), dict(built.state_dict()))
+    ends = [{id(layer) for layer in last_layers(model)} for model in (zero, default, little)]
+    for a, b, c in zip(*map(layers, (zero, default, little)), strict=True):
+        if id(a) in ends[0]:
+            assert not a.weight.any()
+            assert b.weight.any()
+            assert b.bias.any()
+            torch.testing.assert_close(c.weight, 1e-5 * b.weight)
+            assert not c.bias.any()
+        else:
+            assert torch.equal(a.weight, b.weight)
+            assert torch.equal(a.weight, c.weight)
+    for model in (zero, default, little):
+        assert not scalars(model)
+    for name in ("constant", "all_zero"):
+        for layer in layers(unet(name)):
+            assert len(layer.weight.unique()) == 1
+            assert layer.weight.any() == (name == "constant")
+
+
+# --- why zero works ---------------------------------------------------------------------------------------------------
+
+
+def gradients(model, steps, lr=1e-2):
+    """The names of the parameters that have a gradient at each of a run's first steps."""
+    x, t, y = inputs(model, 16)
+    target = torch.randn(16, 2, *x.shape[2:], generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    moved = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x, t, y) - target).square().mean().backward()
+        moved.append({name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()})
+        optimizer.step()
+    return moved
+
+
+@pytest.mark.parametrize("init", ["zero", "fixup"])
+def test_branches_wake_up_from_the_output_inwards(init):
+    """Step 0 moves the output's convolution alone, step 1 the last layer of every branch, step 2 all that is left."""
+    model = unet(init)
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = {f"{names[id(layer)]}.weight" for layer in last_layers(model)}
+    inside = {f"{names[id(block)]}.{name}" for block in branches(model) for name, _ in block.named_parameters()
+              if not name.startswith(("skip_connection", "out_layers.3", "proj_out"))}  # fmt: skip
+    first, second, third, fourth = gradients(model, 4)
+    assert first == {"out.2.weight", "out.2.bias"}
+    assert ends <= second
+    assert not inside & second
+    assert not {name for name in second if name.startswith(("time_embed", "label_emb"))}
+    everything = {name for name, _ in model.named_parameters()}
+    assert third | fourth == everything
+
+
+def test_the_gradient_of_a_zeroed_layer_is_a_product_of_two_that_differ():
+    """At step 1: what reaches it, made different channel by channel by the random layers before, times the errors."""
+    model = unet("zero")
+    nn.init.normal_(model.out[2].weight)  # as after a first step
+    layer = next(iter(last_layers(model)))
+    seen = {}
+    layer.register_forward_hook(lambda layer, given, out: seen.update(given=given[0].detach()))
+    layer.register_full_backward_hook(lambda layer, to_input, of_output: seen.update(error=of_output[0].detach()))
+    x, t, y = inputs(model, 16)
+    model(x, t, y).square().sum().add(model(x, t, y).sum()).backward()
+    assert torch.linalg.matrix_rank(layer.weight.grad.flatten(1)) > 16
+    product = torch.einsum("bohw,bihw->oi", seen["error"], seen["given"])
+    assert (product != 0).all()
+    assert len(product.unique(dim=0)) == len(product)
+    assert len(product.unique(dim=1)[0]) == len(product)
+
+
+def distinct_rows(weight):
+    """How many channels of a layer compute something of their own."""
+    rows = weight.detach().flatten(1)
+    return len({tuple(row) for row in (rows / rows.abs().max().clamp(min=1e-30)).mul(1e4).round().tolist()})
+
+
+@pytest.mark.parametrize("init", ["zero", "constant", "all_zero"])
+def test_channels_that_begin_alike_stay_alike(init):
+    """On the network itself, over 30 steps: one channel each for constant and all zero, all for the paper's. (Not by
+    Adam, which makes full steps of gradients that are rounding alone.)"""
+    model = unet(init)
+    x, t, y = inputs(model, 16)
+    target = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (model(x, t, y) - target).square().mean().backward()
+        optimizer.step()
+    inner = [layer for layer in layers(model) if layer is not model.out[2]]
+    counts = [distinct_rows(layer.weight) for layer in inner]
+    if init == "zero":
+        assert counts == [len(layer.weight) for layer in inner]
+    else:
+        assert counts == [1] * len(inner)
+
+
+# --- as a choice of a run ---------------------------------------------------------------------------------------------
+
+FIXUP = dict(model__use_norm=False, model__init="fixup")
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_a_fixup_run_continues_with_the_bits_of_an_uninterrupted_one(tmp_path, factor):
+    changes = FIXUP | dict(train__scalar_lr_factor=factor, train__weight_decay=0.1, model__dropout=0.1)
+    whole = Trainer(small(**changes), tmp_path / "whole")
+    whole.run()
+    Trainer(small(train__steps=3, **changes), tmp_path / "run").run()
+    again = Trainer(small(**changes), tmp_path / "run")
+    again.run()
+    assert_same_bits(state(again), state(whole))
+    assert {group["lr"] for group in whole.optimizer.param_groups} == {1e-3, 1e-3 * factor}
+    assert [group["weight_decay"] for group in whole.optimizer.param_groups] == [0.1, 0.0]
+    assert len(whole.optimizer.param_groups[1]["params"]) == len(scalars(whole.network))
+    saved = checkpoint.open_checkpoint(tmp_path / "run")
+    network = saved.network(saved.ema(0.999))
+    assert any(p.item() not in (0.0, 1.0) for p in scalars(network))
+
+
+def test_fixup_upsamples_too(tmp_path):
+    assert len(scalars(unet("fixup", kind=SuperResModel))) > 50
+    Trainer(small(**FIXUP, data__low_res_size=4), tmp_path).run()
+
+
+@pytest.mark.parametrize("name", ["constant", "all_zero"])
+def test_what_does_not_learn_is_said(tmp_path, name):
+    heard = []
+    Trainer(small(model__init=name, train__steps=1), tmp_path, tell=heard.append)
+    assert f"model.init is {name}: all channels of a layer stay alike" in heard[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (
+            ["--model.init", "fixup"],
+            "model.init is fixup, which does without normalisation: add --model.use_norm false",
+        ),
+        (["--model.init", "zeros"], "model.init is zeros; it must be one of .*did you mean zero"),
+        (["--train.scalar_lr_factor", "0.1"], "only model.init fixup has scalars"),
+        (["--model.init", "fixup", "--model.use_norm", "false", "--train.scalar_lr_factor", "-1"], "a finite number"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(argv, says):
+    with pytest.raises(UsageError, match=says):
+        parse_command_line(argv)
+
+
+def test_the_published_weights_are_untouched_by_all_this():
+    """The default network has the published names, and no others."""
+    assert Config().model.init == "zero"
+    assert not [name for name in small_unet().state_dict() if "bias_before" in name or "multiplier" in name]
