@@ -115,10 +115,10 @@ def untouched(images, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "launcher",
-    [[*TWO, "--max-restarts", "1"], [*ACCELERATE, CONFIGS / "multi_gpu.yaml", "--max_restarts", "1"], TWO],
-    ids=["torchrun", "accelerate", "by hand"],
+    [[*TWO, "--max-restarts", "1"], [*ACCELERATE, CONFIGS / "multi_gpu.yaml", "--max_restarts", "1"]],
+    ids=["torchrun", "accelerate"],
 )
-def test_one_process_that_dies_takes_all_down_and_the_run_goes_on_to_the_same_bits(
+def test_one_process_that_dies_takes_all_down_and_the_launcher_goes_on_to_the_same_bits(
     launcher, images, untouched, tmp_path
 ):
     argv = [*launcher, "train.py", "--out", tmp_path / "run", *everything_random(images)]
@@ -131,16 +131,10 @@ def test_one_process_that_dies_takes_all_down_and_the_run_goes_on_to_the_same_bi
             time.sleep(0.02)
         children = psutil.Process(process.pid).children(recursive=True)
         dead = [child for child in children if child.environ().get("RANK") == "1"]
-        began = time.monotonic()
         dead[0].kill()
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=90)[1]
     assert "train.py [rank 0]: another process of this run ended" in err
-    if launcher == TWO:
-        assert process.returncode != 0
-        assert time.monotonic() - began < 60
-        command(*argv)
-    else:
-        assert process.returncode == 0, err
+    assert process.returncode == 0, err
     assert_same_bits(tensors(tmp_path / "run"), tensors(untouched))
     assert losses(tmp_path / "run") == losses(untouched)
 

@@ -186,6 +186,7 @@ def test_a_signal_from_outside_stops_all_processes_with_a_checkpoint(tmp_path, l
         os.killpg(process.pid, getattr(signal, name))  # a terminal's Ctrl-C is for all of its processes
         err = process.communicate(timeout=60)[1]
     assert process.returncode != 0
+    assert checkpoint.folders(run), err
     saved = checkpoint.open_checkpoint(run)
     assert saved.step >= 3
     assert f"stopped by {name} after step {saved.step}, which is saved: the same command continues" in err
