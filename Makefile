@@ -9,7 +9,7 @@ train: $(VENV)/.run
 	$(BIN)/accelerate launch train.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

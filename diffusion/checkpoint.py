@@ -171,6 +171,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             return dataclasses.replace(_open_folder(folder), passed_over=tuple(map(str, damage)))
         except UsageError as error:
             damage.append(error)
+    if len(damage) > 1:
+        raise UsageError(f"none of the {len(damage)} checkpoints of {path} is whole; of the newest: {damage[0]}")
     raise (
         damage[0]
         if damage
@@ -190,7 +192,8 @@ def _verify(folder: Path) -> None:
     for name, wanted in sums.items():
         try:
             if _sha256(folder / name) != wanted:
-                raise ValueError("it is not what was written there (settings are changed on the command line)")
+                hint = " (settings are changed on the command line)" if name == "config.yaml" else ""
+                raise ValueError(f"it is not what was written there{hint}")
         except (OSError, ValueError) as error:
             raise _damaged(folder / name, error) from None
 

@@ -67,6 +67,12 @@ def _rejoin() -> None:
         )
 
 
+def launcher() -> int | None:
+    """The number of the process of torchrun or accelerate that started this one, if any did."""
+    started = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return os.getppid() if started else None
+
+
 def on_cpu() -> bool:
     """Whether to tell accelerate so: without a GPU it would take each of torchrun's processes for the only one."""
     return not torch.accelerator.is_available()

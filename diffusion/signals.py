@@ -25,9 +25,13 @@ class CutOff(Exception):
 
 
 class StopSignals:
-    """Within `with`, the first signal of `ASK` is remembered, and a second one ends the process at once."""
+    """Within `with`, the first signal of `ASK` is remembered, and a second one ends the process at once.
 
-    def __init__(self, num_processes: int):
+    The end of `launcher`, a process's number, counts as SIGTERM: not every launcher passes on what it is sent.
+    """
+
+    def __init__(self, num_processes: int, launcher: int | None = None):
+        self._launcher = launcher
         self._heard: tuple[float, int] | None = None
         self._before: dict[int, Any] = {}
         # Processes agree by way of the CPU, so that no step waits for a GPU.
@@ -51,6 +55,8 @@ class StopSignals:
 
     def asked(self) -> bool:
         """Whether any process has heard a signal. All have to ask, at the same places."""
+        if self._heard is None and self._launcher not in (None, os.getppid()):
+            self._heard = time.monotonic(), signal.SIGTERM
         if self._group is not None:
             number = torch.tensor(self._heard[1] if self._heard else 0)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self._group)

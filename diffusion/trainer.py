@@ -28,7 +28,7 @@ from diffusion.data import Batch, batch_indices, load, micro_batches, open_datas
 from diffusion.ema import EMA
 from diffusion.errors import UsageError, in_short
 from diffusion.initialisation import NEVER_LEARN, scalars
-from diffusion.launch import on_cpu
+from diffusion.launch import launcher, on_cpu
 from diffusion.losses import Denoiser, training_losses
 from diffusion.randomness import generator_for, seed_for
 from diffusion.samplers import draw
@@ -92,9 +92,11 @@ class Trainer:
         self._check_agreed("the configuration is", json.dumps(dataclasses.asdict(config)),
                            "give all processes the same command")  # fmt: skip
         if saved and saved.data not in (None, self.fingerprint) and not config.data.may_change:
+            wrong = self.dataset.left_out
+            unread = f"; {len(wrong)} cannot be read, the first is {wrong[0]}" if wrong else ""
             raise UsageError(
-                f"the data are not those that the run in {out} began with ({saved.data} then, {self.fingerprint} now): "
-                "continue on these with --data.may_change true, or begin another run with --out"
+                f"the data are not those that the run in {out} began with ({saved.data} then, {self.fingerprint} now"
+                f"{unread}): continue on these with --data.may_change true, or begin another run with --out"
             )
         self.process = config.diffusion.process()
         by_importance = config.train.timesteps == "loss_second_moment"
@@ -122,12 +124,12 @@ class Trainer:
             self._restore(saved)
         if accelerator.is_main_process:
             for damage in saved.passed_over if saved else ():
-                tell(f"{damage}; it is put away, and that of step {self.step} is used")
-            self._tell_of("images cannot be read and are left out", self.dataset.left_out)
+                tell(f"{damage}; it is put away as damaged_..., and that of step {self.step} is used")
+            self._tell_of("image files cannot be read and are left out", self.dataset.left_out)
             if config.model.init in NEVER_LEARN:
                 tell(f"model.init is {config.model.init}: all channels of a layer stay alike, and it will not learn "
                      "what a network can (docs/zero-init.md)")  # fmt: skip
-        self._signals = StopSignals(accelerator.num_processes)
+        self._signals = StopSignals(accelerator.num_processes, launcher())
         self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()
 

@@ -170,8 +170,8 @@ class UNetModel(nn.Module):
         num_head_channels: the width of a head, in place of the number of heads (-1: by number).
         resblock_updown: down- and upsample inside residual blocks.
         use_new_attention_order: split q, k and v across heads.
-        use_norm: normalise; without, `diffusion.initialisation` has weights that bear it.
         image_size: of no effect, since the network runs at any size; the sequel's class has it.
+        use_norm: normalise; without, `diffusion.initialisation` has weights that bear it.
 
     Raises UsageError where a width is not a multiple of 32 or of the heads.
     """
@@ -195,8 +195,8 @@ class UNetModel(nn.Module):
         num_head_channels: int = -1,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
-        use_norm: bool = True,
         image_size: int | None = None,
+        use_norm: bool = True,
     ):
         super().__init__()
         if model_channels % 32:

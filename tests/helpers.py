@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,10 @@ def user_environment():
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     if not torch.cuda.is_available():
         environment.pop("ACCELERATE_USE_CPU")
-    return environment | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    with socket.socket() as free:  # several tests may be running
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return environment | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PET_MASTER_PORT": str(port)}
 
 
 def command(*argv, code=0, cwd=ROOT):

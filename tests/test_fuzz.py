@@ -35,7 +35,7 @@ junk = st.one_of(
 names = st.sampled_from(["digits", "mnist", "folder", "linear", "cosine", "epsilon", "x_start", "previous_x", "learned",
                          "learned_range", "fixed_small", "fixed_large", "mse", "rescaled_mse", "kl", "rescaled_kl",
                          "uniform", "loss_second_moment", "ddpm", "ddim", "bf16", "fp16", "no", "stop", "continue",
-                         "skip", "fail", "constant"])  # fmt: skip
+                         "skip", "fail", "constant", "zero", "fixup", "all_zero"])  # fmt: skip
 rates = st.sampled_from([0.0, 0.1, 0.5, 0.999, 1.0, -0.1, 1e-3, 1e30])
 fitting: dict = {
     "data.image_size": sizes, "data.channels": sizes, "data.low_res_size": sizes, "data.workers": st.just(1),
@@ -52,14 +52,14 @@ fitting: dict = {
 fitting |= dict.fromkeys(
     ["data.random_flip", "data.may_change", "model.use_new_attention_order", "model.conv_resample",
      "model.resblock_updown", "model.use_scale_shift_norm", "model.use_checkpoint", "model.class_cond",
-     "diffusion.rescale_timesteps", "train.ema_warmup"], st.booleans())  # fmt: skip
+     "diffusion.rescale_timesteps", "train.ema_warmup", "model.use_norm"], st.booleans())  # fmt: skip
 fitting |= dict.fromkeys(
     ["data.name", "data.on_error", "diffusion.schedule", "diffusion.mean", "diffusion.variance", "diffusion.loss",
-     "train.lr_schedule", "train.precision", "train.timesteps", "sample.sampler", "checkpoint.on_error"],
+     "train.lr_schedule", "train.precision", "model.init", "train.timesteps", "sample.sampler", "checkpoint.on_error"],
     names)  # fmt: skip
 fitting |= dict.fromkeys(
-    ["model.dropout", "train.lr", "train.weight_decay", "train.grad_clip", "train.label_dropout", "sample.guidance",
-     "train.seed"], rates)  # fmt: skip
+    ["model.dropout", "train.lr", "train.weight_decay", "train.grad_clip", "train.label_dropout",
+     "train.scalar_lr_factor", "sample.guidance", "train.seed"], rates)  # fmt: skip
 COSTLY = {"model.num_res_blocks", "data.workers", "sample.n", "train.steps", "diffusion.steps", "data.path"}
 """Of these, even junk that is accepted would take the machine or the day."""
 

@@ -1,6 +1,9 @@
 import signal
 import subprocess
 import sys
+import time
+
+from helpers import ROOT
 
 SCRIPT = """
 import os, signal, time
@@ -22,3 +25,37 @@ def test_a_second_signal_ends_the_process_at_once():
         done = subprocess.run([sys.executable, "-c", SCRIPT.format(name=name)], capture_output=True, timeout=50)
         assert done.stdout == b"still here\n"
         assert done.returncode == -getattr(signal, name)
+
+
+CHILD = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from diffusion.launch import launcher
+from diffusion.signals import StopSignals
+signals = StopSignals(1, launcher())
+print("ready", flush=True)
+for _ in range(300):
+    if signals.asked():
+        print(signals.stopped(7), flush=True)
+        break
+    time.sleep(0.1)
+"""
+
+
+def test_the_end_of_a_launcher_stops_its_run_and_that_of_a_shell_does_not(tmp_path):
+    """accelerate's launcher for one process dies of SIGTERM without passing it on."""
+    for environment, stops in (({"ACCELERATE_MIXED_PRECISION": "no"}, True), ({}, False)):
+        said = tmp_path / f"{stops}.txt"
+        child = CHILD.format(root=str(ROOT)).replace("300", "60")
+        parent = (
+            f"import os, subprocess, sys, time; "
+            f"subprocess.Popen([sys.executable, '-c', {child!r}], stdout=open({str(said)!r}, 'w'), "
+            f"env=os.environ | {environment!r}); time.sleep(60)"
+        )
+        with subprocess.Popen([sys.executable, "-c", parent]) as process:
+            while not said.exists() or "ready" not in said.read_text():
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert ("stopped by SIGTERM after step 7" in said.read_text()) == stops

@@ -7,7 +7,9 @@ import pytest
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "studies"))
+import depth
 import improved_ddpm as study
+import symmetry
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -61,3 +63,31 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch):
     assert "stale" not in text
     assert "| vlb, importance | learned_range |" in text
     assert (tmp_path / "a.png").exists()
+
+
+# --- zero initialisation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_constant_weights_keep_one_channel_and_zero_last_layers_keep_all(convolutional):
+    results = {start: symmetry.train(convolutional, start, 100) for start in symmetry.STARTS}
+    for start in ("random", "last layer zero"):
+        assert set(results[start].channels.values()) == {32}
+        assert results[start].rank == 32
+        assert results[start].accuracy > 0.7
+    for start in ("constant", "all zero"):
+        assert set(results[start].channels.values()) == {1}
+        assert results[start].rank <= 1
+    assert results["constant"].accuracy < results["random"].accuracy
+    assert results["all zero"].accuracy < 0.2
+
+
+def test_fixup_and_zero_stay_tame_at_depth_where_the_default_explodes():
+    for init in ("zero", "fixup"):
+        signal, gradient = depth.at_the_start(depth.chain(300, init))
+        assert signal[-1] == signal[0]
+        assert gradient[0] == gradient[-1]
+    signal, gradient = depth.at_the_start(depth.chain(300, "default"))
+    assert signal[-1] > 5 * signal[0]
+    assert gradient[0] > 5 * gradient[-1]
+    assert max(depth.train(depth.chain(300, "fixup"), 4)) < 1.2
