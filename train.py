@@ -7,11 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from diffusion.config import Config, parse_command_line
-from diffusion.errors import UsageError, printable
-from diffusion.launch import check_launcher, exit_code, on_cpu, progress_bar
+from diffusion.errors import UsageError
+from diffusion.launch import check_launcher, exit_code, on_cpu, progress_bar, say
 
 
 def verify_resume(config: Config) -> None:
@@ -30,7 +28,7 @@ def verify_resume(config: Config) -> None:
     if differs:
         raise UsageError(f"a continued run is not the uninterrupted one: {differs}")
     if state.is_main_process:
-        print(f"{verify.STEPS} steps, broken off and continued, end with the same bits as at one go")
+        say(f"{verify.STEPS} steps, broken off and continued, end with the same bits as at one go")
 
 
 def main() -> None:
@@ -43,21 +41,21 @@ def main() -> None:
 
     from diffusion.trainer import Trainer  # after the parser, so that --help and a mistyped key answer at once
 
-    trainer = Trainer(config, out, tell=lambda message: tqdm.write(f"train.py: {printable(message)}", file=sys.stderr))
+    trainer = Trainer(config, out, tell=lambda message: say(f"train.py: {message}", error=True))
     main_process = trainer.accelerator.is_main_process
     if main_process:
         begun = f"continues after step {trainer.step}" if trainer.step else "begins"
         if trainer.continues and not trainer.step:
             begun = f"begins with the weights of {trainer.continues.name}"
         where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
-        print(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}")
+        say(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}")
     if trainer.step >= config.train.steps:
         if main_process:
-            print(f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do")
+            say(f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do")
         if not trainer.last_grid.exists():  # a signal cut it off
             trainer.sample()
             if main_process:
-                print(f"pictures: {trainer.last_grid.resolve()}")
+                say(f"pictures: {trainer.last_grid.resolve()}")
         return
     bar = progress_bar(config.train.steps, main_process, done=trainer.step)
 
@@ -70,8 +68,8 @@ def main() -> None:
     with bar:
         trainer.run(on_step)
     if main_process:
-        print(f"run {out.resolve()} is done: {config.train.steps} steps")
-        print(f"pictures: {trainer.last_grid.resolve()}")
+        say(f"run {out.resolve()} is done: {config.train.steps} steps")
+        say(f"pictures: {trainer.last_grid.resolve()}")
 
 
 if __name__ == "__main__":

@@ -109,11 +109,13 @@ def save(
     training: dict[str, Any],
     data: str | None = None,
 ) -> None:
-    """Write the checkpoint `folder`: into a temporary folder first, which takes its name when all is on the disk."""
+    """Write the checkpoint `folder` of a run whose own folder is there: into a temporary folder first, which takes its
+    name when all is on the disk."""
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        folder.parent.mkdir(exist_ok=True)  # but not the run's own: a run that was moved away is not begun again
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         config.save(temporary / "config.yaml")
         state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "torch": torch.__version__}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))

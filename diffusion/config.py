@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -343,13 +344,16 @@ class Config:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file that, whenever this process is killed, is whole: the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
 def load_config(path: Path) -> Config:
     """Read a configuration that `Config.save` or a person wrote. Raises UsageError where it is not one."""
-    return parse_command_line(["--config", str(path)])[0]
+    return parse_command_line([f"--config={path}"])[0]
 
 
 def config_of(**sections: dict[str, Any]) -> Config:

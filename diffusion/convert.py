@@ -105,6 +105,7 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     weights = {name: value.float().clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
 
     def write(out: Path) -> None:
+        out.mkdir()
         checkpoint.save(
             checkpoint.checkpoint_folder(out, 0), step=0, config=config, class_names=names, weights=weights,
             averages={}, training={"optimizer": {"state": {}}, "scaler": None, "importance": None, "meter": None},

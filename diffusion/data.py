@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import warnings
@@ -27,6 +29,9 @@ from diffusion.randomness import generator_for
 from diffusion.signals import ASK
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
+Image.init()  # all of PIL's formats
+FORMATS = [name for name in ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF") if name in Image.OPEN]
+"""What PIL may take a file for, whatever its name says: of others, some are programs that it would have run."""
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 IN_MEMORY_BYTES = 64 * 2**20
 """Folders that are no larger than this once preprocessed are read whole at the start."""
@@ -217,7 +222,7 @@ def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
                     raise ValueError(f"{array.shape} {array.dtype}, not (height, width, {channels}) uint8")
                 layers = [preprocess(Image.fromarray(array[:, :, c]), size, 1) for c in range(channels)]
                 return np.concatenate(layers)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return preprocess(image, size, channels)
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
         raise UsageError(f"{path} cannot be read as an image ({in_short(error)})") from None
@@ -343,10 +348,26 @@ def micro_batches(
         worker_init_fn=_leave_signals_to_the_run,
         pin_memory=torch.cuda.is_available(),
     )
-    for batch in loader:
-        if isinstance(batch, UsageError):
-            raise batch
-        images, labels, wrong = batch
-        if wrong:
-            skipped(wrong)
-        yield images, labels
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    own = set(multiprocessing.active_children()) - others
+    try:
+        for batch in batches:
+            if isinstance(batch, UsageError):
+                raise batch
+            images, labels, wrong = batch
+            if wrong:
+                skipped(wrong)
+            yield images, labels
+    finally:
+        _end(own)
+
+
+def _end(workers: set[multiprocessing.process.BaseProcess]) -> None:
+    """Kill workers, who are deaf to what Python ends them with at its own end, and would be waited for in vain."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if workers else None  # torch would take it for a crash
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)

@@ -14,6 +14,10 @@ class Stopped(Exception):
         self.code = code
 
 
+class Died(RuntimeError):
+    """A process that the run needed has ended. Not the user's fault: the same command continues."""
+
+
 def in_short(error: Exception) -> str:
     """What an exception says, in one line of up to 200 characters."""
     if isinstance(error, FileExistsError):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 import psutil
 import torch
 from tqdm import tqdm
 
 from diffusion.checkpoint import Checkpoint, open_checkpoint
-from diffusion.errors import Stopped, UsageError, in_short, printable
+from diffusion.errors import Died, Stopped, UsageError, in_short, printable
 
 
 def a_path(text: str) -> Path:
@@ -95,10 +97,34 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UsageError(f"{flag} cannot be written: {in_short(error)}") from None
 
 
+class _Unbreakable:
+    """A stream for what a run says by the way: a full disk or a reader that has gone does not end the run."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a line to stdout, or to stderr beside a bar. It does not end the run where nobody can read it."""
+    tqdm.write(printable(text), file=_Unbreakable(sys.stderr if error else sys.stdout))
+
+
 def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
     """A bar of `total` steps on stderr, where `shown`."""
     interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs no second-by-second account
-    return tqdm(total=total, initial=done, unit="step", disable=not shown, dynamic_ncols=True, mininterval=interval)
+    return tqdm(total=total, initial=done, unit="step", disable=not shown, dynamic_ncols=True, mininterval=interval,
+                file=_Unbreakable(sys.stderr))  # fmt: skip
 
 
 def counted(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
@@ -111,6 +137,9 @@ def counted(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
 def exit_code(main: Callable[[], None]) -> int:
     """Run `main`: 0, or after a line on stderr 2 where the user can put it right, and 128 + its number for a signal."""
     name = os.path.basename(sys.argv[0])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have names that the terminal has not
     try:
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -125,10 +154,12 @@ def exit_code(main: Callable[[], None]) -> int:
             print(f"\n{name}: {stopped}", file=sys.stderr)
         return stopped.code
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"{name}: {error.strerror}: {error.filename}", file=sys.stderr)
+        where = "" if error.filename is None else f": {printable(str(error.filename))}"
+        say(f"{name}: {error.strerror or error}{where}", error=True)
         return 2
+    except Died as error:
+        say(f"{name}: {error}", error=True)
+        return 1
     except RuntimeError as error:
         others = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not others:

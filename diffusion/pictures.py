@@ -57,7 +57,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_grid(images: Tensor, path: Path, columns: int, labels: list[int] | None = None) -> None:
     """Write `grid(images, columns)` as PNG, which says how `read_grid` finds them; the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     tiles = PngInfo()
     tiles.add_text("tiles", json.dumps({"shape": images.shape, "labels": labels}))
@@ -73,7 +73,7 @@ def read_grid(path: Path) -> tuple[Tensor, list[int] | None] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 if "tiles" not in image.info:
                     return None
                 said = json.loads(image.info["tiles"])

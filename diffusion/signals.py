@@ -62,6 +62,7 @@ class StopSignals:
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self._group)
             if number and self._heard is None:
                 self._heard = time.monotonic(), int(number)
+            return bool(number)  # what came since is not agreed on yet
         return self._heard is not None
 
     def watched(self, steps: Iterable[int]) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -26,7 +27,7 @@ from diffusion import checkpoint, pictures
 from diffusion.config import Config, TrainConfig, load_config, replace_text
 from diffusion.data import Batch, batch_indices, load, micro_batches, open_dataset, shrink, to_x_start
 from diffusion.ema import EMA
-from diffusion.errors import UsageError, in_short
+from diffusion.errors import Died, UsageError, in_short
 from diffusion.initialisation import NEVER_LEARN, scalars
 from diffusion.launch import launcher, on_cpu
 from diffusion.losses import Denoiser, training_losses
@@ -142,12 +143,19 @@ class Trainer:
         batches = micro_batches(self.dataset, train.batch_size, train.seed, range(self.step, train.steps), self.parts,
                                 data.workers, skipped=self.meter.unreadable.extend)  # fmt: skip
         with self._signals, closing(batches):
-            self._run(batches, on_step)
+            try:
+                self._run(batches, on_step)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise Died(f"a process that read images ahead died ({in_short(error)}): the same command continues; "
+                           "if memory is short, with fewer --data.workers") from None  # fmt: skip
         self.close()
 
     def close(self) -> None:
         """Let others go on with the run's folder."""
         if self._lock is not None:
+            _locks.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -381,9 +389,7 @@ class Trainer:
                 f"with {self._describe(last - 1)}. Nothing since is saved: continue from the last checkpoint with a "
                 "lower train.lr or with train.grad_clip"
             )
-        if self.accelerator.is_main_process:
-            with (self.out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+        self._write(lambda: _append(self.out / "metrics.jsonl", json.dumps(metrics)), self.out / "metrics.jsonl")
         return metrics
 
 
@@ -526,6 +532,29 @@ def _check_same_run(saved: checkpoint.Checkpoint, now: Config, out: Path) -> Non
                 )
 
 
+_locks: set[int] = set()
+"""Open folders of runs. Loader workers must not hold them, since they may outlive a process that is killed."""
+
+
+def _let_go() -> None:
+    for lock in _locks:
+        os.close(lock)
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line to a file that is there, or leave it as it is."""
+    whole = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError:
+        os.truncate(path, whole)
+        raise
+
+
 def _begin_folder(out: Path, config: Config, step: int) -> int:
     """Write the configuration; put away damaged checkpoints, and what the metrics say, of steps after `step`.
 
@@ -538,7 +567,14 @@ def _begin_folder(out: Path, config: Config, step: int) -> int:
             lock = os.open(out, os.O_RDONLY)
             at_an_error.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (out / "config.yaml").exists():
+            for name, kind in (
+                ("checkpoints", Path.is_dir),
+                ("config.yaml", Path.is_file),
+                ("metrics.jsonl", Path.is_file),
+            ):
+                if os.path.lexists(out / name) and not kind(out / name):
+                    raise NotADirectoryError(errno.ENOTDIR, f"its {name} is a link to nowhere, or not what a run has")
+            if (out / "config.yaml").exists() and not checkpoint.folders(out):
                 load_config(out / "config.yaml")
             for newer in checkpoint.folders(out):
                 if checkpoint.step_of(newer) > step:  # damaged, and in the way of the one that will be written again
@@ -552,6 +588,7 @@ def _begin_folder(out: Path, config: Config, step: int) -> int:
             config.save(out / "config.yaml")
             replace_text(metrics, "".join(kept))
             at_an_error.pop_all()
+        _locks.add(lock)
         return lock
     except BlockingIOError:
         raise UsageError(f"--out {out} is in use by another process that trains there") from None

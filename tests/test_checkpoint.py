@@ -32,6 +32,7 @@ def run(tmp_path):
     config = Config()
     network = config.network(10)
     averages = {0.999: {name: p + 1 for name, p in network.state_dict().items()}}
+    (tmp_path / "run").mkdir()
     for step in (9, 10):
         checkpoint.save(
             checkpoint.checkpoint_folder(tmp_path / "run", step), step=step, config=config,

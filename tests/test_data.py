@@ -320,6 +320,7 @@ WRONG = {  # named, and why
     "a link to nowhere": (lambda d: link(d / "a.png", d / "nowhere"), "a link to nowhere"),
     "a link to itself": (lambda d: link(d / "a.png", d / "a.png"), "a link to nowhere"),
     "a pipe": (lambda d: pipe(d / "a.png"), "no file"),
+    "postscript": (lambda d: broken(d / "a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "cannot ident"),
     "svg": (lambda d: broken(d / "a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "cannot identify"),
 }  # fmt: skip
 

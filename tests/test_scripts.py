@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers import ROOT, SMALL, command, user_environment
@@ -503,3 +505,104 @@ def test_evaluate_answers_bad_input_in_one_line(run, monkeypatch, capsys, flags,
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1
+
+
+# --- what a hostile machine does --------------------------------------------------------------------------------------
+
+
+def started(out, *flags, launcher=(sys.executable,), **options):
+    """A long run as a process, once it has logged three steps."""
+    argv = [*launcher, "train.py", "--out", str(out), *SMALL, "--train.steps", "100000", *flags]
+    process = subprocess.Popen(argv, cwd=ROOT, env=user_environment(), text=True, stderr=subprocess.PIPE, **options)
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    return process
+
+
+def test_a_loader_worker_that_dies_ends_the_run_with_one_line(tmp_path):
+    with started(tmp_path / "run", "--data.workers", "2") as process:
+        psutil.Process(process.pid).children()[0].kill()
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "a process that read images ahead died" in err
+    assert "Traceback" not in err
+
+
+def test_a_killed_run_with_workers_can_be_started_again_at_once(tmp_path):
+    with started(tmp_path / "run", "--data.workers", "2") as process:
+        process.kill()
+    command(sys.executable, "train.py", "--out", tmp_path / "run", *SMALL, "--data.workers", "2")
+
+
+def test_the_end_of_accelerates_launcher_saves_the_run(tmp_path):
+    with started(tmp_path / "run", launcher=("accelerate", "launch")) as process:
+        child = psutil.Process(process.pid).children()[0]
+        process.terminate()
+        child.wait(timeout=60)
+    assert checkpoint.open_checkpoint(tmp_path / "run").step >= 3
+
+
+def test_a_run_that_is_moved_away_is_not_begun_again(tmp_path):
+    with started(tmp_path / "run", "--checkpoint.every", "20") as process:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert "cannot be written: No such file or directory" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_nobody_has_to_hear_what_a_run_says(tmp_path, stream):
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "train.py", "--out", str(tmp_path / "rün"), *SMALL]
+        environment = user_environment() | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(argv, cwd=ROOT, timeout=100, env=environment, **{stream: full})
+    assert checkpoint.open_checkpoint(tmp_path / "rün").step == 3
+    assert done.returncode in (0, 120)  # Python's own for a last flush that fails
+
+
+def test_a_quota_under_the_metrics_leaves_no_half_line(tmp_path, monkeypatch, capsys):
+    def limited(*flags):
+        before = resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            return script(train, monkeypatch, capsys, "--out", tmp_path / "run", *SMALL, "--train.steps", "40", *flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            signal.signal(signal.SIGXFSZ, ignored)
+            assert before is None
+
+    code, _, err = limited()
+    assert code == 2
+    assert "metrics.jsonl cannot be written: File too large" in err.splitlines()[-1]
+    lines = (tmp_path / "run/metrics.jsonl").read_text()
+    assert lines.endswith("\n")
+    assert len([json.loads(line) for line in lines.splitlines()]) > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("checkpoints", lambda path: path.symlink_to("/nowhere/at/all")),
+        ("checkpoints", lambda path: path.write_text("")),
+        ("metrics.jsonl", os.mkfifo),
+        ("config.yaml", lambda path: path.mkdir()),
+    ],
+)
+def test_what_is_no_runs_folder_is_not_begun_in(tmp_path, monkeypatch, capsys, name, make):
+    make(tmp_path / name)
+    (tmp_path / "samples").mkdir()
+    code, _, err = script(train, monkeypatch, capsys, "--out", tmp_path, *SMALL)
+    assert code == 2
+    assert f"its {name} is a link to nowhere, or not what a run has" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["samples", name])
+
+
+def test_names_that_look_like_flags_and_lost_configurations_do_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert script(train, monkeypatch, capsys, "--out=-x", *SMALL)[0] == 0
+    (tmp_path / "-x/config.yaml").write_text("")  # by a power cut; the checkpoint has its own
+    code, out, _ = script(train, monkeypatch, capsys, "--out=-x", *SMALL, "--train.steps", "4")
+    assert code == 0
+    assert "continues after step 3" in out

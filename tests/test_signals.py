@@ -5,6 +5,8 @@ import time
 
 from helpers import ROOT
 
+from diffusion.signals import StopSignals
+
 SCRIPT = """
 import os, signal, time
 from diffusion.signals import StopSignals
@@ -59,3 +61,12 @@ def test_the_end_of_a_launcher_stops_its_run_and_that_of_a_shell_does_not(tmp_pa
             process.send_signal(signal.SIGTERM)
         time.sleep(1.0)
         assert ("stopped by SIGTERM after step 7" in said.read_text()) == stops
+
+
+def test_a_signal_that_comes_while_processes_agree_is_left_to_the_next_time(monkeypatch):
+    """Else one of them would stop and wait for the others, who go on and wait for it."""
+    signals = StopSignals(1)
+    signals._group = "another process, which has heard nothing"
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda number, op, group: signals._hear(signal.SIGTERM, None))
+    assert not signals.asked()
+    assert signals.asked()
