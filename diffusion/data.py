@@ -30,7 +30,7 @@ from diffusion.signals import ASK
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 Image.init()  # all of PIL's formats
-FORMATS = [name for name in ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF") if name in Image.OPEN]
+FORMATS: list[str] = [name for name in ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF") if name in Image.OPEN]
 """What PIL may take a file for, whatever its name says: of others, some are programs that it would have run."""
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 IN_MEMORY_BYTES = 64 * 2**20

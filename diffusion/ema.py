@@ -23,6 +23,7 @@ class EMA:
     def __init__(self, model: nn.Module, rates: Sequence[float], warmup: bool = False):
         self.warmup = warmup
         self._model = model
+        self._parameters = list(model.parameters())
         self.averages = {rate: {name: p.detach().clone() for name, p in model.named_parameters()} for rate in rates}
 
     @torch.no_grad()
@@ -54,5 +55,5 @@ class EMA:
             weights_have_changed(self._model)
 
     def _weights(self) -> list[Tensor]:
-        """Asked for anew each time: DistributedDataParallel may give the parameters another storage."""
-        return [local(p.detach()) for p in self._model.parameters()]
+        """Made anew each time: DistributedDataParallel may give the parameters another storage."""
+        return [local(p.detach()) for p in self._parameters]

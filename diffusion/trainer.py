@@ -174,7 +174,8 @@ class Trainer:
                 images, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
                 x_start = to_x_start(images)
                 x_start = torch.where(flip[part, None, None, None], x_start.flip(-1), x_start)
-                torch.manual_seed(seed_for(train.seed, "dropout", step, part.start))
+                if self.config.model.dropout:
+                    torch.manual_seed(seed_for(train.seed, "dropout", step, part.start))
                 with nullcontext() if part == self.parts[-1] else accelerator.no_sync(self.model):
                     denoiser = self._denoiser(x_start, torch.where(unlabelled[part], -1, y))
                     loss = training_losses(
