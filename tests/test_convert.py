@@ -47,6 +47,7 @@ def run_of(out, *overrides, classes=()):
     """A run folder of a filled network, whose average differs from its weights: (config, weights, average)."""
     config = parse_command_line(overrides)[0]
     weights, average = (fill(config.network(len(classes)), seed).state_dict() for seed in (1, 2))
+    out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(checkpoint.checkpoint_folder(out, 3), step=3, config=config, class_names=classes, weights=weights,
                     averages={config.train.ema_rates[0]: average}, training={})  # fmt: skip
     return config, weights, average
