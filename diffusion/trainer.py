@@ -126,7 +126,7 @@ class Trainer:
         if accelerator.is_main_process:
             for damage in saved.passed_over if saved else ():
                 tell(f"{damage}; it is put away as damaged_..., and that of step {self.step} is used")
-            self._tell_of("image files cannot be read and are left out", self.dataset.left_out)
+            self._tell_of("of the image files left out, since they cannot be read", self.dataset.left_out)
             if config.model.init in NEVER_LEARN:
                 tell(f"model.init is {config.model.init}: all channels of a layer stay alike, and it will not learn "
                      "what a network can (docs/zero-init.md)")  # fmt: skip
@@ -378,7 +378,10 @@ class Trainer:
         metrics: dict[str, Any] = {"step": self.step, **meter.read(), "grad_norm": grad_norm.item(), "lr": lr}
         metrics["unreadable"] = len(unreadable)
         if self.accelerator.is_main_process:
-            self._tell_of("images could not be read, and others took their places", sorted(set(unreadable)))
+            self._tell_of(
+                "of the image files passed over, since they cannot be read; others take their places",
+                sorted(set(unreadable)),
+            )
         if metrics["skipped"] and self.accelerator.is_main_process:
             self.tell(f"{metrics['skipped']} steps by step {self.step} had a loss or gradient that is not finite "
                       "and were skipped")  # fmt: skip

@@ -552,7 +552,7 @@ def test_images_that_cannot_be_read_are_counted_and_the_run_still_resumes_exactl
     whole.run()
     assert all("4.png cannot be read as an image" in message for message in heard)
     if in_memory:
-        assert "1 images cannot be read and are left out" in heard[0]
+        assert "1 of the image files left out, since they cannot be read" in heard[0]
     assert sum(line["unreadable"] for line in metrics(tmp_path / "whole")) == (0 if in_memory else 4)  # 36 of 9 images
     trainer = Trainer(config(9), tmp_path / "run")
     with pytest.raises(Stopped):  # between two lines of the log
