@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache, partial
@@ -24,7 +25,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
+from improved_ddpm import interval
+from scipy.stats import ttest_1samp
 from torch import Tensor
 from tqdm import tqdm
 
@@ -213,6 +217,131 @@ def run(job: Job, folder: Path, path: str | None) -> Path:
     return file
 
 
+Results = dict[str, dict[float, list[dict[str, Any]]]]
+"""arm -> rate -> its runs, by seed"""
+
+
+def gather(name: str, folder: Path, path: str | None) -> Results:
+    """What the runs of a setting gave; those that are not there are run."""
+    setting = SETTINGS[name]
+    return {
+        arm: {
+            rate: [
+                json.loads(run(Job(name, arm, rate, seed), folder, path).read_text()) for seed in range(setting.seeds)
+            ]
+            for rate in setting.rates
+        }
+        for arm in setting.arms
+    }
+
+
+def figure_of(result: dict[str, Any], figure: str) -> float:
+    """A figure of one run: "loss", "bits", or "loss at 100", the held-out loss at that step."""
+    if figure.startswith("loss at "):
+        return float(result["looks"].get(figure.removeprefix("loss at "), math.nan))
+    return float(result[figure])
+
+
+def best_rate(rates: dict[float, list[dict[str, Any]]]) -> float:
+    """The rate whose mean held-out loss at the end is lowest, of those at which no run broke."""
+    means = {rate: statistics.fmean(r["loss"] for r in runs) for rate, runs in rates.items()}
+    return min((rate for rate, mean in means.items() if math.isfinite(mean)), key=lambda rate: means[rate])
+
+
+def p_value(differences: list[float]) -> float:
+    """Of a paired t-test; 1 where there is nothing to tell apart."""
+    return float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else 1.0
+
+
+def comparisons_table(results: Results) -> str:
+    """The comparisons, with Holm's correction for all of them: a difference counts where p is below 5% after that."""
+    rows = []
+    for comparison in COMPARISONS:
+        if not {comparison.better, comparison.worse} <= results.keys():
+            continue
+        values = []
+        for arm in (comparison.better, comparison.worse):
+            rate = comparison.rate or best_rate(results[arm])
+            values.append([figure_of(r, comparison.figure) for r in results[arm].get(rate, [])])
+        if len(values[0]) < 2 or len(values[0]) != len(values[1]) or not math.isfinite(sum(values[0] + values[1])):
+            continue
+        differences = [worse - better for better, worse in zip(*values, strict=True)]
+        rows.append((comparison, statistics.fmean(values[0]), statistics.fmean(values[1]), *interval(differences),
+                     p_value(differences)))  # fmt: skip
+    corrected: dict[int, float] = {}
+    for place, i in enumerate(sorted(range(len(rows)), key=lambda i: rows[i][-1])):
+        corrected[i] = min(1.0, max([*corrected.values(), rows[i][-1] * (len(rows) - place)]))
+    heads = ["said before the first run", "figure", "the one said to be better", "the other",
+             "difference, 95% interval", "p", "p, Holm", ""]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * 7]
+    for i, (comparison, better, worse, mean, half, p) in enumerate(rows):
+        verdict = "no effect seen" if corrected[i] >= 0.05 else "holds" if mean > 0 else "the reverse"
+        cells = [comparison.says, comparison.figure, f"{better:.4f}", f"{worse:.4f}", f"{mean:+.4f} ± {half:.4f}",
+                 f"{p:.2g}", f"{corrected[i]:.2g}", verdict]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def arms_table(results: Results) -> str:
+    heads = ["arm", "best rate", "held-out loss", "after 100 steps", "bits/dim",
+             "largest rate at which every seed trains", "gradient norm at steps 0, 1, 10"]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * 6]
+    for arm, rates in results.items():
+        best = best_rate(rates)
+        runs = rates[best]
+        cells = ["{:.4f} ± {:.4f}".format(*interval([figure_of(r, name) for r in runs]))
+                 for name in ("loss", "loss at 100", "bits")]  # fmt: skip
+        trains = [rate for rate, these in rates.items() if all(r["loss"] < TRAINS for r in these)]
+        norms = ", ".join(f"{statistics.fmean(r['norms'][step] for r in runs):.2g}" for step in (0, 1, 10))
+        lines.append(f"| {arm} | {best:g} | {' | '.join(cells)} | {max(trains, default=0):g} | {norms} |")
+    return "\n".join(lines)
+
+
+def rates_table(results: Results) -> str:
+    rates = list(next(iter(results.values())))
+    lines = [f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |", "| --- |" + " --- |" * len(rates)]
+    for arm, by_rate in results.items():
+        cells = []
+        for rate in rates:
+            losses = [r["loss"] for r in by_rate[rate]]
+            broke = sum(not math.isfinite(loss) for loss in losses)
+            cells.append(f"{broke} of {len(losses)} broke" if broke else "{:.4f} ± {:.4f}".format(*interval(losses)))
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(results: Results, path: Path) -> None:
+    """The held-out loss by rate, and along the way at each arm's best rate, with 95% intervals."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (arm, rates) in enumerate(results.items()):
+        if arm == "all_zero":  # it stays at 1
+            continue
+        style = {"label": arm, "color": f"C{i}", "capsize": 3, "linestyle": "--" if "no norm" in arm else "-"}
+        whole = {rate: [r["loss"] for r in runs] for rate, runs in rates.items()}
+        ends = {rate: interval(losses) for rate, losses in whole.items() if math.isfinite(sum(losses))}
+        left.errorbar(list(ends), [e[0] for e in ends.values()], yerr=[e[1] for e in ends.values()], **style)
+        runs = rates[best_rate(rates)]
+        steps = [int(step) for step in runs[0]["looks"] if int(step)]
+        looks = [interval([r["looks"][str(step)] for r in runs]) for step in steps]
+        right.errorbar(steps, [look[0] for look in looks], yerr=[look[1] for look in looks], **style)
+    left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="held-out loss at the end")
+    right.set(yscale="log", xlabel="step", ylabel="held-out loss on the way, best rate")
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def report(all_results: dict[str, Results]) -> None:
+    """Rewrite the tables of the document, and the figure beside it."""
+    text = DOCUMENT.read_text()
+    for name, results in all_results.items():
+        for kind, table in (("comparisons", comparisons_table), ("arms", arms_table), ("rates", rates_table)):
+            begin, end = f"<!-- {name} {kind} -->\n", f"<!-- end of {name} {kind} -->"
+            text = text[: text.index(begin) + len(begin)] + table(results) + "\n" + text[text.index(end) :]
+        plot(results, DOCUMENT.with_name(f"zero-init-{name}.png"))
+    DOCUMENT.write_text(text)
+    print(f"{DOCUMENT} and its pictures are written")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
@@ -226,6 +355,7 @@ def main() -> None:
         started = [pool.submit(run, job, args.results, args.mnist) for job in todo]
         for future in tqdm(as_completed(started), total=len(started), unit="run"):
             future.result()
+    report({name: gather(name, args.results, args.mnist) for name in names})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT / "studies"))
 import depth
 import improved_ddpm as study
 import symmetry
+import zero_init
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -91,3 +92,48 @@ def test_fixup_and_zero_stay_tame_at_depth_where_the_default_explodes():
     assert signal[-1] > 5 * signal[0]
     assert gradient[0] > 5 * gradient[-1]
     assert max(depth.train(depth.chain(300, "fixup"), 4)) < 1.2
+
+
+def test_the_ablation_in_small(tmp_path, monkeypatch):
+    setting = zero_init.Setting(8, 2, 2, (1e-3, 1e30), ("zero", "default"), 20)
+    monkeypatch.setattr(zero_init, "SETTINGS", {"digits": setting})
+    monkeypatch.setattr(zero_init, "DOCUMENT", tmp_path / "a.md")
+    monkeypatch.setattr(zero_init, "LOOK_EVERY", 1)
+    monkeypatch.setattr(zero_init, "TRAINS", 1.5)
+    kinds = ("comparisons", "arms", "rates")
+    (tmp_path / "a.md").write_text("".join(f"<!-- digits {k} -->\nstale\n<!-- end of digits {k} -->\n" for k in kinds))
+    monkeypatch.setattr(zero_init, "COMPARISONS", [zero_init.Comparison("ends lower", "zero", "default")])
+    zero_init.data.cache_clear()
+    monkeypatch.setattr(zero_init, "arms_table", lambda results: "arms")  # has steps that are not run here
+    try:
+        results = zero_init.gather("digits", tmp_path, None)
+        first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+        assert len(first) == 2 * 2 * 2
+        again = zero_init.gather("digits", tmp_path, None)
+        assert str(again) == str(results)  # nan is not equal to itself
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == first
+        zero_init.report({"digits": results})
+    finally:
+        zero_init.data.cache_clear()
+    text = (tmp_path / "a.md").read_text()
+    assert "stale" not in text
+    assert "| ends lower | loss |" in text
+    assert "2 of 2 broke" in text
+    assert (tmp_path / "zero-init-digits.png").exists()
+
+
+def test_a_difference_counts_only_after_holms_correction():
+    def runs(*losses):
+        return {1e-3: [{"loss": loss, "bits": 1.0, "looks": {"100": loss}, "norms": [1.0] * 20} for loss in losses]}
+
+    results = {
+        "zero": runs(0.10, 0.11, 0.12, 0.13),
+        "default": runs(0.20, 0.212, 0.221, 0.23),
+        "small": runs(0.1, 0.12, 0.11, 0.14),
+    }
+    table = zero_init.comparisons_table(results).splitlines()[2:]
+    verdicts = {line.split(" | ")[0][2:] + ", " + line.split(" | ")[1]: line.split(" | ")[-1] for line in table}
+    assert verdicts["zero ends lower than default, loss"] == "holds |"
+    assert verdicts["zero ends lower than small, loss"] == "no effect seen |"
+    assert verdicts["zero has the better likelihood, bits"] == "no effect seen |"
+    assert zero_init.best_rate({1e-3: [{"loss": 0.3}], 1e-2: [{"loss": float("nan")}], 2e-3: [{"loss": 0.2}]}) == 2e-3
