@@ -85,33 +85,12 @@ SCALED: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 
 
-class _ShiftedBias(torch.autograd.Function):
-    """bias + before * (the sum of each row of the weight): what a scalar bias before a layer comes to behind it.
-
-    Written out, since a network has it some fifty times a step, and of the dozen small operations that autograd would
-    make of it half are enough.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
-        rows = weight.flatten(1).sum(1)
-        ctx.save_for_backward(before, rows)
-        ctx.shape = weight.shape
-        return torch.addcmul(bias, before, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        before, rows = ctx.saved_tensors
-        to_weight = (before * grad).view(-1, *[1] * (len(ctx.shape) - 1)).expand(ctx.shape)
-        return to_weight, grad, (grad @ rows).view(1)
-
-
 def folded(layer: Layer) -> tuple[Tensor, Tensor]:
     """What the layer multiplies with and adds, its scalars, if any, included."""
     weight, bias = layer.weight, layer.bias
     assert bias is not None
     if isinstance(layer, _Scaled):
-        bias = _ShiftedBias.apply(weight, bias, layer.bias_before)
+        bias = bias + layer.bias_before * weight.flatten(1).sum(1)
         if layer.multiplier is not None:
             weight, bias = layer.multiplier * weight, layer.multiplier * bias
     return weight, bias
