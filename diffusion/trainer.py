@@ -130,6 +130,9 @@ class Trainer:
             if config.model.init in NEVER_LEARN:
                 tell(f"model.init is {config.model.init}: all channels of a layer stay alike, and it will not learn "
                      "what a network can (docs/zero-init.md)")  # fmt: skip
+            elif not config.model.use_norm and config.train.grad_clip is None:
+                tell("without normalisation the first steps can throw a run far back: --train.grad_clip 1 holds them "
+                     "(docs/zero-init.md)")  # fmt: skip
         self._signals = StopSignals(accelerator.num_processes, launcher())
         self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
         accelerator.wait_for_everyone()

@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from tables import put_tables, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -132,10 +133,10 @@ def main() -> None:
     report(results)
 
 
-def table(results: dict[str, Any]) -> str:
+def results_table(results: dict[str, Any]) -> str:
     heads = ["weights at the start", "blocks", "signal, last block to first", "gradient, first block to last",
              "loss of the first 5 steps", f"loss of the last 5 of {STEPS}"]  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for init in INITS:
         for depth in DEPTHS:
             r = results[f"{init} {depth}"]
@@ -143,16 +144,14 @@ def table(results: dict[str, Any]) -> str:
             ended = len(losses) < STEPS
             last = f"not finite at step {len(losses)}" if ended else f"{sum(losses[-5:]) / 5:.3f}"
             first = sum(losses[:5]) / len(losses[:5])
-            lines.append(f"| {init} | {depth} | {r['signal'][-1] / r['signal'][0]:.3g} | "
-                         f"{r['gradient'][0] / r['gradient'][-1]:.3g} | {first:.3g} | {last} |")  # fmt: skip
-    return "\n".join(lines)
+            signal, gradient = r["signal"][-1] / r["signal"][0], r["gradient"][0] / r["gradient"][-1]
+            rows.append([init, str(depth), f"{signal:.3g}", f"{gradient:.3g}", f"{first:.3g}", last])
+    return table(heads, rows)
 
 
 def report(results: dict[str, Any]) -> None:
     """Rewrite the table in the document, and the figure."""
-    text = DOCUMENT.read_text()
-    begin, end = "<!-- depth -->\n", "<!-- end of depth -->"
-    DOCUMENT.write_text(text[: text.index(begin) + len(begin)] + table(results) + "\n" + text[text.index(end) :])
+    put_tables(DOCUMENT, {"depth": results_table(results)})
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for i, init in enumerate(INITS):
         for depth, style in zip(DEPTHS, (":", "--", "-"), strict=True):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache, partial
@@ -28,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student_t
+from tables import interval, put_tables, table
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -229,37 +228,32 @@ def best(results: Results, name: str, figure: str) -> list[float]:
     return min((values[figure] for values in results[name].values()), key=statistics.fmean)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95% confidence interval (Student's t)."""
-    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(half)
-
-
 def claims_table(results: Results) -> str:
-    lines = ["| the paper's claim | in the paper | here: claimed better | claimed worse | difference, 95% interval | |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    heads = ["the paper's claim", "in the paper", "here: claimed better", "claimed worse",
+             "difference, 95% interval", ""]  # fmt: skip
+    rows = []
     for claim in CLAIMS:
         better, worse = best(results, claim.better, claim.figure), best(results, claim.worse, claim.figure)
         mean, half = interval([w - b for b, w in zip(better, worse, strict=True)])
         verdict = "holds" if mean > half else "the reverse" if mean < -half else "no effect seen"
-        means = f"{statistics.fmean(better):.3f} | {statistics.fmean(worse):.3f}"
-        lines.append(f"| {claim.says} | {claim.source} | {means} | {mean:+.3f} ± {half:.3f} | {verdict} |")
-    return "\n".join(lines)
+        means = [f"{statistics.fmean(values):.3f}" for values in (better, worse)]
+        rows.append([claim.says, claim.source, *means, f"{mean:+.3f} ± {half:.3f}", verdict])
+    return table(heads, rows)
 
 
 def figures_table(results: Results) -> str:
     last = SAMPLING_STEPS[-1]
     columns = ["bits", *(f"fd{n}" for n in SAMPLING_STEPS), f"pixels{last}"]
     heads = ["bits/dim", *(f"{n} steps" for n in SAMPLING_STEPS), f"{last} steps, in pixels"]
-    lines = [f"| arm | variance | {' | '.join(heads)} |", "| --- | --- |" + " --- |" * len(heads)]
+    rows = []
     for name, variances in results.items():
         for variance, values in variances.items():
-            cells = " | ".join("{:.3f} ± {:.3f}".format(*interval(values[column])) for column in columns)
-            lines.append(f"| {name} | {variance} | {cells} |")
+            cells = ["{:.3f} ± {:.3f}".format(*interval(values[column])) for column in columns]
+            rows.append([name, variance, *cells])
     floor = distances(data()[0][torch.randperm(len(data()[0]), generator=generator_for("cpu", 0))[:SAMPLES]])
-    blank = " | ".join([""] * len(SAMPLING_STEPS))
-    lines.append(f"| {SAMPLES} training digits, the floor | | {blank} | {floor['fd']:.3f} | {floor['pixels']:.3f} |")
-    return "\n".join(lines)
+    blank = [""] * len(SAMPLING_STEPS)
+    rows.append([f"{SAMPLES} training digits, the floor", "", *blank, f"{floor['fd']:.3f}", f"{floor['pixels']:.3f}"])
+    return table(["arm", "variance", *heads], rows)
 
 
 def plot(results: Results, path: Path) -> None:
@@ -301,11 +295,7 @@ def main() -> None:
 
 def report(results: Results) -> None:
     """Rewrite the tables of the document, and the figure beside it."""
-    text = DOCUMENT.read_text()
-    for name, table in (("claims", claims_table(results)), ("figures", figures_table(results))):
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        text = text[: text.index(begin) + len(begin)] + table + "\n" + text[text.index(end) :]
-    DOCUMENT.write_text(text)
+    put_tables(DOCUMENT, {"claims": claims_table(results), "figures": figures_table(results)})
     plot(results, DOCUMENT.with_suffix(".png"))
     print(f"{DOCUMENT} and its picture are written")
 

@@ -1,5 +1,6 @@
 """What constant weights lead to, and zeros in the last layer alone: small classifiers of the 8x8 digits.
 
+    pip install -e '.[studies]'
     python studies/symmetry.py
 
 A fully connected and a convolutional network of two hidden layers of 32 channels, 300 steps of Adam from four starts.
@@ -14,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tables import put_tables, table
 from torch import Tensor, nn
 
 from diffusion.config import DataConfig
@@ -89,23 +91,22 @@ def train(convolutional: bool, start: Start, steps: int = STEPS) -> Result:
     return Result(channels, rank, accuracy)
 
 
-def table() -> str:
-    heads = [f"after {step}" for step in LOOKS]
-    lines = [f"| network | start | different channels of {CHANNELS}: {' | '.join(heads)} steps | rank of the weights | "
-             "right on held-out digits |", "| --- | --- |" + " --- |" * (len(heads) + 2)]  # fmt: skip
+def results_table() -> str:
+    looks = [f"after {step}" for step in LOOKS]
+    heads = ["network", "start", f"different channels of {CHANNELS}: {looks[0]}", *looks[1:-1], f"{looks[-1]} steps",
+             "rank of the weights", "right on held-out digits"]  # fmt: skip
+    rows = []
     for convolutional in (False, True):
         for start in STARTS:
             r = train(convolutional, start)
-            cells = " | ".join(str(r.channels[step]) for step in LOOKS)
             name = "convolutional" if convolutional else "fully connected"
-            lines.append(f"| {name} | {start} | {cells} | {r.rank} | {100 * r.accuracy:.0f}% |")
-    return "\n".join(lines)
+            cells = [str(r.channels[step]) for step in LOOKS]
+            rows.append([name, start, *cells, str(r.rank), f"{100 * r.accuracy:.0f}%"])
+    return table(heads, rows)
 
 
 def main() -> None:
-    text = DOCUMENT.read_text()
-    begin, end = "<!-- symmetry -->\n", "<!-- end of symmetry -->"
-    DOCUMENT.write_text(text[: text.index(begin) + len(begin)] + table() + "\n" + text[text.index(end) :])
+    put_tables(DOCUMENT, {"symmetry": results_table()})
     print(f"{DOCUMENT} is written")
 
 

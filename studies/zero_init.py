@@ -3,9 +3,11 @@
     pip install -e '.[studies]'
     python studies/zero_init.py --mnist FOLDER    (the folder that holds MNIST/raw)
 
-Seven arms x four learning rates x ten seeds on the 8x8 digits, and four arms x two rates x five seeds on MNIST at
-16x16, all trained alike: runs of one seed share images, timesteps and noise, and what weights they can. Scored on
-held-out images. The comparisons are `COMPARISONS`, named before the first run; differences are paired by seed.
+Six arms x four learning rates x ten seeds on the 8x8 digits, a few more that each answer one question, four arms on
+MNIST at 16x16, and two at the length of configs/digits.yaml: `SETTINGS`. All are trained alike, with gradients clipped
+to a norm of 1 (Ho et al. 2020) unless the arm says otherwise: runs of one seed share images, timesteps and noise, and
+what weights they can. Scored on held-out images. The comparisons are `COMPARISONS`, paired by seed. They
+were named before the first run but for the last two, since a first attempt without clipping had shown spikes.
 
 Results are kept in runs/studies/zero_init/, one file a run: what is there already is not run again. At the end the
 tables in docs/zero-init.md and the figures beside it are rewritten. Every run is one thread, so that the figures do not
@@ -21,14 +23,15 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache, partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from improved_ddpm import interval
 from scipy.stats import ttest_1samp
+from tables import interval, put_tables, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,7 +46,7 @@ from diffusion.randomness import generator_for, picture_noise, seed_for
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "zero-init.md"
-T, BATCH_SIZE, EMA_RATE = 1000, 32, 0.99
+T, EMA_RATE = 1000, 0.99
 LOOK_EVERY = 50
 """Steps between two looks at the held-out loss."""
 LIKELIHOOD_STEPS = "25"
@@ -54,6 +57,7 @@ TRAINS = 0.5
 class Arm(NamedTuple):
     init: InitName
     use_norm: bool = True
+    clip: float = 1.0
 
 
 ARMS = {
@@ -64,7 +68,10 @@ ARMS = {
     "zero, no norm": Arm("zero", False),
     "default, no norm": Arm("default", False),
     "all_zero": Arm("all_zero"),
+    "zero, no clip": Arm("zero", clip=math.inf),
+    "fixup, no norm, no clip": Arm("fixup", False, math.inf),
 }
+GRID = (5e-4, 2e-3, 8e-3, 3.2e-2)
 
 
 class Setting(NamedTuple):
@@ -72,15 +79,19 @@ class Setting(NamedTuple):
 
     size: int
     steps: int
+    batch_size: int
     seeds: int
-    rates: tuple[float, ...]
-    arms: tuple[str, ...]
-    held_out: int
+    arms: dict[str, tuple[float, ...]]
+    """the learning rates of each"""
+    held_out: int = 180
 
 
+EVERYWHERE = dict.fromkeys(("zero", "small", "default", "fixup, no norm", "zero, no norm", "default, no norm"), GRID)
+ONE_QUESTION = {"all_zero": (2e-3,), "zero, no clip": (2e-3,), "fixup, no norm, no clip": (5e-4, 2e-3)}
 SETTINGS = {
-    "digits": Setting(8, 400, 10, (5e-4, 2e-3, 8e-3, 3.2e-2), tuple(ARMS), 180),
-    "mnist": Setting(16, 300, 5, (2e-3, 8e-3), ("zero", "default", "fixup, no norm", "default, no norm"), 180),
+    "digits": Setting(8, 400, 32, 10, EVERYWHERE | ONE_QUESTION),
+    "long": Setting(8, 1500, 64, 2, dict.fromkeys(("zero", "fixup, no norm"), (1e-3, 2e-3, 4e-3))),
+    "mnist": Setting(16, 300, 32, 5, dict.fromkeys(("zero", "default", "fixup, no norm", "default, no norm"), (2e-3,))),
 }
 
 
@@ -104,6 +115,8 @@ COMPARISONS = [
     Comparison("without normalisation, fixup ends lower than default", "fixup, no norm", "default, no norm"),
     Comparison("without normalisation, fixup ends lower than zero", "fixup, no norm", "zero, no norm"),
     Comparison("the normalised network ends lower than fixup", "zero", "fixup, no norm"),
+    Comparison("the normalised network ends lower if clipped", "zero", "zero, no clip", "loss", 2e-3),
+    Comparison("fixup ends lower if clipped", "fixup, no norm", "fixup, no norm, no clip"),
 ]
 
 
@@ -123,8 +136,8 @@ def jobs(names: list[str]) -> list[Job]:
         Job(name, arm, rate, seed)
         for name in names
         for seed in range(SETTINGS[name].seeds)
-        for arm in SETTINGS[name].arms
-        for rate in SETTINGS[name].rates
+        for arm, rates in SETTINGS[name].arms.items()
+        for rate in rates
     ]
 
 
@@ -132,11 +145,11 @@ def jobs(names: list[str]) -> list[Job]:
 def data(name: str, path: str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and held-out images in [-1, 1], each with its labels: of MNIST the first 20,000 and its test images."""
     setting = SETTINGS[name]
-    options: dict[str, Any] = {} if name == "digits" else dict(name="mnist", path=path, image_size=setting.size)
+    options: dict[str, Any] = dict(name="mnist", path=path, image_size=setting.size) if name == "mnist" else {}
     dataset = open_dataset(DataConfig(**options))
     assert isinstance(dataset, ArrayDataset)
     x, y = to_x_start(dataset.images), dataset.labels
-    if name == "digits":
+    if name != "mnist":
         held_out = torch.arange(len(x)) % (len(x) // setting.held_out) == 0
         return x[~held_out], y[~held_out], x[held_out], y[held_out]
     test = open_dataset(DataConfig(**options), train=False)
@@ -187,14 +200,14 @@ def run(job: Job, folder: Path, path: str | None) -> Path:
     for step in range(setting.steps):
         if step % LOOK_EVERY == 0:
             looks[step] = held_out_loss(model, test_x, test_y)
-        batch = batch_indices(len(x_start), BATCH_SIZE, job.seed, step)
+        batch = batch_indices(len(x_start), setting.batch_size, job.seed, step)
         generator = generator_for("cpu", job.seed, "step", step)
-        t = torch.randint(T, (BATCH_SIZE,), generator=generator)
-        noise = torch.randn(BATCH_SIZE, *x_start.shape[1:], generator=generator)
+        t = torch.randint(T, (setting.batch_size,), generator=generator)
+        noise = torch.randn(setting.batch_size, *x_start.shape[1:], generator=generator)
         denoiser = partial(model, y=y[batch])
         loss = training_losses(trained, denoiser, x_start[batch], t, noise, "rescaled_mse")["loss"].mean()
         loss.backward()
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), ARMS[job.arm].clip).item())
         if not math.isfinite(norms[-1] + loss.item()):
             break
         optimizer.step()
@@ -202,14 +215,13 @@ def run(job: Job, folder: Path, path: str | None) -> Path:
         ema.update(step)
     result: dict[str, Any] = job._asdict() | {"norms": norms, "seconds": time.process_time() - began}
     finite = len(norms) == setting.steps and math.isfinite(norms[-1])
-    with ema.in_place(EMA_RATE):
-        result["loss"] = held_out_loss(model, test_x, test_y) if finite else math.nan
+    result |= {"looks": looks, "loss": math.nan, "bits": math.nan}
+    if finite:
         noise_of = partial(picture_noise, range(len(test_x)), test_x.shape[1:], torch.device("cpu"), job.seed)
-        spaced = process(LIKELIHOOD_STEPS)
-        with torch.no_grad():
-            bits = bits_per_dim(spaced, partial(model, y=test_y), test_x, noise_of).total.mean().item()
-        result["bits"] = bits if finite else math.nan
-    result["looks"] = looks
+        with ema.in_place(EMA_RATE), torch.no_grad():
+            result["loss"] = held_out_loss(model, test_x, test_y)
+            bits = bits_per_dim(process(LIKELIHOOD_STEPS), partial(model, y=test_y), test_x, noise_of)
+        result["bits"] = bits.total.mean().item()
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
@@ -229,9 +241,9 @@ def gather(name: str, folder: Path, path: str | None) -> Results:
             rate: [
                 json.loads(run(Job(name, arm, rate, seed), folder, path).read_text()) for seed in range(setting.seeds)
             ]
-            for rate in setting.rates
+            for rate in rates
         }
-        for arm in setting.arms
+        for arm, rates in setting.arms.items()
     }
 
 
@@ -246,6 +258,20 @@ def best_rate(rates: dict[float, list[dict[str, Any]]]) -> float:
     """The rate whose mean held-out loss at the end is lowest, of those at which no run broke."""
     means = {rate: statistics.fmean(r["loss"] for r in runs) for rate, runs in rates.items()}
     return min((rate for rate, mean in means.items() if math.isfinite(mean)), key=lambda rate: means[rate])
+
+
+def steps_to(runs: list[dict[str, Any]], loss: float) -> list[float]:
+    """At which step each run's held-out loss first fell to `loss`, on straight lines between looks; nan for never."""
+    found = []
+    for r in runs:
+        looks = [(int(step), value) for step, value in r["looks"].items()]
+        crossed = [
+            a + (b - a) * (before - loss) / (before - after)
+            for (a, before), (b, after) in pairwise(looks)
+            if before > loss >= after
+        ]
+        found.append(crossed[0] if crossed else math.nan)
+    return found
 
 
 def p_value(differences: list[float]) -> float:
@@ -273,41 +299,48 @@ def comparisons_table(results: Results) -> str:
         corrected[i] = min(1.0, max([*corrected.values(), rows[i][-1] * (len(rows) - place)]))
     heads = ["said before the first run", "figure", "the one said to be better", "the other",
              "difference, 95% interval", "p", "p, Holm", ""]  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * 7]
+    lines = []
     for i, (comparison, better, worse, mean, half, p) in enumerate(rows):
         verdict = "no effect seen" if corrected[i] >= 0.05 else "holds" if mean > 0 else "the reverse"
-        cells = [comparison.says, comparison.figure, f"{better:.4f}", f"{worse:.4f}", f"{mean:+.4f} ± {half:.4f}",
-                 f"{p:.2g}", f"{corrected[i]:.2g}", verdict]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([comparison.says, comparison.figure, f"{better:.4f}", f"{worse:.4f}", f"{mean:+.4f} ± {half:.4f}",
+                      f"{p:.2g}", f"{corrected[i]:.2g}", verdict])  # fmt: skip
+    return table(heads, lines)
 
 
 def arms_table(results: Results) -> str:
-    heads = ["arm", "best rate", "held-out loss", "after 100 steps", "bits/dim",
-             "largest rate at which every seed trains", "gradient norm at steps 0, 1, 10"]  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * 6]
+    looks = [r["looks"] for r in results["zero"][best_rate(results["zero"])]]
+    half_way = statistics.fmean(list(look.values())[len(look) // 2] for look in looks)
+    heads = ["arm", "best rate", "held-out loss", "after 100 steps", f"steps to {half_way:.3f}, zero's at half time",
+             "bits/dim", "largest rate at which every seed trains", "gradient norm at steps 0, 1, 10"]  # fmt: skip
+    lines = []
     for arm, rates in results.items():
         best = best_rate(rates)
         runs = rates[best]
         cells = ["{:.4f} ± {:.4f}".format(*interval([figure_of(r, name) for r in runs]))
                  for name in ("loss", "loss at 100", "bits")]  # fmt: skip
+        reached = steps_to(runs, half_way)
+        cells.insert(2, "{:.0f} ± {:.0f}".format(*interval(reached)) if math.isfinite(sum(reached)) else "not by all")
         trains = [rate for rate, these in rates.items() if all(r["loss"] < TRAINS for r in these)]
         norms = ", ".join(f"{statistics.fmean(r['norms'][step] for r in runs):.2g}" for step in (0, 1, 10))
-        lines.append(f"| {arm} | {best:g} | {' | '.join(cells)} | {max(trains, default=0):g} | {norms} |")
-    return "\n".join(lines)
+        largest = f"{max(trains):g}" if trains else "none"
+        lines.append([arm, f"{best:g}", *cells, largest, norms])
+    return table(heads, lines)
 
 
 def rates_table(results: Results) -> str:
     rates = list(next(iter(results.values())))
-    lines = [f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |", "| --- |" + " --- |" * len(rates)]
+    lines = []
     for arm, by_rate in results.items():
         cells = []
         for rate in rates:
-            losses = [r["loss"] for r in by_rate[rate]]
+            losses = [r["loss"] for r in by_rate.get(rate, [])]
             broke = sum(not math.isfinite(loss) for loss in losses)
-            cells.append(f"{broke} of {len(losses)} broke" if broke else "{:.4f} ± {:.4f}".format(*interval(losses)))
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            if broke or not losses:
+                cells.append(f"{broke} of {len(losses)} broke" if broke else "")
+            else:
+                cells.append("{:.4f} ± {:.4f}".format(*interval(losses)))
+        lines.append([arm, *cells])
+    return table(["arm", *(f"rate {rate:g}" for rate in rates)], lines)
 
 
 def plot(results: Results, path: Path) -> None:
@@ -332,13 +365,10 @@ def plot(results: Results, path: Path) -> None:
 
 def report(all_results: dict[str, Results]) -> None:
     """Rewrite the tables of the document, and the figure beside it."""
-    text = DOCUMENT.read_text()
     for name, results in all_results.items():
-        for kind, table in (("comparisons", comparisons_table), ("arms", arms_table), ("rates", rates_table)):
-            begin, end = f"<!-- {name} {kind} -->\n", f"<!-- end of {name} {kind} -->"
-            text = text[: text.index(begin) + len(begin)] + table(results) + "\n" + text[text.index(end) :]
+        tables = {"comparisons": comparisons_table, "arms": arms_table, "rates": rates_table}
+        put_tables(DOCUMENT, {f"{name} {kind}": of(results) for kind, of in tables.items()})
         plot(results, DOCUMENT.with_name(f"zero-init-{name}.png"))
-    DOCUMENT.write_text(text)
     print(f"{DOCUMENT} and its pictures are written")
 
 
@@ -348,7 +378,7 @@ def main() -> None:
     parser.add_argument("--mnist", help="the folder that holds MNIST/raw; not given: digits alone")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "zero_init")
     args = parser.parse_args()
-    names = list(SETTINGS) if args.mnist else ["digits"]
+    names = [name for name in SETTINGS if name != "mnist" or args.mnist]
     todo = jobs(names)
     torch.set_num_threads(1)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:

@@ -459,6 +459,8 @@ def test_ddim_gets_the_mean_alone(tmp_path, monkeypatch, capsys):
         (("--diffusion.variance", "learned"), "variance learned"),
         (("--diffusion.mean", "previous_x"), "mean previous_x"),
         (("--diffusion.respacing", "100", "--sample.steps", "10"), "respaced process"),
+        (("--model.use_norm", "false"), "without normalisation"),
+        (("--model.use_norm", "false", "--model.init", "fixup"), "without normalisation"),
     ],
 )
 def test_what_diffusers_cannot_express_is_refused(overrides, says, tmp_path, monkeypatch, capsys):
@@ -590,6 +592,15 @@ def test_the_command_answers_bad_input_in_one_line(argv, says, tmp_path, monkeyp
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("init", ["zero", "fixup"])
+def test_networks_without_normalisation_stay_here(init, tmp_path, monkeypatch, capsys):
+    run_of(tmp_path / "run", *SMALL, "--model.use_norm", "false", "--model.init", init)
+    code, _, err = run_convert(monkeypatch, capsys, "openai", tmp_path / "run", "--out", tmp_path / "new.pt")
+    assert code == 2
+    assert "a network without normalisation, and the published code has none such" in err
+    assert not (tmp_path / "new.pt").exists()
 
 
 def test_class_names_can_be_given(tmp_path, monkeypatch, capsys):

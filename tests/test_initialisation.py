@@ -284,6 +284,15 @@ def test_what_does_not_learn_is_said(tmp_path, name):
     assert f"model.init is {name}: all channels of a layer stay alike" in heard[0]
 
 
+def test_without_normalisation_clipping_is_advised(tmp_path):
+    heard = []
+    Trainer(small(**FIXUP), tmp_path / "a", tell=heard.append)
+    assert "--train.grad_clip 1" in heard[0]
+    Trainer(small(**FIXUP, train__grad_clip=1.0), tmp_path / "b", tell=heard.append)
+    Trainer(small(), tmp_path / "c", tell=heard.append)
+    assert len(heard) == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

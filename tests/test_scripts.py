@@ -467,6 +467,19 @@ def test_every_image_is_scored_once_whatever_the_batch(run, monkeypatch, capsys,
     )
 
 
+def test_a_fixup_run_is_drawn_and_scored_by_every_way(tmp_path, monkeypatch, capsys):
+    """Learned variance and classes too: they are the configuration's."""
+    out = tmp_path / "run"
+    fixup = ["--model.init", "fixup", "--model.use_norm", "false", "--train.grad_clip", 1, "--train.lr", 1e-2]
+    code, _, err = script(train, monkeypatch, capsys, "--out", out, *SMALL, *fixup, "--train.label_dropout", 0.1)
+    assert code == 0, err
+    variants = [["--sampler", "ddpm"], ["--sampler", "ddim"], ["--sampler", "ddim", "--eta", 1], ["--ema", "none"],
+                ["--guidance", 3]]  # fmt: skip
+    drawn = {draw(out, monkeypatch, capsys, tmp_path, *flags)["arr_0"].tobytes() for flags in variants}
+    assert len(drawn) == len(variants)
+    assert 0 < score(out, monkeypatch, capsys, tmp_path)["bits_per_dim"] < 20
+
+
 def test_figures_that_cannot_be_written_are_shown(run, monkeypatch, capsys):
     flags = ["--ckpt", run, "--n", 1, "--steps", 1, "--out", "/dev/full"]
     code, out, err = script(evaluate, monkeypatch, capsys, *flags)

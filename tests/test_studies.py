@@ -1,13 +1,16 @@
 """The studies run, and what they calculate with is right; their findings are run by hand and stand in docs/."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "studies"))
 import depth
+import fixup_resnet as resnet
 import improved_ddpm as study
 import symmetry
 import zero_init
@@ -95,7 +98,7 @@ def test_fixup_and_zero_stay_tame_at_depth_where_the_default_explodes():
 
 
 def test_the_ablation_in_small(tmp_path, monkeypatch):
-    setting = zero_init.Setting(8, 2, 2, (1e-3, 1e30), ("zero", "default"), 20)
+    setting = zero_init.Setting(8, 2, 32, 2, {"zero": (1e-3, 1e30), "default": (1e-3, 1e30), "small": (1e-3,)}, 20)
     monkeypatch.setattr(zero_init, "SETTINGS", {"digits": setting})
     monkeypatch.setattr(zero_init, "DOCUMENT", tmp_path / "a.md")
     monkeypatch.setattr(zero_init, "LOOK_EVERY", 1)
@@ -108,7 +111,7 @@ def test_the_ablation_in_small(tmp_path, monkeypatch):
     try:
         results = zero_init.gather("digits", tmp_path, None)
         first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-        assert len(first) == 2 * 2 * 2
+        assert len(first) == 2 * 2 * 2 + 2
         again = zero_init.gather("digits", tmp_path, None)
         assert str(again) == str(results)  # nan is not equal to itself
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == first
@@ -120,6 +123,39 @@ def test_the_ablation_in_small(tmp_path, monkeypatch):
     assert "| ends lower | loss |" in text
     assert "2 of 2 broke" in text
     assert (tmp_path / "zero-init-digits.png").exists()
+
+
+def test_steps_to_a_loss_are_read_between_looks():
+    runs = [{"looks": {"0": 1.0, "50": 0.5, "100": 0.3, "150": 0.35}}, {"looks": {"0": 1.0, "50": 0.9}}]
+    assert zero_init.steps_to(runs[:1], 0.4) == [75.0]
+    assert zero_init.steps_to(runs, 0.75)[0] == 25.0
+    assert np.isnan(zero_init.steps_to(runs, 0.75)[1])
+
+
+def test_gradients_are_clipped_where_the_arm_says_so(tmp_path, monkeypatch):
+    setting = zero_init.Setting(8, 8, 32, 1, {}, 20)
+    monkeypatch.setattr(zero_init, "SETTINGS", {"digits": setting})
+    monkeypatch.setattr(zero_init, "LOOK_EVERY", 1)
+    norms = []
+    for arm in ("fixup, no norm", "fixup, no norm, no clip"):
+        path = zero_init.run(zero_init.Job("digits", arm, 2e-3, 0), tmp_path, None)
+        norms.append(json.loads(path.read_text())["norms"])
+    assert norms[0][0] == norms[1][0] > 1  # the norm before clipping; the first step was clipped in one arm alone
+    assert norms[0][-1] < norms[1][-1]  # the spike of the first steps is lower
+
+
+def test_fixups_resnet_begins_as_its_skip_paths_and_learns():
+    net = resnet.network("fixup", 0)
+    x = torch.randn(64, 1, 14, 14, generator=torch.Generator().manual_seed(0))
+    assert not net(x).any()
+    for block in net:
+        if isinstance(block, resnet.Block):
+            assert not block.branch(torch.ones(1, block.branch[0].in_channels, 4, 4)).any()
+    y = torch.arange(64) % 2
+    x[y == 1, :, :7] += 1
+    losses = resnet.train(net, 0.01, 0, x, y, 60)
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert len(resnet.train(resnet.network("plain", 0, blocks=9), 0.1, 0, 3 * x, y, 60)) < 60  # not finite
 
 
 def test_a_difference_counts_only_after_holms_correction():

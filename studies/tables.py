@@ -1,0 +1,29 @@
+"""What the studies' reports share."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from scipy.stats import t as student_t
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95% confidence interval (Student's t)."""
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), float(half)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def put_tables(document: Path, tables: dict[str, str]) -> None:
+    """Write each table between the marks `<!-- NAME -->` and `<!-- end of NAME -->`, in place of what stands there."""
+    text = document.read_text()
+    for name, lines in tables.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        text = text[: text.index(begin) + len(begin)] + lines + "\n" + text[text.index(end) :]
+    document.write_text(text)
