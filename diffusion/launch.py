@@ -84,7 +84,7 @@ def opened(path: Path) -> Checkpoint:
     """`open_checkpoint`, which says on stderr what it passed over."""
     saved = open_checkpoint(path)
     for damage in saved.passed_over:
-        print(f"{os.path.basename(sys.argv[0])}: {printable(damage)}; {saved.path.name} is used", file=sys.stderr)
+        say(f"{os.path.basename(sys.argv[0])}: {damage}; {saved.path.name} is used", error=True)
     return saved
 
 
@@ -147,14 +147,14 @@ def exit_code(main: Callable[[], None]) -> int:
             torch.distributed.destroy_process_group()
     except UsageError as error:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{name}{rank}: {printable(str(error))}", file=sys.stderr)
+        say(f"{name}{rank}: {error}", error=True)
         return 2
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\n{name}: {stopped}", file=sys.stderr)
         return stopped.code
     except OSError as error:
-        where = "" if error.filename is None else f": {printable(str(error.filename))}"
+        where = "" if error.filename is None else f": {error.filename}"
         say(f"{name}: {error.strerror or error}{where}", error=True)
         return 2
     except Died as error:

@@ -64,19 +64,18 @@ class ScaledLinear(_Scaled, nn.Linear):
         return F.linear(x, *folded(self))
 
 
-class ScaledConv1d(_Scaled, nn.Conv1d):
+class _ScaledConv(_Scaled):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *folded(self))
+        return self._conv_forward(x, *folded(self))  # type: ignore[attr-defined, arg-type]
 
 
-class ScaledConv2d(_Scaled, nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *folded(self))
+class ScaledConv1d(_ScaledConv, nn.Conv1d): ...
 
 
-class ScaledConv3d(_Scaled, nn.Conv3d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *folded(self))
+class ScaledConv2d(_ScaledConv, nn.Conv2d): ...
+
+
+class ScaledConv3d(_ScaledConv, nn.Conv3d): ...
 
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear

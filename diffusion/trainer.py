@@ -87,11 +87,12 @@ class Trainer:
             )
 
         self.fingerprint = self.dataset.fingerprint()
-        self._check_agreed("the newest checkpoint is", saved.path.name if saved else "none",
-                           f"--out {out} must be a folder that all machines share")  # fmt: skip
-        self._check_agreed("the data are", self.fingerprint, "they must be the same for all processes")
-        self._check_agreed("the configuration is", json.dumps(dataclasses.asdict(config)),
-                           "give all processes the same command")  # fmt: skip
+        newest, settings = saved.path.name if saved else "none", json.dumps(dataclasses.asdict(config))
+        _check_agreed(
+            ("the newest checkpoint is", newest, f"--out {out} must be a folder that all machines share"),
+            ("the data are", self.fingerprint, "they must be the same for all processes"),
+            ("the configuration is", settings, "give all processes the same command"),
+        )
         if saved and saved.data not in (None, self.fingerprint) and not config.data.may_change:
             wrong = self.dataset.left_out
             unread = f"; {len(wrong)} cannot be read, the first is {wrong[0]}" if wrong else ""
@@ -332,13 +333,6 @@ class Trainer:
         self.meter.load_state_dict(training["meter"])
         self.step = saved.step
 
-    def _check_agreed(self, what: str, mine: str, hint: str) -> None:
-        """Raise UsageError, in every process, where this is not the same in all of them."""
-        said = gather_object([mine])
-        for i, theirs in enumerate(said):
-            if theirs != said[0]:
-                raise UsageError(f"{what}: {said[0]} in process 0, and {theirs} in process {i}: {hint}")
-
     def _tell_of(self, what: str, wrong: Sequence[str]) -> None:
         """Name up to five of what went wrong, and count all."""
         if wrong:
@@ -507,6 +501,15 @@ def _check_known(accelerator: Accelerator) -> None:
             f"accelerate is set up for {name}, which this trainer does not know: to cut a network up over GPUs, "
             "use accelerate launch --config_file configs/accelerate/fsdp2.yaml"
         )
+
+
+def _check_agreed(*claims: tuple[str, str, str]) -> None:
+    """Raise UsageError, in every process, where one of (what, mine, hint) is not the same in all of them."""
+    said = gather_object([[mine for _, mine, _ in claims]])
+    for (what, _, hint), answers in zip(claims, zip(*said, strict=True), strict=True):
+        for i, theirs in enumerate(answers):
+            if theirs != answers[0]:
+                raise UsageError(f"{what}: {answers[0]} in process 0, and {theirs} in process {i}: {hint}")
 
 
 def _parts(train: TrainConfig, rank: int, processes: int) -> list[slice]:

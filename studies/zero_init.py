@@ -311,7 +311,8 @@ def arms_table(results: Results) -> str:
     looks = [r["looks"] for r in results["zero"][best_rate(results["zero"])]]
     half_way = statistics.fmean(list(look.values())[len(look) // 2] for look in looks)
     heads = ["arm", "best rate", "held-out loss", "after 100 steps", f"steps to {half_way:.3f}, zero's at half time",
-             "bits/dim", "largest rate at which every seed trains", "gradient norm at steps 0, 1, 10"]  # fmt: skip
+             "bits/dim", "largest rate at which every seed trains", "gradient norm at steps 0, 1, 10, before clipping",
+             "largest of the first 20"]  # fmt: skip
     lines = []
     for arm, rates in results.items():
         best = best_rate(rates)
@@ -322,8 +323,9 @@ def arms_table(results: Results) -> str:
         cells.insert(2, "{:.0f} ± {:.0f}".format(*interval(reached)) if math.isfinite(sum(reached)) else "not by all")
         trains = [rate for rate, these in rates.items() if all(r["loss"] < TRAINS for r in these)]
         norms = ", ".join(f"{statistics.fmean(r['norms'][step] for r in runs):.2g}" for step in (0, 1, 10))
-        largest = f"{max(trains):g}" if trains else "none"
-        lines.append([arm, f"{best:g}", *cells, largest, norms])
+        largest = (f"{max(trains):g}" if trains else "none") if len(rates) == len(GRID) else ""
+        spike = f"{statistics.fmean(max(r['norms'][:20]) for r in runs):.2g}"
+        lines.append([arm, f"{best:g}", *cells, largest, norms, spike])
     return table(heads, lines)
 
 
