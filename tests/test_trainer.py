@@ -503,14 +503,18 @@ def test_a_signal_cuts_a_grid_off(tmp_path, monkeypatch):
 # --- data that changed ------------------------------------------------------------------------------------------------
 
 
+def noise_images(folder, count):
+    folder.mkdir()
+    for i in range(count):
+        Image.effect_noise((8, 8), 100).save(folder / f"{i}.png")
+    return folder
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_run_does_not_go_on_with_other_images_unless_that_is_meant(tmp_path, monkeypatch, in_memory):
     if not in_memory:
         monkeypatch.setattr("diffusion.data.IN_MEMORY_BYTES", 0)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(5):
-        Image.effect_noise((8, 8), 100).save(folder / f"{i}.png")
+    folder = noise_images(tmp_path / "images", 5)
 
     def config(**changes):
         values = dict(train__steps=2, train__batch_size=4, model__class_cond=False) | changes
@@ -534,10 +538,7 @@ def test_images_that_cannot_be_read_are_counted_and_the_run_still_resumes_exactl
 ):
     if not in_memory:
         monkeypatch.setattr("diffusion.data.IN_MEMORY_BYTES", 0)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i in range(9):
-        Image.effect_noise((8, 8), 100).save(folder / f"{i}.png")
+    folder = noise_images(tmp_path / "images", 9)
     (folder / "4.png").write_bytes(b"not this one")
 
     def config(steps):
