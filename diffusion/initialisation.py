@@ -4,15 +4,17 @@ Fixup (Zhang, Dauphin & Ma 2019, "Fixup Initialization: Residual Learning Withou
 rules. In this U-Net:
 
 1. The output convolution and the last layer of every residual branch are zero.
-2. Other layers are drawn after He et al. (2015): variance 2 / fan_in behind an activation, 1 / fan_in where none comes
-   before (on the main path, where a factor of 2 would add up). Inside a branch, weights are scaled by
-   L^(-1 / (2m - 2)). L is the number of branches, residual and attention blocks alike: all of them lie one behind the
-   other on the way through the bottleneck; the long skips are concatenated, not added, and start no branch. m, the
-   layers in a row in a branch, is 2 for both kinds: convolution and convolution; q, k and v, and their projection. The
-   timestep's linear layer enters a residual branch beside its first convolution, before its last layer: it makes no row
-   longer, and is scaled alike.
+2. Other layers are drawn after He et al. (2015): variance 2 / fan_in behind an activation (their gain for ReLU, which
+   the paper uses; of a unit normal's variance SiLU keeps 0.36, ReLU 0.5), 1 / fan_in where none comes before (on the main path,
+   where a factor of 2 would add up). Inside a branch, weights are scaled by L^(-1 / (2m - 2)). L is the number of
+   branches, residual and attention blocks alike: all of them lie one behind the other on the way through the
+   bottleneck; the long skips are concatenated, not added, and start no branch. m, the layers in a row in a branch, is 2
+   for both kinds: convolution and convolution; q, k and v, and their projection. The timestep's linear layer enters a
+   residual branch beside its first convolution, before its last layer: it adds nothing to m, and is scaled alike.
+   Embeddings of classes stay as torch draws them.
 3. Every branch ends in a scalar multiplier (1), and a scalar bias (0) stands before every convolution, linear layer and
-   activation.
+   activation. The bias is on all that a layer sees, a convolution's padding of zeros included, which lets it be folded
+   into the layer's own bias; those, one a channel, are kept, as all layers of the U-Net have them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ InitName = Literal["zero", "default", "small", "fixup", "constant", "all_zero"]
 NEVER_LEARN = ("constant", "all_zero")
 """Channels that begin alike stay alike."""
 SMALL = 1e-5
-"""What EDM (Karras et al. 2022) scales last layers by, in place of zero."""
+"""What the DDPM++ network of EDM (Karras et al. 2022) scales last layers by, in place of zero."""
 
 
 def initialise(model: UNetModel, init: InitName) -> None:
@@ -80,8 +82,8 @@ def scalars(model: nn.Module) -> list[nn.Parameter]:
 
 def _fixup(model: UNetModel) -> None:
     found, last = branches(model), last_layers(model)
-    inside: list[nn.Module] = []
-    activated: list[nn.Module] = [model.time_embed[2]]
+    inside: list[nn.Module] = []  # layers inside branches, but for the last ones
+    activated: list[nn.Module] = [model.time_embed[2]]  # layers behind an activation, but for the last ones
     for block in found:
         if isinstance(block, ResBlock):
             inside += [block.in_layers[2], block.emb_layers[1]]

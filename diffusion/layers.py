@@ -53,7 +53,7 @@ class ShiftedSiLU(nn.SiLU):
 
 class _Scaled:
     """A layer with Fixup's scalars: a bias on everything that it sees, padding included, and if it ends a branch a
-    multiplier. Both are folded into the weights, which are small."""
+    multiplier. Both are folded into the weights, since those are fewer than what they are multiplied with."""
 
     bias_before: nn.Parameter
     multiplier: nn.Parameter | None

@@ -129,8 +129,8 @@ class Trainer:
                 tell(f"{damage}; it is put away as damaged_..., and that of step {self.step} is used")
             self._tell_of("of the image files left out, since they cannot be read", self.dataset.left_out)
             if config.model.init in NEVER_LEARN:
-                tell(f"model.init is {config.model.init}: all channels of a layer stay alike, and it will not learn "
-                     "what a network can (docs/zero-init.md)")  # fmt: skip
+                tell(f"model.init is {config.model.init}, a demonstration: all channels of a layer stay alike (but for "
+                     "dropout), and it will not learn what a network can (docs/zero-init.md)")  # fmt: skip
             elif not config.model.use_norm and config.train.grad_clip is None:
                 tell("without normalisation the first steps can throw a run far back: --train.grad_clip 1 holds them "
                      "(docs/zero-init.md)")  # fmt: skip

@@ -4,12 +4,14 @@
     python studies/symmetry.py
 
 A fully connected and a convolutional network of two hidden layers of 32 channels, 300 steps of Adam from four starts.
-Counted along the way: the channels of the second hidden layer that compute something of their own. Rewrites the table
-of docs/zero-init.md; takes half a minute.
+Counted along the way: the channels of the second hidden layer that compute something of their own, and the rank of its
+weights and of the last layer's. Pixels are in [0, 1]: with negative ones a constant start could switch every ReLU off,
+and show nothing. Rewrites the table of docs/zero-init.md; takes half a minute.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,6 +33,10 @@ STARTS: tuple[Start, ...] = ("random", "last layer zero", "constant", "all zero"
 class Result(NamedTuple):
     channels: dict[int, int]
     """step -> different channels of the second hidden layer"""
+    last_rank: dict[int, int]
+    """step -> rank of the last layer's weights"""
+    active: float
+    """the share of the second layer's outputs on held-out digits that ReLU lets pass, at the end"""
     rank: int
     """of its weights, at the end"""
     accuracy: float
@@ -66,46 +72,55 @@ def different_channels(weight: Tensor) -> int:
     return len({tuple(row) for row in (~apart).int().tolist()})
 
 
+def rank(weight: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(weight.detach().flatten(1).double(), rtol=1e-4))
+
+
 def train(convolutional: bool, start: Start, steps: int = STEPS) -> Result:
     dataset = open_dataset(DataConfig())
     assert isinstance(dataset, ArrayDataset)
-    x, y = to_x_start(dataset.images), dataset.labels
+    x, y = (to_x_start(dataset.images) + 1) / 2, dataset.labels
     held_out = torch.arange(len(x)) % 10 == 0
     train_x, train_y = x[~held_out], y[~held_out]
     torch.manual_seed(0)
     net = network(convolutional)
     layers = begin(net, start)
     optimizer = torch.optim.Adam(net.parameters(), RATE)
-    channels = {}
+    channels, last_rank = {}, {}
     for step in range(steps + 1):
         if step in LOOKS:
             channels[step] = different_channels(layers[1].weight)  # type: ignore[arg-type]
+            last_rank[step] = rank(layers[2].weight)  # type: ignore[arg-type]
         if step == steps:
             break
         batch = batch_indices(len(train_x), BATCH_SIZE, 0, step)
         F.cross_entropy(net(train_x[batch]), train_y[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    rank = int(torch.linalg.matrix_rank(layers[1].weight.detach().flatten(1).double(), rtol=1e-4))  # type: ignore[operator]
     accuracy = (net(x[held_out]).argmax(1) == y[held_out]).float().mean().item()
-    return Result(channels, rank, accuracy)
+    hidden = net[:4] if convolutional else net[:5]
+    active = (hidden(x[held_out]) > 0).float().mean().item()
+    return Result(channels, last_rank, active, rank(layers[1].weight), accuracy)  # type: ignore[arg-type]
 
 
 def results_table() -> str:
     looks = [f"after {step}" for step in LOOKS]
     heads = ["network", "start", f"different channels of {CHANNELS}: {looks[0]}", *looks[1:-1], f"{looks[-1]} steps",
-             "rank of the weights", "right on held-out digits"]  # fmt: skip
+             "rank of the weights", "rank of the last layer, of 10: after 0", "after 1", "300 steps",
+             "right on held-out digits"]  # fmt: skip
     rows = []
     for convolutional in (False, True):
         for start in STARTS:
             r = train(convolutional, start)
             name = "convolutional" if convolutional else "fully connected"
             cells = [str(r.channels[step]) for step in LOOKS]
-            rows.append([name, start, *cells, str(r.rank), f"{100 * r.accuracy:.0f}%"])
+            last = [str(r.last_rank[step]) for step in (0, 1, STEPS)]
+            rows.append([name, start, *cells, str(r.rank), *last, f"{100 * r.accuracy:.0f}%"])
     return table(heads, rows)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     put_tables(DOCUMENT, {"symmetry": results_table()})
     print(f"{DOCUMENT} is written")
 
