@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -116,8 +116,8 @@ class ModelConfig:
         if self.model_channels % 32:
             nearest = max(32, round(self.model_channels / 32) * 32)
             raise UsageError(
-                f"model.model_channels is {self.model_channels}; normalisation in 32 groups needs "
-                f"a multiple of 32, such as {nearest}"
+                f"model.model_channels is {self.model_channels}; it must be a multiple of 32, such as {nearest}, with "
+                "or without normalisation, which is in 32 groups"
             )
         check_range("model.num_res_blocks", self.num_res_blocks, 1, most=1000)
         check_range("model.num_heads", self.num_heads, 1)
@@ -307,7 +307,8 @@ class Config:
             )
         if self.train.scalar_lr_factor != 1 and self.model.init != "fixup":
             raise UsageError(
-                f"train.scalar_lr_factor is {self.train.scalar_lr_factor}, but only model.init fixup has scalars"
+                f"train.scalar_lr_factor is {self.train.scalar_lr_factor}, but only model.init fixup has scalars: "
+                "leave it at 1"
             )
         check_guidance("sample.guidance", self.sample.guidance, self)
         try:
@@ -468,7 +469,10 @@ def _check_file(file: str) -> None:
             if value is False and key == "precision":
                 raise UsageError(f'{name}.{key} is false in --config {file}, as YAML reads no: write "no"')
             if value is None and key in required:
-                raise UsageError(f"{name}.{key} is null in --config {file}; it must be of type {required[key]}")
+                hint = get_type_hints(sections[name])[key]
+                named = get_origin(hint) is Literal
+                wanted = f"one of {', '.join(get_args(hint))}" if named else f"of type {required[key]}"
+                raise UsageError(f"{name}.{key} is null in --config {file}; it must be {wanted}")
     assert isinstance(tree, yaml.MappingNode)  # as its content is a dict
     for mapping in (tree, *(value for _, value in tree.value)):  # YAML itself would take the last of two
         names = [key.value for key, _ in mapping.value]
@@ -507,6 +511,8 @@ def _one_line(message: str, known: list[str]) -> str:
             did_you_mean = f" (did you mean {near[0]}?)" if near else ""
             return f"{wrong['key']} is {value}; it must be one of {', '.join(options)}{did_you_mean}"
         wanted = re.sub(r"<class '(\w+)'>", r"\1", wrong["type"])
+        if wanted == "float" and value.lower().lstrip("+-.") in ("nan", "inf", "infinity"):
+            return f"{wrong['key']} is {value}; it must be a finite number"
         if wanted == "tuple":
             return f"{wrong['key']} is {value}; it must be a list: [{wrong['value']}]"
         return f"{wrong['key']} is {value}; it must be of type {wanted}"

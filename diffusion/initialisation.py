@@ -5,9 +5,9 @@ rules. In this U-Net:
 
 1. The output convolution and the last layer of every residual branch are zero.
 2. Other layers are drawn after He et al. (2015): variance 2 / fan_in behind an activation (their gain for ReLU, which
-   the paper uses; of a unit normal's variance SiLU keeps 0.36, ReLU 0.5), 1 / fan_in where none comes before (on the main path,
-   where a factor of 2 would add up). Inside a branch, weights are scaled by L^(-1 / (2m - 2)). L is the number of
-   branches, residual and attention blocks alike: all of them lie one behind the other on the way through the
+   the paper uses; of a unit normal's variance SiLU keeps 0.36, ReLU 0.5), 1 / fan_in where none comes before (on the
+   main path, where a factor of 2 would add up). Inside a branch, weights are scaled by L^(-1 / (2m - 2)). L is the
+   number of branches, residual and attention blocks alike: all of them lie one behind the other on the way through the
    bottleneck; the long skips are concatenated, not added, and start no branch. m, the layers in a row in a branch, is 2
    for both kinds: convolution and convolution; q, k and v, and their projection. The timestep's linear layer enters a
    residual branch beside its first convolution, before its last layer: it adds nothing to m, and is scaled alike.
@@ -20,11 +20,12 @@ rules. In this U-Net:
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from diffusion.errors import UsageError
 from diffusion.layers import Layer, add_scalars
 from diffusion.unet import AttentionBlock, ResBlock, UNetModel
 
@@ -40,8 +41,15 @@ def initialise(model: UNetModel, init: InitName) -> None:
 
     zero: as it was built, last layers zero (the paper). default: last layers as torch draws any layer. small: the same
     times 1e-5, without bias. fixup: see above; the model must be without normalisation. constant: every weight of a
-    tensor the same, scaled to keep the size of signals. all_zero: every weight zero.
+    tensor the same, scaled to keep the size of signals. all_zero: every weight zero. Raises UsageError for another
+    `init`, fixup with normalisation, and a model that has scalars already.
     """
+    if init not in get_args(InitName):
+        raise UsageError(f"init is {init!r}; it must be one of {', '.join(get_args(InitName))}")
+    if scalars(model):
+        raise UsageError(f"init {init} is for a fresh model, and this one has Fixup's scalars: build another")
+    if init == "fixup" and any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        raise UsageError("init fixup is for a model without normalisation: build it with use_norm=False")
     if init in ("default", "small"):
         for layer in last_layers(model):
             layer.reset_parameters()

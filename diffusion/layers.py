@@ -97,6 +97,7 @@ def folded(layer: Layer) -> tuple[Tensor, Tensor]:
 
 def add_scalars(model: nn.Module, ends: Sequence[Layer]) -> None:
     """Fixup's third rule: a bias (0) before every layer and activation, a multiplier (1) for the `ends` of branches."""
+    one = next(model.parameters()).detach().new_ones(1)  # of one element, since FSDP2 takes none of no axis
     for module in list(model.modules()):
         if isinstance(module, nn.SiLU):
             module.__class__ = ShiftedSiLU
@@ -105,9 +106,9 @@ def add_scalars(model: nn.Module, ends: Sequence[Layer]) -> None:
             module.register_parameter("multiplier", None)
         else:
             continue
-        module.bias_before = nn.Parameter(torch.zeros(1))  # of one element, since FSDP2 takes none of no axis
+        module.bias_before = nn.Parameter(torch.zeros_like(one))
     for layer in ends:
-        layer.multiplier = nn.Parameter(torch.ones(1))
+        layer.multiplier = nn.Parameter(one.clone())
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:

@@ -267,6 +267,11 @@ class Trainer:
 
         # What all processes have to gather, before the first one writes.
         weights = self._collected(self.network.state_dict())
+        broken = [next((name for name, weight in weights.items() if not weight.isfinite().all()), None)]
+        broadcast_object_list(broken)
+        if broken[0]:
+            raise UsageError(f"after step {self.step}, {broken[0]} is no longer finite, and nothing is saved: continue "
+                             "from the last checkpoint with a lower train.lr or with train.grad_clip")  # fmt: skip
         averages = {rate: self._collected(average) for rate, average in self.ema.averages.items()}
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {i: self._collected(moments) for i, moments in optimizer["state"].items()}

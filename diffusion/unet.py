@@ -200,7 +200,8 @@ class UNetModel(nn.Module):
     ):
         super().__init__()
         if model_channels % 32:
-            raise UsageError(f"model_channels is {model_channels}; normalisation in 32 groups needs a multiple of 32")
+            raise UsageError(f"model_channels is {model_channels}; it must be a multiple of 32, with or without "
+                             "normalisation, which is in 32 groups")  # fmt: skip
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.model_channels = model_channels

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from diffusion.config import DataConfig
 from diffusion.data import ArrayDataset, batch_indices, open_dataset, to_x_start
 from diffusion.initialisation import scalars
+from diffusion.launch import exit_code
 from diffusion.layers import Layer, add_scalars
 from diffusion.randomness import seed_for
 
@@ -157,10 +159,10 @@ def main() -> None:
     parser.add_argument("--mnist", required=True, help="the folder that holds MNIST/raw")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "fixup_resnet.json")
     args = parser.parse_args()
+    x, y, test_x, test_y = data(args.mnist)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
     torch.set_num_threads(1)
-    x, y, test_x, test_y = data(args.mnist)
     jobs = [(arm, rate, seed) for seed in SEEDS for arm in ARMS for rate in RATES]
     for arm, rate, seed in tqdm(jobs, unit="run"):
         name = f"{arm} {rate:g} {seed}"
@@ -177,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache, partial
@@ -40,6 +41,7 @@ from diffusion.config import DataConfig
 from diffusion.data import ArrayDataset, batch_indices, open_dataset, to_x_start
 from diffusion.ema import EMA
 from diffusion.initialisation import InitName, initialise
+from diffusion.launch import exit_code
 from diffusion.likelihood import bits_per_dim
 from diffusion.losses import training_losses
 from diffusion.randomness import generator_for, picture_noise, seed_for
@@ -376,12 +378,16 @@ def report(all_results: dict[str, Results]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument(
+        "--workers", type=int, choices=range(1, 257), metavar="N", default=2, help="runs at a time, of one thread each"
+    )
     parser.add_argument("--mnist", help="the folder that holds MNIST/raw; not given: digits alone")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "zero_init")
     args = parser.parse_args()
     names = [name for name in SETTINGS if name != "mnist" or args.mnist]
     todo = jobs(names)
+    if args.mnist:
+        data("mnist", args.mnist)  # or it would be missed after hours
     torch.set_num_threads(1)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         started = [pool.submit(run, job, args.results, args.mnist) for job in todo]
@@ -391,4 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

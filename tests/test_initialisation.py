@@ -139,6 +139,26 @@ def test_the_attention_block_uses_its_scalars():
         torch.testing.assert_close(block(x + 0.5) - x - 0.5, shifted)
 
 
+def test_initialise_refuses_what_it_cannot_do_before_it_touches_a_weight():
+    for model, init, says in (
+        (unet("zero"), "Fixup", "init is 'Fixup'; it must be one of zero, default, small, fixup"),
+        (unet("zero"), "fixup", "build it with use_norm=False"),
+        (unet("fixup"), "fixup", "this one has Fixup's scalars"),
+        (unet("fixup"), "zero", "this one has Fixup's scalars"),
+    ):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(UsageError, match=says):
+            initialise(model, init)
+        assert_same_bits(dict(model.state_dict()), before)
+
+
+def test_scalars_are_where_the_weights_are():
+    torch.manual_seed(0)
+    model = UNetModel(1, 32, 1, 1, (), channel_mult=(1,), use_norm=False).to("meta", torch.float64)
+    initialise(model, "fixup")
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float64, "meta")}
+
+
 def test_the_other_choices():
     zero, default, little = (unet(name, seed=3) for name in ("zero", "default", "small"))
     torch.manual_seed(3)

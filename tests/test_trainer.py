@@ -500,6 +500,14 @@ def test_a_signal_cuts_a_grid_off(tmp_path, monkeypatch):
     assert checkpoint.open_checkpoint(tmp_path / "run").step == 2
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """A rate so high that one step of a finite gradient ruins the weights: no step is skipped, and yet all is lost."""
+    trainer = Trainer(small(train__lr=1e300, train__steps=1), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"after step 1, [\w.]+ is no longer finite, and nothing is saved"):
+        trainer.run()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
 # --- data that changed ------------------------------------------------------------------------------------------------
 
 
