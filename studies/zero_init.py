@@ -353,17 +353,26 @@ def plot(results: Results, path: Path) -> None:
     for i, (arm, rates) in enumerate(results.items()):
         if arm == "all_zero":  # it stays at 1
             continue
-        style = {"label": arm, "color": f"C{i}", "capsize": 3, "linestyle": "--" if "no norm" in arm else "-"}
+        style: dict[str, Any] = {"label": arm, "color": f"C{i}", "capsize": 3, "marker": "o", "markersize": 4,
+                                 "linestyle": "--" if "no norm" in arm else "-"}  # fmt: skip
         whole = {rate: [r["loss"] for r in runs] for rate, runs in rates.items()}
         ends = {rate: interval(losses) for rate, losses in whole.items() if math.isfinite(sum(losses))}
-        left.errorbar(list(ends), [e[0] for e in ends.values()], yerr=[e[1] for e in ends.values()], **style)
+        apart = 1.05 ** (i - len(results) / 2)  # side by side, since many lie on each other
+        left.errorbar(
+            [rate * apart for rate in ends], [e[0] for e in ends.values()], yerr=[e[1] for e in ends.values()], **style
+        )
         runs = rates[best_rate(rates)]
         steps = [int(step) for step in runs[0]["looks"] if int(step)]
         looks = [interval([r["looks"][str(step)] for r in runs]) for step in steps]
         right.errorbar(steps, [look[0] for look in looks], yerr=[look[1] for look in looks], **style)
-    left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="held-out loss at the end")
+    lowest = min(statistics.fmean(r["loss"] for r in rates[best_rate(rates)]) for rates in results.values())
+    left.set(xscale="log", ylim=(0.96 * lowest, 1.4 * lowest), xlabel="learning rate (points moved apart)",
+             ylabel="held-out loss at the end", title="no point at a rate: it broke, or is far above")  # fmt: skip
+    rates_tried = list(next(iter(results.values())))
+    left.set_xticks(rates_tried, [f"{rate:g}" for rate in rates_tried])
+    left.minorticks_off()
     right.set(yscale="log", xlabel="step", ylabel="held-out loss on the way, best rate")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center")
     figure.savefig(path, dpi=120)
 
 
