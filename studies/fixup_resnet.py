@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tables import interval, put_tables, table
+from tables import put_tables, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -141,16 +141,16 @@ def data(path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def results_table(results: dict[str, Any]) -> str:
     heads = ["network"]
     for rate in RATES:
-        heads += [f"rate {rate:g}: right on test images", "loss of the last 20 steps"]
+        heads += [f"rate {rate:g}: right on test images, each seed", "loss of the last 20 steps"]
     rows = []
     for arm in ARMS:
         rows.append([arm])
         for rate in RATES:
             runs = [results[f"{arm} {rate:g} {seed}"] for seed in SEEDS]
             broke = sum(len(r["losses"]) < STEPS for r in runs)
-            right, half = interval([r["accuracy"] for r in runs])
+            right = ", ".join(f"{r['accuracy']:.1f}" for r in runs)
             loss = sum(sum(r["losses"][-20:]) / 20 for r in runs) / len(runs)
-            rows[-1] += [f"{right:.1f} ± {half:.1f}%", f"{loss:.3f}"] if not broke else [f"{broke} broke", ""]
+            rows[-1] += [f"{right}%", f"{loss:.3f}"] if not broke else [f"{broke} broke", ""]
     return table(heads, rows)
 
 

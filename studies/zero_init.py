@@ -299,7 +299,7 @@ def comparisons_table(results: Results) -> str:
     corrected: dict[int, float] = {}
     for place, i in enumerate(sorted(range(len(rows)), key=lambda i: rows[i][-1])):
         corrected[i] = min(1.0, max([*corrected.values(), rows[i][-1] * (len(rows) - place)]))
-    heads = ["said before the first run", "figure", "the one said to be better", "the other",
+    heads = ["comparison", "figure", "the one said to be better", "the other",
              "difference, 95% interval", "p", "p, Holm", ""]  # fmt: skip
     lines = []
     for i, (comparison, better, worse, mean, half, p) in enumerate(rows):
@@ -379,7 +379,9 @@ def plot(results: Results, path: Path) -> None:
 def report(all_results: dict[str, Results]) -> None:
     """Rewrite the tables of the document, and the figure beside it."""
     for name, results in all_results.items():
-        tables = {"comparisons": comparisons_table, "arms": arms_table, "rates": rates_table}
+        tables = {"comparisons": comparisons_table, "arms": arms_table}
+        if any(len(rates) > 1 for rates in results.values()):
+            tables["rates"] = rates_table
         put_tables(DOCUMENT, {f"{name} {kind}": of(results) for kind, of in tables.items()})
         plot(results, DOCUMENT.with_name(f"zero-init-{name}.png"))
     print(f"{DOCUMENT} and its pictures are written")
