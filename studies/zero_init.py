@@ -383,7 +383,8 @@ def report(all_results: dict[str, Results]) -> None:
         if any(len(rates) > 1 for rates in results.values()):
             tables["rates"] = rates_table
         put_tables(DOCUMENT, {f"{name} {kind}": of(results) for kind, of in tables.items()})
-        plot(results, DOCUMENT.with_name(f"zero-init-{name}.png"))
+        if len(results) > 2:  # two arms need no picture
+            plot(results, DOCUMENT.with_name(f"zero-init-{name}.png"))
     print(f"{DOCUMENT} and its pictures are written")
 
 
