@@ -18,7 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from tables import put_tables, table
+from tables import keep, put_tables, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -117,7 +117,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "depth.json")
     args = parser.parse_args()
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
     torch.set_num_threads(1)
     for depth in tqdm(DEPTHS, unit="depth"):
@@ -127,9 +126,7 @@ def main() -> None:
             model = chain(depth, init)
             signal, gradient = at_the_start(model)
             results[f"{init} {depth}"] = {"signal": signal, "gradient": gradient, "losses": train(model, STEPS)}
-            temporary = args.results.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results))
-            temporary.replace(args.results)
+            keep(args.results, results)
     report(results)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tables import put_tables, table
+from tables import keep, put_tables, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,9 +52,10 @@ class ShiftedReLU(nn.Module):
 class Block(nn.Module):
     """activation(skip(x) + branch(x)); a `stride` of 2 halves the size and doubles the channels."""
 
-    def __init__(self, channels: int, out_channels: int, stride: int, arm: str):
+    def __init__(
+        self, channels: int, out_channels: int, stride: int, use_norm: bool, activation: type[ShiftedReLU | nn.ReLU]
+    ):
         super().__init__()
-        use_norm, activation = arm == "batch norm", ShiftedReLU if arm.startswith("fixup") else nn.ReLU
         norms = [nn.BatchNorm2d(out_channels) if use_norm else nn.Identity() for _ in range(2)]
         self.branch = nn.Sequential(
             nn.Conv2d(channels, out_channels, 3, stride, padding=1), norms[0], activation(),
@@ -74,9 +75,10 @@ class Block(nn.Module):
 def network(arm: str, seed: int, blocks: int = 3) -> nn.Sequential:
     """A classifier of images (B, 1, 14, 14), with `blocks` residual blocks in each of three stages."""
     torch.manual_seed(seed_for(seed, "weights"))
-    use_norm, activation = arm == "batch norm", ShiftedReLU if arm.startswith("fixup") else nn.ReLU
+    use_norm, by_fixup = arm == "batch norm", arm.startswith("fixup")
+    activation: type[ShiftedReLU | nn.ReLU] = ShiftedReLU if by_fixup else nn.ReLU
     stages = [
-        Block(max(16, width // 2) if first else width, width, 2 if first and width > 16 else 1, arm)
+        Block(max(16, width // 2) if first else width, width, 2 if first and width > 16 else 1, use_norm, activation)
         for width in (16, 32, 64)
         for first in [True] + [False] * (blocks - 1)
     ]
@@ -86,7 +88,7 @@ def network(arm: str, seed: int, blocks: int = 3) -> nn.Sequential:
         if isinstance(layer, Layer):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    if arm.startswith("fixup"):
+    if by_fixup:
         ends = [block.branch[3] for block in stages]
         with torch.no_grad():
             for block in stages:
@@ -160,7 +162,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "fixup_resnet.json")
     args = parser.parse_args()
     x, y, test_x, test_y = data(args.mnist)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(args.results.read_text()) if args.results.exists() else {}
     torch.set_num_threads(1)
     jobs = [(arm, rate, seed) for seed in SEEDS for arm in ARMS for rate in RATES]
@@ -171,9 +172,7 @@ def main() -> None:
         net = network(arm, seed)
         losses = train(net, rate, seed, x, y, clip=1.0 if arm.endswith("clipped") else math.inf)
         results[name] = {"losses": losses, "accuracy": accuracy(net, test_x, test_y)}
-        temporary = args.results.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results))
-        temporary.replace(args.results)
+        keep(args.results, results)
     put_tables(DOCUMENT, {"resnet": results_table(results)})
     print(f"{DOCUMENT} is written")
 

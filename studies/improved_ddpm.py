@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tables import interval, put_tables, table
+from tables import interval, keep, put_tables, table
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -205,9 +205,7 @@ def run(name: str, seed: int, folder: Path) -> Path:
             drawn = draw("ddpm", process(arm, variance, str(steps)), model, (1, 8, 8), indices=range(SAMPLES),
                          labels=None, seed=seed, batch_size=SAMPLES, device=torch.device("cpu"))  # fmt: skip
             result[variance] |= {f"{kind}{steps}": value for kind, value in distances(drawn.clamp(-1, 1)).items()}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
-    temporary.replace(path)
+    keep(path, result)
     return path
 
 
@@ -284,7 +282,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "improved_ddpm")
     args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(run, name, seed, args.results) for seed in SEEDS for name in ARMS]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import t as student_t
+
+
+def keep(path: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON: the whole file or none, so that an interrupted study goes on from what is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results))
+    temporary.replace(path)
 
 
 def interval(values: list[float]) -> tuple[float, float]:

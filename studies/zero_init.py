@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from scipy.stats import ttest_1samp
-from tables import interval, put_tables, table
+from tables import interval, keep, put_tables, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -224,10 +224,7 @@ def run(job: Job, folder: Path, path: str | None) -> Path:
             result["loss"] = held_out_loss(model, test_x, test_y)
             bits = bits_per_dim(process(LIKELIHOOD_STEPS), partial(model, y=test_y), test_x, noise_of)
         result["bits"] = bits.total.mean().item()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
-    temporary.replace(file)
+    keep(file, result)
     return file
 
 
