@@ -11,6 +11,7 @@ from functools import partial
 
 from diffusion.config import check_range
 from diffusion.errors import UsageError
+from diffusion.files import replace_text
 from diffusion.launch import (
     Parser,
     a_path,
@@ -21,7 +22,9 @@ from diffusion.launch import (
     on_cpu,
     opened,
     progress_bar,
+    say,
 )
+from diffusion.run_folder import check_writable_file
 
 IMAGES = {"digits": (8, 1), "mnist": (28, 1), "cifar10": (32, 3)}
 """Size and channels of the images of each data set that has but one."""
@@ -56,7 +59,9 @@ def main() -> None:
     for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
         if value is not None:
             check_range(name, value, least)
-    saved = opened(args.ckpt)
+    if args.out is not None:
+        check_writable_file(args.out)
+    saved, weights = opened(args.ckpt, args.ema)
     data = saved.config.data
     if args.data_name is not None:
         there, wanted = IMAGES.get(args.data_name), (data.image_size, data.channels)
@@ -83,6 +88,7 @@ def main() -> None:
     from diffusion.data import load, open_dataset, shrink, to_x_start
     from diffusion.likelihood import bits_per_dim
     from diffusion.randomness import picture_noise
+    from diffusion.samplers import batches
 
     # Each image is scored once, so none may take the place of another.
     dataset = open_dataset(dataclasses.replace(data, on_error="fail"), train=args.split == "train")
@@ -90,21 +96,19 @@ def main() -> None:
         given = ", ".join(dataset.class_names) or "none"
         raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
     n = min(len(dataset), args.n or len(dataset))
-    network = saved.network(saved.chosen_weights(args.ema)).eval()
+    network = saved.network(weights).eval()
 
     state = PartialState(cpu=on_cpu())
     network.to(state.device)
     share = math.ceil(n / state.num_processes)
     mine = range(min(n, state.process_index * share), min(n, (state.process_index + 1) * share))
-    batches = [
-        range(start, min(start + args.batch_size, mine.stop)) for start in range(mine.start, mine.stop, args.batch_size)
-    ]
-    bar = progress_bar(len(batches) * process.num_timesteps, state.is_main_process)
+    parts = [batch for batch, _ in batches(mine, args.batch_size)]
+    bar = progress_bar(len(parts) * process.num_timesteps, state.is_main_process)
     # Sums over images of: 1, the bound, its square, the prior, and the terms of the bound.
     sums = torch.zeros(4 + process.num_timesteps, dtype=torch.float64)
 
     with bar:
-        for batch in batches:
+        for batch in parts:
             images, y = load(dataset, batch)
             x_start = to_x_start(images.to(state.device))
             inputs = {"y": y.to(state.device)} if saved.class_names else {}
@@ -128,17 +132,20 @@ def main() -> None:
         "steps": process.num_timesteps,
     }
     if state.is_main_process:
-        print(f"{figures['bits_per_dim']:.4f} +- {figures['standard_error']:.4f} bits per dimension: "
-              f"{int(count)} images, {process.num_timesteps} steps, {saved.path}")  # fmt: skip
-        print(
+        wrong = None
+        if args.out:  # before anything that a closed terminal could end
+            try:
+                replace_text(args.out, json.dumps(figures, allow_nan=False))
+            except OSError as error:
+                wrong = UsageError(f"--out {args.out} cannot be written: {error.strerror}")
+        say(f"{figures['bits_per_dim']:.4f} +- {figures['standard_error']:.4f} bits per dimension: "
+            f"{int(count)} images, {process.num_timesteps} steps, {saved.path}")  # fmt: skip
+        say(
             f"prior {figures['prior']:.6f}; the terms by quarter of t: "
             + ", ".join(f"{sum(figures['terms'][q * len(vb) // 4 : (q + 1) * len(vb) // 4]):.4f}" for q in range(4))
         )
-        if args.out:
-            try:
-                args.out.write_text(json.dumps(figures))
-            except OSError as error:
-                raise UsageError(f"--out {args.out} cannot be written: {error.strerror}") from None
+        if wrong:
+            raise wrong
 
 
 if __name__ == "__main__":

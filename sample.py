@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
+import hashlib
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion.checkpoint import Checkpoint, Weights
+from diffusion.checkpoint import Checkpoint, Weights, is_run_or_checkpoint
 from diffusion.config import check_guidance, check_range
 from diffusion.errors import UsageError
 from diffusion.launch import (
@@ -22,11 +21,17 @@ from diffusion.launch import (
     check_writable,
     counted,
     exit_code,
+    launcher,
     on_cpu,
     opened,
     progress_bar,
+    say,
 )
 from diffusion.process import GaussianDiffusion
+from diffusion.run_folder import check_writable_file, locate
+
+MAX_IN_GRID = 10_000
+Form = Literal["grid", "images", "npz"]
 
 Images = tuple[Tensor, list[int] | None]
 
@@ -54,88 +59,153 @@ def parse(argv: list[str]) -> argparse.Namespace:
                       "(default: the run's first)")  # fmt: skip
     add("--out", type=a_path, help="where to write (default: RUN/samples/...)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--images", action="store_true", help="write a folder of one PNG each instead of a grid")
+    form.add_argument(
+        "--images",
+        action="store_true",
+        help="a folder of one PNG each (.npy above 4 channels), not a grid",
+    )
     form.add_argument("--npz", action="store_true", help="write arr_0 (N, H, W, C), uint8, and arr_1, the classes")
+    parser.epilog = "Each batch is written when it is drawn; the same command goes on where it was stopped."
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
-    saved = opened(args.ckpt)
-    config = saved.config
-    sampler = args.sampler or config.sample.sampler
     for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
         if value is not None:
             check_range(name, value, least)
+    form: Form = "images" if args.images else "npz" if args.npz else "grid"
+    if args.out is not None:
+        check_out(args.out, form)
+    saved, weights = opened(args.ckpt, args.ema)
+    config = saved.config
+    sampler = args.sampler or config.sample.sampler
     if args.eta is not None and (sampler != "ddim" or not 0 <= args.eta <= 1):
         raise UsageError(f"--eta is {args.eta} with --sampler {sampler}: it belongs to ddim, and lies from 0 to 1")
     guidance = config.sample.guidance if args.guidance is None else args.guidance
     check_range("--guidance", guidance, 0, most=1000)
     check_guidance("--guidance", guidance, config)
-    process = config.diffusion.process(config.sample.steps if args.steps is None else args.steps)
+    steps = config.sample.steps if args.steps is None else args.steps
+    process = config.diffusion.process(steps)
 
     import torch
     from accelerate import PartialState
-    from accelerate.utils import gather
+    from accelerate.utils import broadcast_object_list
 
     from diffusion import pictures
     from diffusion.data import to_x_start
-    from diffusion.samplers import draw
+    from diffusion.samplers import batches, draw
+    from diffusion.sampling import SUFFIXES, Samples, begin_unused
+    from diffusion.signals import CutOff, StopSignals
 
     base, low_res = open_low_res(saved, args)
-    labels = choose_labels(base if base is not None and not saved.class_names else saved, args.classes)
+    labels = choose_labels(base[0] if base is not None and not saved.class_names else saved, args.classes)
     n = args.n or (config.sample.n if low_res is None else len(low_res[0]))
     if low_res is not None:
         if n > len(low_res[0]):
             raise UsageError(f"--n is {n}, and --low_res {args.low_res} holds {len(low_res[0])} images")
         if labels and args.classes is None:
             labels = low_res[1]
-    name = f"{sampler}{process.num_timesteps}_seed{args.seed}" + (f"_guidance{guidance:g}" if guidance != 1 else "")
-    out = choose_out(saved, args, name)
+    if form == "grid" and n > MAX_IN_GRID:
+        raise UsageError(f"--n is {n}, and a grid shows up to {MAX_IN_GRID}: add --images or --npz")
 
     state = PartialState(cpu=on_cpu())
-    share = math.ceil(n / state.num_processes)  # every process draws as many; the last one's surplus is cut off
-    indices = range(state.process_index * share, (state.process_index + 1) * share)
-    chosen = None if labels is None else torch.tensor([labels[i % len(labels)] for i in indices])
+    shape = (config.data.channels, config.data.image_size, config.data.image_size)
+    settings = dict(
+        weights=saved.sums, ema=args.ema, sampler=sampler, steps=str(steps), eta=args.eta or 0.0, guidance=guidance,
+        seed=args.seed, batch_size=args.batch_size, device=state.device.type, low_res=fingerprint(base, low_res),
+    )  # fmt: skip
 
-    def drawn(run: Checkpoint, weights: Weights, process: GaussianDiffusion, **options: Any) -> Tensor:
-        network, size = run.network(weights).eval().to(state.device), run.config.data.image_size
-        with progress_bar(math.ceil(share / args.batch_size) * process.num_timesteps, state.is_main_process) as bar:
-            return draw(
-                process=process,
-                model=network,
-                shape=(config.data.channels, size, size),
-                indices=indices,
-                labels=chosen if run.class_names else None,
-                seed=args.seed,
-                batch_size=args.batch_size,
-                device=state.device,
-                progress=partial(counted, bar),
-                **options,
-            )
+    def at(out: Path) -> Samples:
+        return Samples(out, form, n, shape, labels, settings)
 
-    small = None if low_res is None else to_x_start(low_res[0][[i % n for i in indices]])
-    if base is not None:  # the first stage of a cascade, drawn as its own grids are
-        first = base.config.sample
-        first_process = base.config.diffusion.process(first.steps)
-        small = drawn(base, base.chosen_weights(), first_process, sampler=first.sampler, guidance=first.guidance)
-        small = to_x_start(pictures.to_uint8(small))
-    images = drawn(saved, saved.chosen_weights(args.ema), process,
-                   sampler=sampler, guidance=guidance, eta=args.eta or 0.0, low_res=small)  # fmt: skip
-    images = gather(pictures.to_uint8(images).to(state.device))[:n]
+    name = f"{sampler}{process.num_timesteps}_seed{args.seed}" + (f"_guidance{guidance:g}" if guidance != 1 else "")
+    default = (locate(saved.path).run or Path()) / "samples" / f"{saved.path.name}_{name}{SUFFIXES[form]}"
+    where = [args.out]
     if state.is_main_process:
-        all_labels = None if labels is None else [labels[i % len(labels)] for i in range(n)]
-        if args.images:
-            pictures.save_images(images, out)
-        elif args.npz:
-            pictures.save_npz(images, all_labels, out)
-        else:
-            pictures.save_grid(images, out, pictures.grid_columns(n, len(labels or ())), all_labels)
-        print(f"{n} pictures: {out.resolve()}")
+        try:
+            check_writable((args.out or default).parent, f"--out {args.out or default}")
+            samples = at(args.out) if args.out else begin_unused(default, at)
+            if args.out:
+                samples.begin()
+        except BlockingIOError:
+            raise UsageError(f"--out {args.out} is in use by another process that draws there") from None
+        except FileExistsError as error:
+            raise UsageError(f"--out {error}") from None
+        where = [samples.out]
+    broadcast_object_list(where)
+    if not state.is_main_process:
+        samples = at(where[0])
+
+    def drawn(run: Checkpoint, network: nn.Module, process: GaussianDiffusion, batch: range, **options: Any) -> Tensor:
+        size = run.config.data.image_size
+        chosen = torch.tensor([labels[i % len(labels)] for i in batch]) if labels and run.class_names else None
+        return draw(
+            process=process,
+            model=network,
+            shape=(config.data.channels, size, size),
+            batch=batch,
+            labels=chosen,
+            seed=args.seed,
+            device=state.device,
+            progress=lambda steps: signals.watched(counted(bar, steps)),
+            **options,
+        )
+
+    network = saved.network(weights).eval().to(state.device)
+    passes = process.num_timesteps
+    if base is not None:  # the first stage of a cascade, drawn as its own grids are
+        first, first_network = base[0].config, base[0].network(base[1]).eval().to(state.device)
+        first_process = first.diffusion.process(first.sample.steps)
+        passes += first_process.num_timesteps
+    todo = [batch for batch, _ in batches(range(n), args.batch_size)]
+    mine = [batch for batch in todo[state.process_index :: state.num_processes] if not samples.is_done(batch)]
+    signals = StopSignals(1, launcher())
+    with progress_bar(len(mine) * passes, state.is_main_process and bool(mine)) as bar, signals:
+        try:
+            for batch in mine:
+                small = None if low_res is None else to_x_start(low_res[0][batch.start : batch.stop])
+                if base is not None:
+                    small = drawn(base[0], first_network, first_process, batch, sampler=first.sample.sampler,
+                                  guidance=first.sample.guidance)  # fmt: skip
+                    small = to_x_start(pictures.to_uint8(small))
+                images = drawn(saved, network, process, batch,
+                               sampler=sampler, guidance=guidance, eta=args.eta or 0.0, low_res=small)  # fmt: skip
+                samples.write(batch, images)
+        except CutOff:
+            done = sum(len(batch) for batch in todo if samples.is_done(batch))
+            raise signals.stopped(f"with {done} of {n} images drawn, which lie in {samples.folder.resolve()}: "
+                                  "the same command goes on") from None  # fmt: skip
+    state.wait_for_everyone()
+    if state.is_main_process:
+        samples.finish(todo)
+        say(f"{n} images: {samples.out.resolve()}")
 
 
-def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoint | None, Images | None]:
+def check_out(out: Path, form: Form) -> None:
+    """Raise UsageError where `--out` cannot be what is to be written."""
+    suffix = {"grid": ".png", "npz": ".npz", "images": ""}[form]
+    check_writable_file(out)
+    if form != "images":
+        if out.is_dir():
+            raise UsageError(f"--out {out} is a folder: name a {suffix} file, or add --images")
+        if out.suffix != suffix:
+            raise UsageError(f"--out {out} must end in {suffix}")
+    elif out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: name a folder")
+
+
+def fingerprint(base: tuple[Checkpoint, Weights] | None, low_res: Images | None) -> object:
+    """What tells small images, or the run that draws them, from others."""
+    if base is not None:
+        return base[0].sums
+    return None if low_res is None else hashlib.sha256(low_res[0].numpy().tobytes()).hexdigest()
+
+
+def open_low_res(
+    saved: Checkpoint, args: argparse.Namespace
+) -> tuple[tuple[Checkpoint, Weights] | None, Images | None]:
     """What `--low_res` names: a run that is to draw the small images, or the images and their labels."""
     path, size = args.low_res, saved.config.data.low_res_size
     if (path is None) != (size is None):
@@ -149,8 +219,8 @@ def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoin
     if not path.exists():
         raise UsageError(f"--low_res {path} is not there")
     channels = saved.config.data.channels
-    if (path / "checkpoints").is_dir() or (path / "state.json").exists():
-        base = opened(path)
+    if is_run_or_checkpoint(path):
+        base, weights = opened(path)
         data = base.config.data
         if (data.image_size, data.channels, data.low_res_size) != (size, channels, None):
             kind = "an upsampler" if data.low_res_size is not None else "a run"
@@ -159,7 +229,7 @@ def open_low_res(saved: Checkpoint, args: argparse.Namespace) -> tuple[Checkpoin
                              f"{channels} channels at {size}x{size}")  # fmt: skip
         if base.class_names and saved.class_names not in ((), base.class_names):
             raise UsageError(f"--low_res {path} has other classes than {saved.path}")
-        return base, None
+        return (base, weights), None
     images, labels = read_low_res(path, size, channels, saved.class_names)
     if images.shape[1:] != (channels, size, size):
         raise UsageError(f"--low_res {path} holds images of (channels, height, width) {tuple(images.shape[1:])}; "
@@ -232,27 +302,6 @@ def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:
                 f"--classes has {word!r}, which is no class name and no number from 0 to {len(names) - 1}: {hint}"
             )
     return labels
-
-
-def choose_out(saved: Checkpoint, args: argparse.Namespace, name: str) -> Path:
-    """The file or folder to write, which is made sure to be writable before anything is drawn."""
-    suffix = "" if args.images else ".npz" if args.npz else ".png"
-    run = saved.path.parent.parent if saved.path.parent.name == "checkpoints" else saved.path
-    out: Path = args.out or _unused(run / "samples" / f"{saved.path.name}_{name}{suffix}")
-    if not args.images and out.is_dir():
-        raise UsageError(f"--out {out} is a folder: name a {suffix} file, or add --images")
-    if not args.images and out.suffix != suffix:
-        raise UsageError(f"--out {out} must end in {suffix}")
-    if args.images and out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"--out {out} is not empty: name a new folder")
-    check_writable(out if args.images else out.parent, f"--out {out}")
-    return out
-
-
-def _unused(path: Path) -> Path:
-    """The path, or with a number where there is such a file already: no picture is overwritten unasked."""
-    tried = [path.with_stem(f"{path.stem}_{i}") if i > 1 else path for i in range(1, 10_000)]
-    return next(candidate for candidate in tried if not candidate.exists())
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from diffusion.config import Config, parse_command_line
+from diffusion import run_folder
+from diffusion.command_line import parse_command_line
+from diffusion.config import Config
 from diffusion.errors import UsageError
-from diffusion.launch import check_launcher, exit_code, on_cpu, progress_bar, say
+from diffusion.launch import check_launcher, exit_code, on_cpu, progress_bar, say, with_launchers_settings
 
 
 def verify_resume(config: Config) -> None:
@@ -31,22 +33,34 @@ def verify_resume(config: Config) -> None:
         say(f"{verify.STEPS} steps, broken off and continued, end with the same bits as at one go")
 
 
+def go_back(out: Path, step: int) -> None:
+    """Let the run continue from an earlier checkpoint, and say where the later ones are."""
+    aside = run_folder.go_back(out, step)
+    later = f"; what came later is in {aside}" if aside else ", and has nothing later"
+    say(f"run {out.resolve()} is back at step {step}{later}: the same command without --back_to continues from there")
+
+
 def main() -> None:
-    verify = "--verify_resume" in sys.argv
-    config, out = parse_command_line(sys.argv[1:])
+    command = parse_command_line(sys.argv[1:])
+    config, out = command.config, command.out
     check_launcher()
-    if verify:
+    if command.back_to is not None:
+        go_back(out, command.back_to)
+        return
+    config = with_launchers_settings(config)
+    if command.verify_resume:
         verify_resume(config)
         return
 
     from diffusion.trainer import Trainer  # after the parser, so that --help and a mistyped key answer at once
 
     trainer = Trainer(config, out, tell=lambda message: say(f"train.py: {message}", error=True))
+    config = trainer.config
     main_process = trainer.accelerator.is_main_process
     if main_process:
         begun = f"continues after step {trainer.step}" if trainer.step else "begins"
-        if trainer.continues and not trainer.step:
-            begun = f"begins with the weights of {trainer.continues.name}"
+        if trainer.origin and not trainer.step:
+            begun = f"begins with the weights of {trainer.origin['path']}"
         where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
         say(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}")
     if trainer.step >= config.train.steps:
@@ -56,6 +70,7 @@ def main() -> None:
             trainer.sample()
             if main_process:
                 say(f"pictures: {trainer.last_grid.resolve()}")
+        trainer.close()
         return
     bar = progress_bar(config.train.steps, main_process, done=trainer.step)
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.config import Config, parse_command_line
+from diffusion.command_line import parse_command_line
+from diffusion.config import Config
 from diffusion.launch import check_launcher, exit_code
 from diffusion.losses import training_losses
 from diffusion.samplers import draw
@@ -62,7 +63,7 @@ def steps_per_window(config: Config, device: torch.device) -> int:
 
 
 def main() -> None:
-    config, _ = parse_command_line(sys.argv[1:], prog="benchmarks/step.py")
+    config = parse_command_line(sys.argv[1:], prog="benchmarks/step.py").config
     check_launcher()
     with tempfile.TemporaryDirectory() as folder:
         measure(config, Path(folder))
@@ -80,7 +81,7 @@ def measure(config: Config, folder: Path) -> None:
     trainer.run(lambda step, metrics: windows.append(metrics["images_per_second"]) if metrics else None)
     per_second = windows[1:]  # the first one warms up
 
-    batch = config.train.batch_size // config.train.accumulation // trainer.accelerator.num_processes
+    batch = config.train.batch_size // (config.train.accumulation or 1) // trainer.accelerator.num_processes
     data = config.data
     x = torch.randn(batch, data.channels, data.image_size, data.image_size, device=device)
     t = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -100,20 +101,20 @@ def measure(config: Config, folder: Path) -> None:
         steps * batch / time_
         for time_ in seconds(
             lambda: draw(
-                "ddpm", process, trainer.network, x.shape[1:], indices=range(batch),
-                labels=None if y is None else y.cpu(), seed=0, batch_size=batch, device=device,
+                "ddpm", process, trainer.network, x.shape[1:], batch=range(batch),
+                labels=None if y is None else y.cpu(), seed=0, device=device,
             ),
             device,
             WINDOWS,
         )
     ]  # fmt: skip
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision or "no"]
     peak = peak_flops(device, dtype)
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     parameters = sum(p.numel() for p in trainer.network.parameters()) / 1e6
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {name}, {torch.get_num_threads()} CPU threads")
-    print(f"{config.data.name}: {parameters:.2f}M parameters, batch {batch}, precision {config.train.precision}")
+    print(f"{config.data.name}: {parameters:.2f}M parameters, batch {batch}, {config.train.precision or 'no'}")
     print(f"peak, matrix products in {dtype}: {peak / 1e9:.0f} GFLOP/s")
     for what, figures, cost in (("training", per_second, trained), ("sampling", sampling, drawn)):
         median = statistics.median(figures)

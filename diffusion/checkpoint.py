@@ -1,8 +1,8 @@
-"""Checkpoints: a folder that holds all that a run is, and is whole or absent.
+"""Checkpoints: a self-contained folder, written atomically.
 
 step_00001500/
     config.yaml            the resolved configuration
-    state.json             the step, the class names, who wrote it
+    state.json             the step, the class names, where the run began, who wrote it
     model.safetensors      the weights in training
     ema_0.999.safetensors  a moving average, one file a rate (none at step 0, where all are the weights)
     training.pt            the optimizer's state and the loss scale (read with weights_only)
@@ -14,12 +14,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
+import stat
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +32,26 @@ from torch import Tensor
 
 from diffusion.config import Config, load_config
 from diffusion.errors import UsageError, in_short
+from diffusion.files import to_disk
 from diffusion.unet import UNetModel
 
-FORMAT = 3
+FORMAT = 4
 SUMS = "SHA256SUMS"
+NEEDED = {"config.yaml", "state.json", "model.safetensors", "training.pt"}
+MAX_JSON_BYTES = 2**26
 Weights = Mapping[str, Tensor]
+
+
+class Damaged(UsageError):
+    """A checkpoint of which a file is missing or is not what was written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder, of which the small files have been read."""
+    """A checkpoint's folder, of which the small files have been read and verified.
+
+    Other files are verified when they are read, unless that was done before.
+    """
 
     path: Path
     step: int
@@ -47,16 +59,30 @@ class Checkpoint:
     class_names: tuple[str, ...]
     data: str | None = None
     """The fingerprint of the data set that it was trained on."""
-    passed_over: tuple[str, ...] = ()
-    """What was wrong with newer checkpoints of the run, in whose place this one is."""
+    origin: dict[str, Any] | None = None
+    """Where the run's first weights came from: path, step, file and its SHA-256."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """What rounding depends on: device, processes, threads, version of torch."""
+    sums: Mapping[str, str] = field(default_factory=dict)
+    """The SHA-256 of each file."""
+    verified: bool = False
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    """Newer checkpoints of the run that are damaged, and what is wrong with each."""
 
     def weights(self) -> dict[str, Tensor]:
         """The weights in training."""
-        return load_tensors(self.path / "model.safetensors")
+        return self._tensors("model.safetensors")
 
     def ema(self, rate: float) -> dict[str, Tensor]:
         """The moving average at `rate`."""
-        return self.weights() if self.step == 0 else load_tensors(self.path / f"ema_{rate}.safetensors")
+        return self.weights() if self.step == 0 else self._tensors(f"ema_{rate}.safetensors")
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        tensors = load_tensors(self.file(name))
+        for key, value in tensors.items():
+            if value.dtype != torch.float32:
+                raise UsageError(f"checkpoint {self.path}: {key} in {name} is of {value.dtype}; weights are float32")
+        return tensors
 
     def chosen_weights(self, wanted: str | None = None) -> dict[str, Tensor]:
         """What a person's `--ema` names: a moving average by its rate, "none" for the weights in training, or None for
@@ -68,34 +94,94 @@ class Checkpoint:
             raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(rates)}, or none")
         return self.ema(self.config.train.ema_rates[0] if wanted is None else rates[wanted])
 
+    def file(self, name: str) -> Path:
+        """The path of a file, verified. Raises Damaged where it is missing or is not what was written, and UsageError
+        where it cannot be read."""
+        if name not in self.sums:
+            raise Damaged(f"checkpoint {self.path} is not whole: {SUMS} does not name {name}")
+        if not self.verified:
+            _verify(self.path, {name: self.sums[name]})
+        return self.path / name
+
     def fits_classes(self, names: tuple[str, ...]) -> bool:
-        """Whether data with these classes can be the run's. A converted model's may be numbers that stand for names."""
+        """Whether data with these classes can be scored. A converted model's may be numbers that stand for names."""
         numbered = self.step == 0 and self.class_names == tuple(map(str, range(len(names))))
         return names == self.class_names or numbered
 
     def training(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """What `save` was given as `training`, with an optimizer's state that fits `parameters`.
 
-        Plain data and tensors only: nothing in the file is run. Raises UsageError where it is damaged or does not fit.
+        Plain data and tensors only: nothing in the file is run. Every tensor is of the type and shape that it is to
+        have, and a dense copy. Raises UsageError where the file is not what a run saves or does not fit.
         """
-        path = self.path / "training.pt"
+        path = self.file("training.pt")
+        training = load_plain(path)
         try:
-            training = load_plain(path)
             moments = training["optimizer"]["state"]
-            shapes = [moments[i][name].shape for i in range(len(parameters)) for name in ("exp_avg", "exp_avg_sq")]
-            training["scaler"], training["importance"], training["meter"]
-        except (UsageError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(path, error) from None
-        if shapes != [p.shape for p in parameters for _ in range(2)]:  # a fused optimizer would not look
-            raise UsageError(f"checkpoint {self.path}: the optimizer's state in {path.name} is of another network")
-        return training
+            state = {
+                i: {"step": _checked(moments[i]["step"], torch.Size(), torch.float32)}
+                | {name: _checked(moments[i][name], p.shape, p.dtype) for name in ("exp_avg", "exp_avg_sq")}
+                for i, p in enumerate(parameters)
+            }
+            if moments.keys() != state.keys() or any(moments[i].keys() != state[i].keys() for i in state):
+                raise ValueError("it has states of other parameters, or of another optimizer")
+            if not all(0 <= values["step"].item() < 2**53 for values in state.values()):
+                raise ValueError("a count of steps is no count")
+            return {
+                "optimizer": {"state": state},
+                "scaler": _checked_scaler(training["scaler"]),
+                "importance": _checked_importance(training["importance"], self.config),
+                "meter": _checked_meter(training["meter"]),
+            }
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"checkpoint {self.path}: {path.name} does not hold what a run of this network saves "
+                f"({in_short(error)})"
+            ) from None
 
     def network(self, weights: Weights) -> UNetModel:
         """The network with `weights`. Raises UsageError where they are of another architecture."""
-        model = self.config.network(len(self.class_names))
+        with torch.device("meta"):  # nothing is made, and nothing drawn, before the sizes are known to be right
+            model = self.config.network(len(self.class_names))
         check_fits(model, weights, self.path)
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
         return model
+
+
+def _checked(value: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A dense copy of a tensor from a file. Raises ValueError where it is of another shape or type."""
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (shape, dtype):
+        kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"a tensor is {kind}, not {dtype} {tuple(shape)}")
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _checked_meter(meter: Any) -> dict[str, Any]:
+    processes, unreadable = len(meter["sums"]), meter["unreadable"]
+    if not isinstance(unreadable, list) or not all(isinstance(name, str) for name in unreadable):
+        raise ValueError("the names of unreadable images are no texts")
+    sums = _checked(meter["sums"], torch.Size([processes, 2, 4]), torch.float32)
+    return {"sums": sums, "bad": _checked(meter["bad"], torch.Size([3]), torch.float32), "unreadable": unreadable}
+
+
+def _checked_importance(importance: Any, config: Config) -> dict[str, Tensor] | None:
+    if importance is None and config.train.timesteps == "uniform":
+        return None
+    num_timesteps, history = config.diffusion.process().num_timesteps, importance["losses"].shape[-1]
+    losses = _checked(importance["losses"], torch.Size([num_timesteps, history]), torch.float64)
+    counts = _checked(importance["counts"], torch.Size([num_timesteps]), torch.int64)
+    if not losses.isfinite().all() or not ((counts >= 0) & (counts <= history)).all():
+        raise ValueError("the history of losses is none")
+    return {"losses": losses, "counts": counts}
+
+
+def _checked_scaler(scaler: Any) -> dict[str, Any] | None:
+    numbers = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+    if not scaler:
+        return None
+    if scaler.keys() != numbers or not all(type(value) in (int, float) for value in scaler.values()):
+        raise ValueError("the loss scale is none")
+    return dict(scaler)
 
 
 def save(
@@ -108,6 +194,8 @@ def save(
     averages: Mapping[float, Weights],
     training: dict[str, Any],
     data: str | None = None,
+    origin: dict[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the checkpoint `folder` of a run whose own folder is there: into a temporary folder first, which takes its
     name when all is on the disk."""
@@ -117,7 +205,8 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         config.save(temporary / "config.yaml")
-        state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "torch": torch.__version__}
+        state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "origin": origin,
+                 "environment": dict(environment or {})}  # fmt: skip
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         save_file(_on_cpu(weights), temporary / "model.safetensors")
         for rate, average in averages.items():
@@ -126,12 +215,14 @@ def save(
         sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
         (temporary / SUMS).write_text("".join(sums))
         for path in (*temporary.iterdir(), temporary):
-            _to_disk(path)
+            if path.is_file():
+                shutil.copymode(temporary / "state.json", path)  # safetensors would hide its files from the group
+            to_disk(path)
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its room is needed
         raise
     temporary.rename(folder)
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -158,63 +249,137 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
             shutil.rmtree(removed, ignore_errors=True)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's folder, or the newest of a run's that is whole, with every file's checksum verified.
+def is_run_or_checkpoint(path: Path) -> bool:
+    """Whether a folder looks like a run that has saved a checkpoint, or like a checkpoint."""
+    return (path / "checkpoints").is_dir() or (path / "state.json").exists()
 
-    Raises UsageError where there is none. Of a run, damaged ones are passed over if an older one is whole.
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint's folder, or the newest of a run's that is whole, with every file verified.
+
+    Raises UsageError where there is none. Of a run, damaged ones are passed over if an older one is whole; a file that
+    cannot be read for another reason is no damage, and an error.
     """
+
+    def verified(saved: Checkpoint) -> Checkpoint:
+        _verify(saved.path, saved.sums)
+        return dataclasses.replace(saved, verified=True)
+
+    return _newest(path, verified)
+
+
+def open_weights(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """A checkpoint as `open_checkpoint` finds it, and the weights that `ema` names (see `Checkpoint.chosen_weights`).
+
+    Only what is read is verified. A run in training may remove old checkpoints meanwhile.
+    """
+    loaded: dict[str, Tensor] = {}
+
+    def with_weights(saved: Checkpoint) -> Checkpoint:
+        loaded.update(saved.chosen_weights(ema))
+        return saved
+
+    return _newest(path, with_weights), loaded
+
+
+def _newest(path: Path, use: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
+    """`use` of a checkpoint, or of the newest of a run's for which it does not raise Damaged."""
     if not path.exists():
         raise UsageError(f"checkpoint {path} is not there")
     if (path / "state.json").exists() or path.name.startswith("step_"):
-        return _open_folder(path)
-    damage: list[UsageError] = []
-    for folder in folders(path):
-        try:
-            return dataclasses.replace(_open_folder(folder), passed_over=tuple(map(str, damage)))
-        except UsageError as error:
-            damage.append(error)
-    if len(damage) > 1:
-        raise UsageError(f"none of the {len(damage)} checkpoints of {path} is whole; of the newest: {damage[0]}")
-    raise (
-        damage[0]
-        if damage
-        else UsageError(f"{path} is no checkpoint, and no run that has saved one (no checkpoints/step_... in it)")
-    )
+        return use(_open_folder(path))
+    for _ in range(10):  # while a run in training removes what was just listed
+        damage: list[tuple[Path, Damaged]] = []
+        listed = folders(path)
+        for folder in listed:
+            try:
+                passed_over = tuple((where, str(error)) for where, error in damage)
+                return dataclasses.replace(use(_open_folder(folder)), passed_over=passed_over)
+            except Damaged as error:
+                if not folder.exists():
+                    break
+                damage.append((folder, error))
+        else:
+            break
+    if not damage:
+        hint = f"; name the folder, {path.parent}" if path.is_file() else ""
+        raise UsageError(
+            f"{path} is no checkpoint, and no run that has saved one (no checkpoints/step_... in it){hint}"
+        )
+    first = str(damage[0][1])
+    raise Damaged(first if len(damage) == 1 else
+                  f"none of the {len(damage)} checkpoints of {path} is whole; of the newest: {first}")  # fmt: skip
 
 
-def _verify(folder: Path) -> None:
-    """Raise UsageError, with the file's name, where one is missing or is not what was written."""
-    try:
-        lines = (folder / SUMS).read_text().splitlines()
-        sums = {name: wanted for wanted, name in (line.split("  ", 1) for line in lines)}
-        if not {"config.yaml", "state.json", "model.safetensors", "training.pt"} <= sums.keys():
-            raise ValueError("it does not name every file")
-    except (OSError, ValueError) as error:
-        raise _damaged(folder / SUMS, error) from None
+def _verify(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raise Damaged, with the file's name, where one is missing or is not what was written, and UsageError where it
+    cannot be read."""
     for name, wanted in sums.items():
-        try:
-            if _sha256(folder / name) != wanted:
-                hint = " (settings are changed on the command line)" if name == "config.yaml" else ""
-                raise ValueError(f"it is not what was written there{hint}")
-        except (OSError, ValueError) as error:
-            raise _damaged(folder / name, error) from None
+        with _reading(folder / name):
+            found = _sha256(folder / name)
+        if found != wanted:
+            hint = " (settings are changed on the command line)" if name == "config.yaml" else ""
+            raise _damaged(folder / name, f"it is not what was written there{hint}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Only a regular file is read. One that is missing is damage; one that cannot be read is not."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _damaged(path, "it is no file")
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise _damaged(path, "") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {in_short(error)}; nothing was changed") from None
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    state_path = folder / "state.json"
+    sums = _read_sums(folder)
+    _verify(folder, {name: sums[name] for name in ("state.json", "config.yaml") if name in sums})
+    path = folder / "state.json"
+    with _reading(path):
+        text = path.read_bytes()[:MAX_JSON_BYTES]
     try:
-        state = json.loads(state_path.read_text())
+        state = json.loads(text)
+        if state["format"] != FORMAT:
+            raise UsageError(f"checkpoint {folder} has format {state['format']}; this version reads {FORMAT}")
         step, class_names = state["step"], checked_names(state["class_names"])
         if type(step) is not int or step < 0:
             raise ValueError(f"step is {step!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(state_path, error) from None
-    if state.get("format") != FORMAT:
-        raise UsageError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
-    _verify(folder)
+        origin, environment = state["origin"], state["environment"]
+        if not isinstance(environment, dict) or not (origin is None or isinstance(origin, dict)):
+            raise ValueError("origin and environment are no objects")
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if not sums:
+            raise _damaged(path, in_short(error)) from None
+        # Its checksum is right, so it was written like this.
+        raise UsageError(f"checkpoint {folder}: state.json cannot be used: {in_short(error)}") from None
+    if not sums:
+        raise _damaged(folder / SUMS, "")
     if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
         raise UsageError(f"checkpoint {folder} is of step {step}: give the folder its name back, step_{step:08d}")
-    return Checkpoint(folder, step, load_config(folder / "config.yaml"), class_names, state.get("data"))
+    config = load_config(folder / "config.yaml")
+    return Checkpoint(folder, step, config, class_names, state.get("data"), origin, environment, sums)
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """The checksums by file name; none if their file is missing. Raises Damaged where it is not as it was written."""
+    path = folder / SUMS
+    if not path.exists():
+        return {}
+    with _reading(path):
+        text = path.read_bytes()[:MAX_JSON_BYTES]
+    try:
+        sums = {name: wanted for wanted, name in (line.split("  ", 1) for line in text.decode().splitlines())}
+    except ValueError as error:
+        raise _damaged(path, in_short(error)) from None
+    if not sums.keys() >= NEEDED or not all(re.fullmatch(r"\w[\w.-]*", name) for name in sums):
+        raise _damaged(path, "it does not name every file, or names others")
+    return sums
 
 
 def check_fits(model: torch.nn.Module, weights: Weights, source: Path) -> None:
@@ -239,29 +404,55 @@ def checked_names(value: object) -> tuple[str, ...]:
 
 
 def load_plain(path: Path) -> Any:
-    """What `torch.save` wrote, if it is plain data and tensors: nothing in the file is run. Raises UsageError else."""
+    """What `torch.save` wrote, if it is plain data and dense tensors. Nothing in the file is run, and nothing takes
+    more memory than the file. Raises UsageError else."""
     try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save does not do")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of what it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        _check_dense(loaded)
+        return loaded
     except Exception as error:  # torch raises whatever the broken part gave
         unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
         reason = "it holds code or objects, of which nothing was run" if unsafe else in_short(error)
         raise UsageError(f"{path} cannot be read as plain tensors: {reason}") from None
 
 
+def _check_dense(value: object) -> None:
+    """Raise ValueError where a tensor is sparse, nested or quantized, or claims more elements than it stores."""
+    if isinstance(value, Tensor):
+        dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+        if not dense or value.device.type != "cpu":
+            raise ValueError(f"it has a tensor that is not dense ({value.layout}, {value.dtype}, {value.device})")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"it has a tensor of {value.numel()} elements that stores fewer")
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            _check_dense(part)
+    elif isinstance(value, list | tuple | set):
+        for part in value:
+            _check_dense(part)
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """What a safetensors file holds. Raises UsageError where it is damaged."""
     try:
+        if not path.is_file():
+            raise ValueError("it is no file")
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {in_short(error)}") from None
 
 
-def _damaged(path: Path, error: Exception) -> UsageError:
+def _damaged(path: Path, reason: str) -> Damaged:
     state = "is damaged" if path.exists() else "is missing"
-    reason = "" if isinstance(error, FileNotFoundError) else f": {in_short(error)}"
-    return UsageError(f"checkpoint {path.parent} is not whole: {path.name} {state}{reason}")
+    return Damaged(f"checkpoint {path.parent} is not whole: {path.name} {state}{f': {reason}' if reason else ''}")
 
 
 def _sha256(path: Path) -> str:
@@ -271,12 +462,3 @@ def _sha256(path: Path) -> str:
 
 def _on_cpu(weights: Weights) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

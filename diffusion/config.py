@@ -1,27 +1,27 @@
-"""Typed configuration: one YAML file a run, dotted overrides, and every check that needs no data.
+"""Typed configuration: the schema, with each range beside its field, and its YAML file.
 
-`Config()` is the digits run. The field's docstrings are what `train.py --help` prints.
+`Config()` is the digits run. The docstring under a field is what `train.py --help` prints.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
+import functools
 import json
-import math
 import os
 import re
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from diffusion.errors import UsageError, in_short
+from diffusion.files import replace_text
 from diffusion.initialisation import InitName, initialise
 from diffusion.losses import LossType
 from diffusion.process import GaussianDiffusion, MeanType, VarianceType
@@ -30,42 +30,65 @@ from diffusion.schedule import Schedule, ScheduleName, space_timesteps
 from diffusion.timesteps import TimestepsName
 from diffusion.unet import SuperResModel, UNetModel
 
+SCHEMA = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+MAX_FILE_BYTES = 2**20
+"""A larger YAML file is no configuration."""
 
-@dataclass(frozen=True)
+
+def _checked_path(path: str) -> str:
+    if not path:
+        raise UsageError("is empty: name a file or folder, or leave it out")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise UsageError("has characters that no file's name can have") from None
+    if "\0" in path:
+        raise UsageError("has a NUL character, which no file's name can have")
+    return path
+
+
+Natural = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+PathText = Annotated[
+    str,
+    BeforeValidator(lambda path: os.fsdecode(path) if isinstance(path, bytes) else path),  # YAML's !!binary
+    AfterValidator(_checked_path),
+]
+
+
+@dataclass(frozen=True, config=SCHEMA)
 class DataConfig:
     """The images."""
 
     name: Literal["digits", "mnist", "cifar10", "folder"] = "digits"
     """which data set; digits ship with the package, folder is your own images"""
-    path: str | None = None
+    path: PathText | None = None
     """where the data lie: torchvision's root for mnist and cifar10 (not given: downloaded to data/), or your folder"""
-    image_size: int = 8
+    image_size: Annotated[int, Field(ge=1, le=8192)] = 8
     """height and width in pixels after the paper's preprocessing"""
-    channels: int = 1
+    channels: Annotated[int, Field(ge=1, le=4096)] = 1
     """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha; any other number reads (height, width, channels) .npy files"""
     random_flip: bool = False
     """mirror half of the images left to right"""
-    low_res_size: int | None = None
+    low_res_size: Annotated[int, Field(ge=1)] | None = None
     """train an upsampler: the network is given each image shrunk to this size too; null: no upsampler"""
     on_error: Literal["fail", "skip"] = "fail"
     """an image file that cannot be read ends the run, or is skipped, named and counted"""
     may_change: bool = False
     """continue a run although its images are not those that it began with"""
-    workers: int = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
     """processes that read images ahead of each training process (for large folders)"""
 
     def __post_init__(self) -> None:
-        check_range("data.image_size", self.image_size, 1, most=8192)
-        check_range("data.channels", self.channels, 1, most=4 if self.name != "folder" else 4096)
-        check_range("data.workers", self.workers, 0, most=256)
-        if self.low_res_size is not None:
-            check_range("data.low_res_size", self.low_res_size, 1, most=self.image_size - 1)
+        if self.channels > 4 and self.name != "folder":
+            raise UsageError(f"data.channels is {self.channels}; it must be at most 4")
+        if self.low_res_size is not None and self.low_res_size >= self.image_size:
+            raise UsageError(f"data.low_res_size is {self.low_res_size}; it must be at most {self.image_size - 1}")
         if self.random_flip and self.name in ("digits", "mnist"):
             raise UsageError(
                 f"data.random_flip is true, but a mirrored digit is no digit: set it false for {self.name}"
             )
-        if self.path == "":
-            raise UsageError("data.path is empty: name a folder")
         if self.path is not None and self.name == "digits":
             raise UsageError(
                 f"data.path is {self.path}, but data.name is digits, which ship with the package: "
@@ -73,27 +96,27 @@ class DataConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SCHEMA)
 class ModelConfig:
     """The U-Net."""
 
-    model_channels: int = 32
+    model_channels: Annotated[int, Field(ge=32, le=8192)] = 32
     """base width, a multiple of 32"""
-    num_res_blocks: int = 1
+    num_res_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
     """residual blocks at each level"""
-    channel_mult: tuple[int | float, ...] = (1, 2)
+    channel_mult: Annotated[tuple[int | Finite, ...], Field(strict=False)] = (1, 2)
     """width of each level in multiples of the base; each level after the first halves the size"""
-    attention_resolutions: tuple[int, ...] = (2,)
+    attention_resolutions: Annotated[tuple[int, ...], Field(strict=False)] = (2,)
     """downsampling factors with attention: 1, 2, 4, ... (4: at a quarter of the image's size)"""
-    num_heads: int = 2
+    num_heads: Positive = 2
     """attention heads"""
-    num_heads_upsample: int = -1
+    num_heads_upsample: Annotated[int, Field(ge=-1)] = -1
     """attention heads on the way up; -1: as on the way down"""
-    num_head_channels: int = -1
+    num_head_channels: Annotated[int, Field(ge=-1)] = -1
     """channels of an attention head, in place of a number of heads; -1: by number"""
     use_new_attention_order: bool = False
     """order the rows of q, k and v as some weights of the sequel (Dhariwal & Nichol 2021) do"""
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """dropout probability in the residual blocks"""
     conv_resample: bool = True
     """down- and upsample with learned convolutions"""
@@ -112,18 +135,12 @@ class ModelConfig:
     """normalise in groups"""
 
     def __post_init__(self) -> None:
-        check_range("model.model_channels", self.model_channels, 32, most=8192)
         if self.model_channels % 32:
             nearest = max(32, round(self.model_channels / 32) * 32)
             raise UsageError(
                 f"model.model_channels is {self.model_channels}; it must be a multiple of 32, such as {nearest}, with "
                 "or without normalisation, which is in 32 groups"
             )
-        check_range("model.num_res_blocks", self.num_res_blocks, 1, most=1000)
-        check_range("model.num_heads", self.num_heads, 1)
-        if self.num_heads_upsample != -1:
-            check_range("model.num_heads_upsample", self.num_heads_upsample, 1)
-        check_range("model.num_head_channels", self.num_head_channels, -1)
         widths = [mult * self.model_channels for mult in self.channel_mult]
         if not widths or not all(0 < mult <= 64 for mult in self.channel_mult) or any(width % 32 for width in widths):
             raise UsageError(
@@ -132,8 +149,6 @@ class ModelConfig:
             )
         if self.init == "fixup" and self.use_norm:
             raise UsageError("model.init is fixup, which does without normalisation: add --model.use_norm false")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
         factors = [2**level for level in range(len(self.channel_mult))]
         for factor in self.attention_resolutions:
             if factor not in factors:
@@ -151,11 +166,11 @@ class ModelConfig:
                     raise UsageError(f"model.{name} is {value}, which does not divide {width} channels")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SCHEMA)
 class DiffusionConfig:
     """The diffusion process and the loss."""
 
-    steps: int = 1000
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     """T, the number of steps"""
     schedule: ScheduleName = "cosine"
     """noise schedule"""
@@ -171,7 +186,6 @@ class DiffusionConfig:
     """tell the network the timestep on a scale of 0 to 1000, whatever T is"""
 
     def __post_init__(self) -> None:
-        check_range("diffusion.steps", self.steps, 1, most=100_000)
         self.process()
 
     def process(self, respacing: int | str = "") -> GaussianDiffusion:
@@ -180,59 +194,50 @@ class DiffusionConfig:
         return GaussianDiffusion(schedule, self.mean, self.variance, self.rescale_timesteps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SCHEMA)
 class TrainConfig:
     """The training run."""
 
-    steps: int = 1500
+    steps: Positive = 1500
     """optimizer steps"""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """images in an optimizer step, over all processes and accumulation"""
-    accumulation: int = 1
-    """cut each process's share of the batch in this many parts, to fit in memory"""
-    lr: float = 1e-3
+    accumulation: Positive | None = None
+    """accumulate gradients over this many parts of each process's share of the batch, to fit in memory; null: what
+    accelerate launch was told, or 1"""
+    lr: Annotated[Finite, Field(gt=0)] = 1e-3
     """learning rate of AdamW, after warm-up"""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """stay at lr, or fall to 0 by the last step"""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """optimizer steps over which the learning rate grows from 0"""
-    scalar_lr_factor: float = 1.0
+    scalar_lr_factor: Annotated[Finite, Field(ge=0)] = 1.0
     """what the learning rate of Fixup's scalars is multiplied by (0.1 in its paper)"""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[Finite, Field(ge=0)] = 0.0
     """decoupled weight decay"""
-    grad_clip: float | None = None
-    """largest norm of the gradient; null: no clipping"""
-    max_skipped: int = 20
+    grad_clip: Annotated[float, Field(gt=0)] | None = None
+    """largest norm of the gradient; null: what accelerate launch was told, or no clipping"""
+    max_skipped: Positive = 20
     """stop after so many steps in a row whose loss or gradient is not finite; each is skipped, and counted"""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """mixed precision of accelerate"""
-    ema_rates: tuple[float, ...] = (0.999,)
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """mixed precision of accelerate; null: what accelerate launch was told, or no"""
+    ema_rates: Annotated[tuple[float, ...], Field(strict=False)] = (0.999,)
     """moving averages of the weights to keep; pictures are drawn with the first"""
     ema_warmup: bool = True
     """begin the averages at a low rate, (1 + step) / (10 + step), so that short runs forget the start"""
     timesteps: TimestepsName = "uniform"
     """which timesteps to train on: uniform, or by importance (meant for the kl losses)"""
-    label_dropout: float = 0.0
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of the images that are trained on without their class, for guidance in sampling (0.1 is usual)"""
-    seed: int = 0
+    init_from: PathText | None = None
+    """begin with the weights (the first average) of this run, checkpoint or converted model: what fits is copied"""
+    seed: Natural = 0
     """everything random follows from it"""
-    log_every: int = 50
+    log_every: Positive = 50
     """steps between lines of metrics.jsonl"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "max_skipped"):
-            check_range(f"train.{name}", getattr(self, name), 1)
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            check_range(f"train.{name}", getattr(self, name), 0)
-        if not 0 < self.lr < math.inf:
-            raise UsageError(f"train.lr is {self.lr}; it must be a finite number above 0")
-        if not 0 <= self.scalar_lr_factor < math.inf:
-            raise UsageError(f"train.scalar_lr_factor is {self.scalar_lr_factor}; it must be a finite number from 0")
-        if not 0 <= self.label_dropout < 1:
-            raise UsageError(f"train.label_dropout is {self.label_dropout}; it must be at least 0 and below 1")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise UsageError(f"train.grad_clip is {self.grad_clip}; it must be above 0, or null for no clipping")
-        if self.batch_size % self.accumulation:
+        if self.batch_size % (self.accumulation or 1):
             raise UsageError(
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}"
             )
@@ -242,46 +247,37 @@ class TrainConfig:
             raise UsageError(f"train.ema_rates is {list(self.ema_rates)}; each rate may stand there once")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SCHEMA)
 class SampleConfig:
     """The pictures drawn during training, and what sample.py draws where its flags say nothing else."""
 
-    every: int = 500
+    every: Natural = 500
     """optimizer steps between grids; 0: only after the last step"""
-    n: int = 100
+    n: Annotated[int, Field(ge=1, le=10_000)] = 100
     """pictures in a grid"""
     sampler: SamplerName = "ddpm"
     """sampler"""
     steps: int | str = 50
     """steps of the sampler: a count, sections like 10,15,20, or ddim50; empty: all"""
-    guidance: float = 1.0
+    guidance: Annotated[float, Field(ge=0, le=1000)] = 1.0
     """classifier-free guidance, for runs with train.label_dropout: 1 none, above 1 clearer classes and less variety"""
 
-    def __post_init__(self) -> None:
-        check_range("sample.every", self.every, 0)
-        check_range("sample.guidance", self.guidance, 0, most=1000)
-        check_range("sample.n", self.n, 1, most=10_000)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SCHEMA)
 class CheckpointConfig:
     """Checkpoints."""
 
-    every: int = 500
+    every: Natural = 500
     """optimizer steps between checkpoints; 0: only after the last step"""
-    keep_last: int = 0
+    keep_last: Natural = 0
     """remove all but the last so many once a new one is safe; 0: keep all"""
-    keep_every: int = 0
+    keep_every: Natural = 0
     """of those removed, spare each of a step that this divides; 0: none"""
     on_error: Literal["stop", "continue"] = "stop"
     """when a checkpoint or a grid cannot be written, as on a full disk; what was saved before stays either way"""
 
-    def __post_init__(self) -> None:
-        for name in ("every", "keep_last", "keep_every"):
-            check_range(f"checkpoint.{name}", getattr(self, name), 0)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SCHEMA)
 class Config:
     """A whole run."""
 
@@ -337,73 +333,98 @@ class Config:
         return network
 
     def save(self, path: Path) -> None:
-        """Write the configuration as YAML, every field spelled out; the file is whole or what it was."""
-        plain = json.loads(json.dumps(dataclasses.asdict(self)))  # YAML has no tuples
-        replace_text(path, yaml.safe_dump(plain, sort_keys=False))
+        """Write the configuration as YAML, every field spelled out, atomically.
+
+        The text is read back first. Raises UsageError if that does not give the same configuration.
+        """
+        text = yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+        if config_of(_parse_yaml(text, str(path))) != self:
+            raise UsageError(f"the configuration cannot be written to {path} so that it reads back as the same")
+        replace_text(path, text)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file that, whenever this process is killed, is whole: the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+FIELDS = [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)]
+
+
+def _raises_usage_error(cls: Any) -> None:
+    """Let `cls(...)`, and so `dataclasses.replace`, raise UsageError instead of pydantic's ValidationError."""
+    validated = cls.__init__
+    section = "" if cls is Config else next(name for name, kind in SECTIONS.items() if kind is cls)
+
+    @functools.wraps(validated)
+    def init(self: Any, **values: Any) -> None:
+        try:
+            validated(self, **values)
+        except ValidationError as error:
+            raise UsageError(_one_line(error, values, section)) from None
+
+    cls.__init__ = init
+
+
+for _cls in (*SECTIONS.values(), Config):
+    _raises_usage_error(_cls)
+
+
+def config_of(sections: Mapping[str, Any]) -> Config:
+    """The configuration of plain values; what is left out has its default. Raises UsageError, in one line, for an
+    unknown key, a wrong type, a value out of range or an impossible combination."""
+    built = {}
+    for name, values in sections.items():
+        if name not in SECTIONS:
+            raise unknown(f"{name}.{next(iter(values))}" if isinstance(values, Mapping) and values else str(name))
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{name} is {_shown(values)}; it must be a section of keys")
+        for key in values:
+            if f"{name}.{key}" not in FIELDS:
+                raise unknown(f"{name}.{key}")
+        built[name] = SECTIONS[name](**values)
+    return Config(**built)
 
 
 def load_config(path: Path) -> Config:
     """Read a configuration that `Config.save` or a person wrote. Raises UsageError where it is not one."""
-    return parse_command_line([f"--config={path}"])[0]
+    return config_of(read_yaml(path))
 
 
-def config_of(**sections: dict[str, Any]) -> Config:
-    """The configuration of plain values, checked in every way that a file's are."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "config.yaml")
-        file.write_text(json.dumps(sections))  # JSON is YAML
-        return load_config(file)
-
-
-def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> tuple[Config, Path]:
-    """`--config FILE`, `--out FOLDER` and dotted overrides -> the configuration and the run's folder.
-
-    Raises UsageError, in one line, for an unknown key, a wrong type or an impossible combination.
-    """
-    # The docstring under each field is its --help.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=prog,
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Train a diffusion model. The same command again continues the run.",
-    )
-    parser.add_argument("--config", action="config", help="the run's YAML file; not given: the digits run")
-    parser.add_argument("--out", type=str, default=None, help="the run's folder; not given: runs/<name of --config>")
-    parser.add_argument("--verify_resume", action="store_true", help="train a few steps, break them off, continue, and "
-                        "say whether that ends with the same bits as at one go; nothing is kept")  # fmt: skip
-    parser.add_class_arguments(Config)
+def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a YAML file, as they stand there. Raises UsageError where it is not made of sections."""
     try:
-        config_files, overrides = _split(argv)
-        for file in config_files:
-            _check_file(file)
-        parsed = parser.parse_args([*(f"--config={file}" for file in config_files), *overrides])
-        parsed.pop("config")
-        parsed.pop("verify_resume")  # train.py's own
-        out = parsed.pop("out")
-        if out == "":
-            raise UsageError("--out is empty: name the run's folder")
-        out = out or _default_out(Path(config_files[-1] if config_files else "digits"))
-        values = parser.instantiate(parsed)
-    except UsageError:
-        raise
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets of thousands of levels
-        raise UsageError(f"a value cannot be read: {in_short(error)}") from None
-    except argparse.ArgumentError as error:
-        known = [action.dest for action in parser._actions if "." in action.dest]
-        raise UsageError(_one_line(str(error), known)) from None
-    sections = {f.name: values[f.name] for f in dataclasses.fields(Config)}
-    return Config(**sections), Path(out)
+        if path.exists() and not path.is_file():
+            raise UsageError(f"--config {path} is no file")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--config {path}: {in_short(error).lower()}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise UsageError(f"--config {path} is larger than {MAX_FILE_BYTES} bytes: it is no configuration")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path} is not YAML: {in_short(error)}") from None
+    return _parse_yaml(text, str(path))
+
+
+@functools.cache
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration's file, for editors."""
+    return TypeAdapter(Config).json_schema()
+
+
+def types_of(key: str) -> dict[str, list[str]]:
+    """The JSON types that a field "section.name" takes, each with the words that it is limited to, if any."""
+    definitions = json_schema()["$defs"]
+    section, name = key.split(".")
+    entry = definitions[SECTIONS[section].__name__]["properties"][name]
+    return {option.get("type", "string"): option.get("enum", []) for option in entry.get("anyOf", [entry])}
+
+
+def unknown(key: str, known: list[str] | None = None) -> UsageError:
+    """What to say of a key that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(key, known or FIELDS, n=1, cutoff=0.4)
+    return UsageError(f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all"))
 
 
 def check_range(name: str, value: float, least: int, most: int = 10**9) -> None:
@@ -423,102 +444,108 @@ def check_guidance(name: str, guidance: float, config: Config) -> None:
         )
 
 
-def _default_out(config_file: Path) -> Path:
-    is_runs_own = (config_file.parent / "metrics.jsonl").exists()
-    return config_file.parent if is_runs_own else Path("runs") / config_file.stem
+# --- YAML -------------------------------------------------------------------------------------------------------------
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files of --config, and the other arguments, which beat them wherever they stand."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", action="append", default=[])
-    found, others = finder.parse_known_args(list(argv))
-    for flag in others:
-        section = flag.removeprefix("--").split("=")[0]
-        if flag.startswith("--") and section in {f.name for f in dataclasses.fields(Config)}:
-            raise UsageError(f"--{section} is a section: set its keys one by one, --{section}.KEY VALUE")
-    return found.config, others
+class _Loader(yaml.SafeLoader):
+    """Plain values as in YAML 1.2: 1e-4 is a number, no is a word. A key that stands twice is an error."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [getattr(key, "value", None) for key, _ in node.value]
+        if len(set(map(str, keys))) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UsageError(f"has the key {twice} twice")
+        return super().construct_mapping(node, deep)
 
 
-def _check_file(file: str) -> None:
-    """Raise UsageError where a file is not YAML made of sections, which the parser would answer at length."""
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read as a text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+for _tag, _pattern, _first in (
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("bool", r"true|false", ["t", "f"]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+     list("-+0123456789.")),
+):  # fmt: skip
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+_Dumper.add_representer(
+    str,  # a file's name may be any bytes
+    lambda dumper, text: (
+        dumper.represent_str(text) if text.isprintable() else dumper.represent_binary(os.fsencode(text))
+    ),
+)
+
+
+def parse_value(text: str) -> Any:
+    """A value as YAML reads it. Raises UsageError where it cannot be read."""
     try:
-        if Path(file).exists() and not Path(file).is_file():
-            raise UsageError(f"--config {file} is no file")
-        text = Path(file).read_text()
-        content = yaml.safe_load(text)
-        tree = yaml.compose(text, yaml.SafeLoader)
-    except OSError as error:
-        raise UsageError(f"--config {file}: {(error.strerror or str(error)).lower()}") from None
-    except UsageError:
-        raise
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        raise UsageError(f"a value cannot be read: {in_short(error)}") from None
+
+
+def _parse_yaml(text: str, path: str) -> dict[str, dict[str, Any]]:
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _Loader)):
+            raise UsageError("uses an alias (*name): write the value out")
+        content = yaml.load(text, _Loader)
+    except UsageError as error:
+        raise UsageError(f"--config {path} {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config {file} is not YAML: {in_short(error)}") from None
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in sections):
+        raise UsageError(f"--config {path} is not YAML: {in_short(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in SECTIONS):
         raise UsageError(
-            f"--config {file} must be made of sections ({', '.join(sections)}) of keys, as configs/digits.yaml is"
+            f"--config {path} must be made of sections ({', '.join(SECTIONS)}) of keys, as configs/digits.yaml is"
         )
-    known = [f"{name}.{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)]  # type: ignore[arg-type]
-    for name, keys in content.items():
-        if name not in sections:
-            first = f"{name}.{next(iter(keys))}" if isinstance(keys, dict) and keys else str(name)
-            raise UsageError(_unknown(first, known))
-        required = {f.name: f.type for f in dataclasses.fields(sections[name]) if "None" not in str(f.type)}  # type: ignore[arg-type]
-        for key, value in keys.items():
-            if value is False and key == "precision":
-                raise UsageError(f'{name}.{key} is false in --config {file}, as YAML reads no: write "no"')
-            if value is None and key in required:
-                hint = get_type_hints(sections[name])[key]
-                named = get_origin(hint) is Literal
-                wanted = f"one of {', '.join(get_args(hint))}" if named else f"of type {required[key]}"
-                raise UsageError(f"{name}.{key} is null in --config {file}; it must be {wanted}")
-    assert isinstance(tree, yaml.MappingNode)  # as its content is a dict
-    for mapping in (tree, *(value for _, value in tree.value)):  # YAML itself would take the last of two
-        names = [key.value for key, _ in mapping.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise UsageError(f"--config {file} has the key {name} twice")
+    return content
 
 
-def _one_line(message: str, known: list[str]) -> str:
-    """A parser's message in one line, with the nearest valid name or the valid values."""
-    message = " ".join(message.split())
-    unknown = (
-        re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
-        or re.search(r"Option '(?P<key>[\w.]+)' is not accepted", message)
-        or re.search(r"unrecognized arguments: --(?P<key>[\w.]+)", message)
-    )
-    if unknown:
-        parts: dict[str, Any] = unknown.groupdict()
-        key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
-        return _unknown(key, ["config", "out", "verify_resume", *known])
-    union = re.search(
-        r'Parser key "(?P<key>[\w.]+)": Does not validate against any .*Given value: ?(?P<value>.*)', message
-    )
-    if union:
-        types = [
-            kind.replace("NoneType", "null")
-            for kind in dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message))
-        ]
-        return f"{union['key']} is {union['value'] or 'empty'}; it must be of type {' or '.join(types)}"
-    wrong = re.search(r'Parser key "(?P<key>[\w.]+)": Expected an? (?P<type>.+)\. Got value: ?(?P<value>.*)', message)
-    if wrong:
-        value = wrong["value"] or "empty"
-        options = re.findall(r"'(\w+)'", wrong["type"]) if "Literal" in wrong["type"] else []
-        if options:
-            near = difflib.get_close_matches(wrong["value"], options, n=1)
-            did_you_mean = f" (did you mean {near[0]}?)" if near else ""
-            return f"{wrong['key']} is {value}; it must be one of {', '.join(options)}{did_you_mean}"
-        wanted = re.sub(r"<class '(\w+)'>", r"\1", wrong["type"])
-        if wanted == "float" and value.lower().lstrip("+-.") in ("nan", "inf", "infinity"):
-            return f"{wrong['key']} is {value}; it must be a finite number"
-        if wanted == "tuple":
-            return f"{wrong['key']} is {value}; it must be a list: [{wrong['value']}]"
-        return f"{wrong['key']} is {value}; it must be of type {wanted}"
-    return message
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def _unknown(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    return f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")
+def _one_line(error: ValidationError, values: Mapping[str, Any], section: str) -> str:
+    """The first thing that is wrong with a section's values: its key, the value, and what would be right."""
+    first = error.errors(include_url=False)[0]
+    name, kind = str(first["loc"][0]) if first["loc"] else "", first["type"]
+    key = f"{section}.{name}" if section else name
+    if kind == "value_error":
+        said = str(first["ctx"]["error"])
+        return f"{key} {said}" if name else said
+    if key not in FIELDS:
+        return str(unknown(key)) if section else f"{key} must be a section of keys"
+    value = values[name]
+    ctx, types = first.get("ctx", {}), types_of(key)
+    limits = {"greater_than_equal": ("at least", "ge"), "greater_than": ("above", "gt"),
+              "less_than_equal": ("at most", "le"), "less_than": ("below", "lt")}  # fmt: skip
+    options = next((words for words in types.values() if words), [])
+    names = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "array": "list"}
+    if kind in limits:
+        right = f"{limits[kind][0]} {ctx[limits[kind][1]]:g}"
+    elif kind == "finite_number":
+        right = "a finite number"
+    elif options:
+        near = difflib.get_close_matches(str(value), options, n=1)
+        right = f"one of {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
+    elif "array" in types and isinstance(value, int | float):
+        right = f"a list: [{_shown(value)}]"
+    else:
+        right = "of type " + " or ".join(names.get(name, name) for name in types)
+    return f"{key} is {_shown(value)}; it must be {right}"
+
+
+def _shown(value: Any) -> str:
+    if value == "" or value is None:
+        return "empty" if value == "" else "null"
+    plain = isinstance(value, str | float)
+    text = str(value) if plain else json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

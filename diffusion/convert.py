@@ -22,7 +22,8 @@ from diffusion import checkpoint
 from diffusion.errors import UsageError, in_short
 from diffusion.interop_diffusers import pipeline_writer, read_pipeline
 from diffusion.interop_openai import flags_from_config, from_openai
-from diffusion.launch import Parser, a_path, check_writable, exit_code, opened
+from diffusion.launch import Parser, a_path, check_writable, exit_code, opened, say
+from diffusion.run_folder import check_writable_file
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -48,7 +49,8 @@ def main() -> None:
         raise UsageError(f"{args.source} is not there")
     if os.path.lexists(args.out) and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UsageError(f"--out {args.out} is there already: name a new one")
-    is_run = args.source.is_dir() and ((args.source / "checkpoints").is_dir() or (args.source / "state.json").exists())
+    check_writable_file(args.out)
+    is_run = args.source.is_dir() and checkpoint.is_run_or_checkpoint(args.source)
     if args.out.is_dir() and is_run and args.format == "openai":
         raise UsageError(f"--out {args.out} is a folder: name a new .pt file")
     for name, wanted in (("flags", args.format == "openai" and not is_run), ("class_names", not is_run),
@@ -66,13 +68,12 @@ def main() -> None:
         raise UsageError(f"--out {args.out} cannot be written: {in_short(error)}") from None
     finally:
         _remove(temporary)
-    print(f"{args.out.resolve()}: {says}")
+    say(f"{args.out.resolve()}: {says}")
 
 
 def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     """A run to the other's format: what writes it, and what to say then."""
-    saved = opened(args.source)
-    weights = saved.chosen_weights(args.ema)
+    saved, weights = opened(args.source, args.ema)
     _check(saved.network(weights).state_dict(), args.source)
     if args.format == "diffusers":
         kind = "DDIMPipeline" if args.ddim else "DDPMPipeline"
@@ -129,6 +130,8 @@ def _check(weights: checkpoint.Weights, source: Path) -> None:
 
 def _read_names(path: Path, wanted: int) -> tuple[str, ...]:
     try:
+        if not path.is_file():
+            raise OSError("it is no file")
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--class_names {path} cannot be read: {error}") from None

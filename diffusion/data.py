@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,22 +25,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffusion.config import DataConfig
-from diffusion.errors import UsageError, in_short
+from diffusion.errors import Died, UsageError, in_short
 from diffusion.randomness import generator_for
-from diffusion.signals import ASK
+from diffusion.signals import STOP_SIGNALS
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 Image.init()  # all of PIL's formats
 FORMATS: list[str] = [name for name in ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF") if name in Image.OPEN]
 """What PIL may take a file for, whatever its name says: of others, some are programs that it would have run."""
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+MAX_PIXELS = 2**30 // 12
+"""A larger image may be made to fill the memory. (PIL only warns up to twice this; a warning's filter is not
+thread-safe.)"""
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 IN_MEMORY_BYTES = 64 * 2**20
 """Folders that are no larger than this once preprocessed are read whole at the start."""
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, H, W), uint8, and their labels (B,), int64 (0 where there are no classes)."""
-Loaded = tuple[Tensor, Tensor, list[str]]
-"""A batch, and what was wrong with images that others took the place of."""
+Loaded = tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]
+"""A batch, and what was wrong with images that others took the place of. (Arrays: torch would send tensors from a
+worker through /dev/shm, which may be small, and then loses them without an error.)"""
+POLL_SECONDS = 1
+"""How often a process that waits for a worker's batch looks whether it is to stop."""
 
 
 @dataclass
@@ -56,7 +64,7 @@ class ArrayDataset(Dataset):
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> Loaded:
-        return self.images[list(indices)], self.labels[list(indices)], []
+        return self.images[list(indices)].numpy(), self.labels[list(indices)].numpy(), []
 
     def fingerprint(self) -> str:
         """A number that other images, labels, classes or another order would not have."""
@@ -96,8 +104,8 @@ class FolderDataset(Dataset):
             else:
                 return UsageError(f"none of the {len(self)} images can be read: {wrong[-1]}")
             images.append(image)
-            labels.append(self.labels[i % len(self)])
-        return torch.from_numpy(np.stack(images)), torch.stack(labels), wrong
+            labels.append(int(self.labels[i % len(self)]))
+        return np.stack(images), np.array(labels, dtype=np.int64), wrong
 
     def _read(self, path: Path) -> NDArray[np.uint8]:
         return read_image(path, self.image_size, self.channels)
@@ -181,7 +189,13 @@ def _open_torchvision(
             ) from None
         raise UsageError(f"data.path {path} holds no {name} as torchvision lays it out ({reason})") from None
     names = tuple(map(str, range(10))) if name == "mnist" else tuple(data.classes)
-    return np.asarray(data.data), np.asarray(data.targets), names
+    images, labels = np.asarray(data.data), np.asarray(data.targets)
+    if len(images) != len(labels) or not ((labels >= 0) & (labels < len(names))).all():
+        raise UsageError(
+            f"data.path {root} holds {len(images)} images and {len(labels)} labels up to {labels.max(initial=0)}; "
+            f"{name} has {len(names)} classes: use --data.name folder for other data"
+        )
+    return images, labels, names
 
 
 def _open_folder(root: Path, config: DataConfig) -> FolderDataset:
@@ -199,9 +213,14 @@ def _open_folder(root: Path, config: DataConfig) -> FolderDataset:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Every file under a folder, links to folders followed, each folder once."""
+    """Every file under a folder, links to folders followed, each folder once. Raises UsageError where one cannot be
+    listed."""
+
+    def fail(error: OSError) -> None:
+        raise UsageError(f"data.path {root}: {error.filename} cannot be listed: {in_short(error)}")
+
     seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         if os.path.realpath(folder) in seen:
             folders.clear()
             continue
@@ -214,18 +233,25 @@ def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise ValueError("it is a link to nowhere" if path.is_symlink() else "it is no file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if path.suffix.lower() == ".npy":
-                array = np.load(path, allow_pickle=False)
-                if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != channels:
-                    raise ValueError(f"{array.shape} {array.dtype}, not (height, width, {channels}) uint8")
-                layers = [preprocess(Image.fromarray(array[:, :, c]), size, 1) for c in range(channels)]
-                return np.concatenate(layers)
-            with Image.open(path, formats=FORMATS) as image:
-                return preprocess(image, size, channels)
+        if path.suffix.lower() == ".npy":
+            array = np.load(path, allow_pickle=False)
+            if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != channels:
+                raise ValueError(f"{array.shape} {array.dtype}, not (height, width, {channels}) uint8")
+            layers = [preprocess(Image.fromarray(array[:, :, c]), size, 1) for c in range(channels)]
+            return np.concatenate(layers)
+        with open_image(path) as image:
+            return preprocess(image, size, channels)
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
         raise UsageError(f"{path} cannot be read as an image ({in_short(error)})") from None
+
+
+@contextmanager
+def open_image(path: Path, formats: list[str] = FORMATS) -> Iterator[Image.Image]:
+    """Open an image file. Raises ValueError where it has more than `MAX_PIXELS`, the same in every thread."""
+    with Image.open(path, formats=formats) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        yield image
 
 
 def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
@@ -268,7 +294,7 @@ def load(dataset: ArrayDataset | FolderDataset, indices: Sequence[int]) -> Batch
     loaded = dataset.__getitems__(indices)
     if isinstance(loaded, UsageError):
         raise loaded
-    return loaded[:2]
+    return torch.from_numpy(loaded[0]), torch.from_numpy(loaded[1])
 
 
 def shrink(x_start: Tensor, size: int) -> Tensor:
@@ -321,7 +347,7 @@ class _Order(Sampler[list[int]]):
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """A terminal, torchrun and schedulers signal workers too, which have to read on until the run is saved."""
-    for number in ASK:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -333,11 +359,13 @@ def micro_batches(
     parts: list[slice],
     workers: int = 0,
     skipped: Callable[[list[str]], None] = lambda wrong: None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Generator[Batch]:
     """The images of `steps`: for each step this process's `parts` of the global batch, one after the other.
 
-    `skipped` hears what was wrong with images in whose place others are. Raises UsageError with the name of a file
-    that cannot be read. Has to be closed (or exhausted), so that its workers end.
+    `skipped` hears what was wrong with images in whose place others are. `waiting` is called each second that a
+    worker's batch is waited for, and may raise. Raises UsageError with the name of a file that cannot be read, and
+    Died if a worker dies. Has to be closed (or exhausted), so that its workers end.
     """
     loader = DataLoader(
         dataset,
@@ -346,21 +374,37 @@ def micro_batches(
         num_workers=workers,
         generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
         worker_init_fn=_leave_signals_to_the_run,
-        pin_memory=torch.cuda.is_available(),
+        timeout=POLL_SECONDS if workers else 0,
     )
     others = set(multiprocessing.active_children())
-    batches = iter(loader)
-    own = set(multiprocessing.active_children()) - others
     try:
-        for batch in batches:
+        batches = iter(loader)
+        while (batch := _next(batches, waiting)) is not None:
             if isinstance(batch, UsageError):
                 raise batch
-            images, labels, wrong = batch
-            if wrong:
-                skipped(wrong)
-            yield images, labels
+            images, labels = torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
+            if batch[2]:
+                skipped(batch[2])
+            yield (images.pin_memory(), labels.pin_memory()) if torch.cuda.is_available() else (images, labels)
+    except OSError as error:
+        raise UsageError(f"data.workers is {workers}, and they cannot be started: {in_short(error)}") from None
     finally:
-        _end(own)
+        _end(set(multiprocessing.active_children()) - others)
+
+
+def _next(batches: Iterator[Any], waiting: Callable[[], None]) -> Any:
+    """The next batch, or None at the end."""
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:  # torch has no types of their own for these
+            if "timed out" in str(error):
+                waiting()
+            elif "DataLoader worker" in str(error):
+                raise Died(f"a process that read images ahead died ({in_short(error)}): the same command continues; "
+                           "if memory is short, with fewer --data.workers") from None  # fmt: skip
+            else:
+                raise
 
 
 def _end(workers: set[multiprocessing.process.BaseProcess]) -> None:

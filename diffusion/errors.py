@@ -6,11 +6,15 @@ class UsageError(ValueError):
     and what would be right. The scripts print it to stderr and exit with code 2."""
 
 
-class Stopped(Exception):
-    """A signal has ended a run, which is saved. `code` is what a shell expects of a process that the signal ended."""
+class NotWritten(UsageError):
+    """A file of a run could not be written, for want of room or permission."""
 
-    def __init__(self, signal_name: str, code: int, step: int):
-        super().__init__(f"stopped by {signal_name} after step {step}, which is saved: the same command continues")
+
+class Stopped(Exception):
+    """A signal has ended a command, whose work is saved. `code` is what a shell expects of a process so ended."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
         self.code = code
 
 

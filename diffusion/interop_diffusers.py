@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.checkpoint import Checkpoint, Weights, checked_names, load_tensors
 from diffusion.config import Config, ModelConfig, config_of, load_config
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, in_short
 from diffusion.layers import timestep_embedding
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -87,7 +87,7 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
         mult = [width / widths[0] for width in widths]
         attention = tuple(2**i for i, block in enumerate(unet["down_block_types"]) if block == "AttnDownBlock2D")
         schedules, predictions = ({v: k for k, v in names.items()} for names in (SCHEDULES, PREDICTIONS))
-        config = config_of(
+        config = config_of(dict(
             data=dict(name="folder", image_size=unet["sample_size"], channels=channels),
             model=dict(model_channels=widths[0], num_res_blocks=unet["layers_per_block"],
                        channel_mult=tuple(int(m) if m == int(m) else m for m in mult),
@@ -101,11 +101,13 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
                            rescale_timesteps=unet["time_embedding_type"] == "learned" or steps == 1000),
             train=dict(steps=500_000, lr=1e-4, batch_size=128, ema_rates=(0.9999,), ema_warmup=False, log_every=100),
             sample=dict(every=10_000, n=16, steps=min(250, steps)), checkpoint=dict(every=10_000),
-        )  # fmt: skip
-    except (LookupError, TypeError, ZeroDivisionError) as error:
-        raise UsageError(f"the pipeline has a setting without counterpart here: {error}") from None
-    _check_settings("unet", unet, unet_config(config, unet["num_class_embeds"] or 0))
-    _check_settings("scheduler", scheduler, scheduler_config(config))
+        ))  # fmt: skip
+        _check_settings("unet", unet, unet_config(config, unet["num_class_embeds"] or 0))
+        _check_settings("scheduler", scheduler, scheduler_config(config))
+    except UsageError:
+        raise
+    except (LookupError, TypeError, ArithmeticError, AttributeError, ValueError) as error:  # any value may stand there
+        raise UsageError(f"the pipeline has a setting without counterpart here: {in_short(error)}") from None
     return config
 
 
@@ -254,6 +256,8 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
         raw = {name: json.loads((path / name / file).read_text())
                for name, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json"))}  # fmt: skip
         kinds = tuple(raw[name]["_class_name"] for name in ("unet", "scheduler"))
+        if not all(isinstance(values, dict) for values in raw.values()):
+            raise ValueError("its settings are no objects")
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no pipeline folder of diffusers: {error}") from None
     if kinds != ("UNet2DModel", "DDPMScheduler"):
@@ -262,7 +266,18 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
         )
     unet = _with_defaults(diffusers.UNet2DModel, raw["unet"])
     scheduler = _with_defaults(diffusers.DDPMScheduler, raw["scheduler"])
-    names = tuple(map(str, range(unet["num_class_embeds"] or 0)))
+    files = [file for file in sorted((path / "unet").iterdir())
+             if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", file.name)]  # fmt: skip
+    if not files:
+        raise UsageError(f"{path / 'unet'} holds no diffusion_pytorch_model.safetensors; other formats are not read")
+    theirs: dict[str, Tensor] = {}
+    for file in files:
+        theirs |= load_tensors(file)
+    classes = len(theirs["class_embedding.weight"]) if "class_embedding.weight" in theirs else None
+    if unet["num_class_embeds"] != classes:
+        raise UsageError(f"{path}: config.json has num_class_embeds {unet['num_class_embeds']}, and its weights have "
+                         f"{classes or 'no'} classes")  # fmt: skip
+    names = tuple(map(str, range(classes or 0)))
     if (path / "run.yaml").exists() and (path / "class_names.json").exists():
         config = load_config(path / "run.yaml")
         try:
@@ -273,13 +288,6 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
         _check_settings("scheduler", scheduler, scheduler_config(config))
     else:
         config = config_from_diffusers(unet, scheduler)
-    files = [file for file in sorted((path / "unet").iterdir())
-             if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", file.name)]  # fmt: skip
-    if not files:
-        raise UsageError(f"{path / 'unet'} holds no diffusion_pytorch_model.safetensors; other formats are not read")
-    theirs: dict[str, Tensor] = {}
-    for file in files:
-        theirs |= load_tensors(file)
     return config, names, from_diffusers(theirs, config, len(names))
 
 

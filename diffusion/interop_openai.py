@@ -86,7 +86,7 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
         raise UsageError("--flags: channel_mult, attention_resolutions and ema_rate are numbers with commas") from None
     accumulation = flags["batch_size"] // flags["microbatch"] if flags["microbatch"] > 0 else 1
     fixed = "fixed_small" if flags["sigma_small"] else "fixed_large"
-    return config_of(
+    return config_of(dict(
         data=dict(name="folder", image_size=size, channels=3, random_flip=guided,
                   low_res_size=flags["small_size"] if upsampler else None),
         model=dict(model_channels=flags["num_channels"], channel_mult=channel_mult,
@@ -107,7 +107,7 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
         sample=dict(every=10_000, n=flags["num_samples"], sampler="ddim" if flags["use_ddim"] else "ddpm",
                     steps=flags["timestep_respacing"] or min(250, flags["diffusion_steps"])),
         checkpoint=dict(every=10_000),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def flags_from_config(config: Config, num_classes: int) -> str:

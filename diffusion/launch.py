@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import os
 import re
@@ -15,10 +16,13 @@ from typing import Any, NoReturn, TextIO
 
 import psutil
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.checkpoint import Checkpoint, open_checkpoint
+from diffusion.checkpoint import Checkpoint, is_run_or_checkpoint, open_weights
+from diffusion.config import Config
 from diffusion.errors import Died, Stopped, UsageError, in_short, printable
+from diffusion.run_folder import locate
 
 
 def a_path(text: str) -> Path:
@@ -40,11 +44,7 @@ def check_launcher() -> None:
     _rejoin()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return  # not started by it, or as one of several processes
-    try:
-        command = " ".join(psutil.Process(os.getppid()).cmdline())
-    except psutil.Error:
-        command = ""  # not ours to read: then there is nothing to say
-    asked = re.search(r"--num[_-]processes[= ](\d+)", command)
+    asked = re.search(r"--num[_-]processes[= ](\d+)", " ".join(_launchers_command()))
     if asked and int(asked[1]) > 1:
         raise UsageError(
             f"accelerate launch starts one process without GPUs, not {asked[1]}: "
@@ -54,6 +54,87 @@ def check_launcher() -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def _launchers_command() -> list[str]:
+    """The command line of the process that started this one, if it may be read."""
+    try:
+        return psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
+
+
+def with_launchers_settings(config: Config) -> Config:
+    """The configuration, with what `accelerate launch`, its configuration file or its environment was told where
+    `config` leaves it open (null). Raises UsageError where the two differ, and for what this trainer does not know."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        for size in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
+            if (value := os.environ.get(f"PARALLELISM_CONFIG_{size}", "1")) != "1":
+                raise UsageError(
+                    f"the launcher was told parallelism_config_{size.lower()} {value}, which is not known here: to "
+                    "shard a network, use configs/accelerate/fsdp2.yaml"
+                )
+    told = _launchers_settings()
+    taken = {}
+    for name, (flag, value) in told.items():
+        mine = getattr(config.train, name)
+        if mine is None:
+            taken[name] = value
+        elif mine != value:
+            raise UsageError(
+                f"train.{name} is {mine}, and the launcher was told {flag} {value}: give both the same value, or leave "
+                "one of them out"
+            )
+    train = dataclasses.replace(config.train, **taken)
+    return dataclasses.replace(config, train=train)
+
+
+def _launchers_settings() -> dict[str, tuple[str, Any]]:
+    """What a launcher was told, by the field of `TrainConfig` that it belongs to: its flag's name and the value."""
+    environment, arguments = os.environ, argparse.Namespace()
+    command = _launchers_command()
+    at = next(
+        (i for i, word in enumerate(command) if re.search(r"(^|/)(launch(\.py)?|accelerate-launch)$", word)), None
+    )
+    if "ACCELERATE_MIXED_PRECISION" in environment and at is not None:
+        from accelerate.commands.launch import launch_command_parser  # takes a moment to import
+
+        with suppress(SystemExit):
+            arguments = launch_command_parser().parse_args(command[at + 1 :])
+    told: dict[str, tuple[str, Any]] = {}
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if (
+        precision != "no" or getattr(arguments, "mixed_precision", None) == "no"
+    ):  # its files and defaults say no unasked
+        if precision not in ("no", "bf16", "fp16"):
+            raise UsageError(
+                f"the launcher was told --mixed_precision {precision}; train.precision knows no, bf16 and fp16"
+            )
+        told["precision"] = "--mixed_precision", precision
+    for field, flag, kind in (
+        ("accumulation", "gradient_accumulation_steps", int),
+        ("grad_clip", "gradient_clipping", float),
+    ):
+        given = environment.get(f"ACCELERATE_{flag.upper()}", getattr(arguments, flag, None))
+        if given not in (None, "none", "auto"):
+            try:
+                told[field] = f"--{flag}", kind(given)
+            except ValueError:
+                raise UsageError(
+                    f"the launcher was told --{flag} {given}; it must be of type {kind.__name__}"
+                ) from None
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend == "inductor" and on_cpu():
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception:
+            raise UsageError(
+                "the launcher was told --dynamo_backend inductor, which needs a C++ compiler on a CPU: install one "
+                "(g++), or leave the flag out"
+            ) from None
+    return told
+
+
 def _rejoin() -> None:
     """After a restart by torchrun (or accelerate, which uses it), meet the others where the first attempt did not.
 
@@ -61,6 +142,14 @@ def _rejoin() -> None:
     (torch 2.14; on several machines with --rdzv-backend c10d, each attempt has a store of its own).
     """
     attempt, world = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
+    wanted = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if name not in os.environ]
+    numbers = [os.environ.get(name, "0") for name in wanted if name != "MASTER_ADDR"]
+    if (world != "1" and missing) or not all(number.isdecimal() for number in numbers):
+        raise UsageError(
+            f"the environment has WORLD_SIZE {world}, as a launcher sets it, but {', '.join(missing) or 'a value'} is "
+            "missing or no number: start with torchrun or accelerate launch, or unset it"
+        )
     if attempt != "0" and 1 < int(world) == int(os.environ["LOCAL_WORLD_SIZE"]):
         store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         page = torch.distributed.PrefixStore(f"attempt {attempt}", store)
@@ -80,12 +169,17 @@ def on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-def opened(path: Path) -> Checkpoint:
-    """`open_checkpoint`, which says on stderr what it passed over."""
-    saved = open_checkpoint(path)
-    for damage in saved.passed_over:
+def opened(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """`open_weights`, which says on stderr what it passed over. Raises UsageError, with the run's or checkpoint's path,
+    where `path` only lies in one."""
+    place = locate(path)
+    inside = place.checkpoint or place.run
+    if inside is not None and place.path != inside and not is_run_or_checkpoint(path):
+        raise UsageError(f"{path} lies in the {'checkpoint' if place.checkpoint else 'run'} {inside}: name that folder")
+    saved, weights = open_weights(path, ema)
+    for _, damage in saved.passed_over:
         say(f"{os.path.basename(sys.argv[0])}: {damage}; {saved.path.name} is used", error=True)
-    return saved
+    return saved, weights
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -117,7 +211,10 @@ class _Unbreakable:
 
 def say(text: str, error: bool = False) -> None:
     """Print a line to stdout, or to stderr beside a bar. It does not end the run where nobody can read it."""
-    tqdm.write(printable(text), file=_Unbreakable(sys.stderr if error else sys.stdout))
+    tqdm.write(
+        "\n" * text.startswith("\n") + printable(text.lstrip("\n")),
+        file=_Unbreakable(sys.stderr if error else sys.stdout),
+    )
 
 
 def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
@@ -134,9 +231,21 @@ def counted(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
         bar.update()
 
 
+def _open_standard_streams() -> None:
+    """Open what was closed (`>&-`): else the next file that is opened would get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
+
+
 def exit_code(main: Callable[[], None]) -> int:
     """Run `main`: 0, or after a line on stderr 2 where the user can put it right, and 128 + its number for a signal."""
     name = os.path.basename(sys.argv[0])
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may have names that the terminal has not
@@ -151,7 +260,7 @@ def exit_code(main: Callable[[], None]) -> int:
         return 2
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\n{name}: {stopped}", file=sys.stderr)
+            say(f"\n{name}: {stopped}", error=True)
         return stopped.code
     except OSError as error:
         where = "" if error.filename is None else f": {error.filename}"

@@ -33,7 +33,8 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation that computes in float32 whatever the input's type, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        # `F.group_norm` refuses one image of one pixel with one channel a group, of which the bias is left.
+        out = torch.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
         return out.to(x.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from diffusion.data import PIL_MODES
+from diffusion.data import PIL_MODES, open_image
 from diffusion.errors import UsageError, in_short
+from diffusion.files import replace_bytes
 
 TILE = 64
 """Smaller images are enlarged to about this many pixels in a grid."""
@@ -58,11 +59,11 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_grid(images: Tensor, path: Path, columns: int, labels: list[int] | None = None) -> None:
     """Write `grid(images, columns)` as PNG, which says how `read_grid` finds them; the file is whole or absent."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     tiles = PngInfo()
     tiles.add_text("tiles", json.dumps({"shape": images.shape, "labels": labels}))
-    grid(images, columns).save(temporary, format="PNG", pnginfo=tiles)
-    temporary.replace(path)
+    buffer = BytesIO()
+    grid(images, columns).save(buffer, format="PNG", pnginfo=tiles)
+    replace_bytes(path, buffer.getvalue())
 
 
 def read_grid(path: Path) -> tuple[Tensor, list[int] | None] | None:
@@ -71,14 +72,14 @@ def read_grid(path: Path) -> tuple[Tensor, list[int] | None] | None:
     Raises UsageError where it says so and is another picture by now.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
-                if "tiles" not in image.info:
-                    return None
-                said = json.loads(image.info["tiles"])
-                (n, c, h, w), labels = map(int, said["shape"]), said["labels"]
-                mode, size, sheet = image.mode, image.size, np.asarray(image)
+        if not path.is_file():
+            return None
+        with open_image(path, ["PNG"]) as image:
+            if "tiles" not in image.info:
+                return None
+            said = json.loads(image.info["tiles"])
+            (n, c, h, w), labels = map(int, said["shape"]), said["labels"]
+            mode, size, sheet = image.mode, image.size, np.asarray(image)
         channels, tiles = (c, n) if c in PIL_MODES else (1, n * c)
         factor, border = _tile(h, w)
         columns, rows = (size[0] - border) // (w * factor + border), (size[1] - border) // (h * factor + border)
@@ -110,15 +111,8 @@ def grid_columns(n: int, num_classes: int) -> int:
     return num_classes * max(1, round(math.sqrt(n) / num_classes))
 
 
-def save_images(images: Tensor, folder: Path) -> None:
-    """Write images (N, C, H, W), uint8, as PNG files 000000.png, 000001.png, ..."""
-    for i, image in enumerate(images):
-        to_pil(image).save(folder / f"{i:06d}.png")
-
-
-def save_npz(images: Tensor, labels: list[int] | None, path: Path) -> None:
-    """Write images as `arr_0` (N, H, W, C), uint8, and labels as `arr_1`, as the published evaluation reads them."""
-    arrays = [rearrange(images.cpu(), "n c h w -> n h w c").numpy()]
-    if labels is not None:
-        arrays.append(np.array(labels, dtype=np.int64))
-    np.savez(path, *arrays)
+def png(image: NDArray[np.uint8]) -> bytes:
+    """One image (C, H, W) with 1 to 4 channels as the content of a PNG file."""
+    buffer = BytesIO()
+    to_pil(torch.from_numpy(image)).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -103,43 +103,44 @@ def guided(model: Callable[..., Tensor], scale: float, channels: int, y: Tensor,
     return denoiser
 
 
+def batches(indices: range, size: int) -> list[tuple[range, slice]]:
+    """`indices` in batches of up to `size`, and where each lies in a tensor of all of them."""
+    starts = range(indices.start, indices.stop, size)
+    parts = [range(start, min(start + size, indices.stop)) for start in starts]
+    return [(part, slice(part.start - indices.start, part.stop - indices.start)) for part in parts]
+
+
 def draw(
     sampler: SamplerName,
     process: GaussianDiffusion,
     model: Callable[..., Tensor],
     shape: Sequence[int],
     *,
-    indices: range,
+    batch: range,
     labels: Tensor | None,
     low_res: Tensor | None = None,
     guidance: float = 1.0,
     seed: int,
-    batch_size: int,
     device: torch.device,
     eta: float = 0.0,
     progress: Progress = iter,
 ) -> Tensor:
-    """Pictures `indices` of `seed`, each the same whatever other pictures are drawn with it.
+    """Draw images `batch` of `seed`, each the same whatever other images are drawn with it.
 
     Args:
         model: (x_t, t as the network is told it, and by name those of y and low_res that are given) -> its output.
-        shape: of one picture, (C, ...).
-        labels: (len(indices),), or None for a model without classes.
-        low_res: what an upsampler is to enlarge, (len(indices), C, ...) in [-1, 1], else None.
+        shape: of one image, (C, ...).
+        labels: (len(batch),), or None for a model without classes.
+        low_res: what an upsampler is to enlarge, (len(batch), C, ...) in [-1, 1], else None.
         guidance: see `guided`.
-        progress: wraps the steps of each batch.
+        progress: wraps the steps.
 
-    Returns images (len(indices), *shape) in [-1, 1] on the CPU.
+    Returns images (len(batch), *shape) in [-1, 1] on the CPU.
     """
-    drawn = []
-    for start in range(indices.start, indices.stop, batch_size):
-        batch = range(start, min(start + batch_size, indices.stop))
-        here = slice(batch.start - indices.start, batch.stop - indices.start)
-        conditions = {"y": labels, "low_res": low_res}
-        inputs = {name: value[here].to(device) for name, value in conditions.items() if value is not None}
-        denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)
-        x_T = picture_noise(batch, shape, device, seed, "x_T")
-        noise = partial(picture_noise, batch, shape, device, seed)
-        sample = ddpm if sampler == "ddpm" else partial(ddim, eta=eta)
-        drawn.append(sample(process, denoiser, x_T, noise, progress=progress).cpu())
-    return torch.cat(drawn)
+    conditions = {"y": labels, "low_res": low_res}
+    inputs = {name: value.to(device) for name, value in conditions.items() if value is not None}
+    denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)
+    x_T = picture_noise(batch, shape, device, seed, "x_T")
+    noise = partial(picture_noise, batch, shape, device, seed)
+    sample = ddpm if sampler == "ddpm" else partial(ddim, eta=eta)
+    return sample(process, denoiser, x_T, noise, progress=progress).cpu()

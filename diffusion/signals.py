@@ -14,8 +14,8 @@ import torch
 
 from diffusion.errors import Stopped
 
-ASK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""What schedulers and launchers send, Ctrl-C, and a scheduler's notice that time is running out."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What schedulers and launchers send, Ctrl-C, a scheduler's notice that time is running out, and a closed terminal."""
 ECHO_SECONDS = 1.0
 """Launchers repeat a terminal's Ctrl-C within this time; what comes later is a second one and ends the process."""
 
@@ -25,7 +25,9 @@ class CutOff(Exception):
 
 
 class StopSignals:
-    """Within `with`, the first signal of `ASK` is remembered, and a second one ends the process at once.
+    """Within `with`, the first signal of `STOP_SIGNALS` is remembered, and a second one ends the process at once.
+
+    A signal that was ignored before, as by nohup, stays ignored.
 
     The end of `launcher`, a process's number, counts as SIGTERM: not every launcher passes on what it is sent.
     """
@@ -39,7 +41,8 @@ class StopSignals:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
-            self._before = {number: signal.signal(number, self._hear) for number in ASK}
+            heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._hear) for number in heeded}
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
@@ -65,6 +68,10 @@ class StopSignals:
             return bool(number)  # what came since is not agreed on yet
         return self._heard is not None
 
+    def waited(self) -> float:
+        """Seconds since this process alone heard a signal; 0 if it heard none."""
+        return time.monotonic() - self._heard[0] + 1e-9 if self._heard else 0.0
+
     def watched(self, steps: Iterable[int]) -> Iterator[int]:
         """A sampler's steps. Raises CutOff after a signal."""
         for step in steps:
@@ -72,7 +79,7 @@ class StopSignals:
                 raise CutOff
             yield step
 
-    def stopped(self, step: int) -> Stopped:
-        """What to raise after a signal, once the run is saved at `step`."""
+    def stopped(self, what: str) -> Stopped:
+        """What to raise after a signal: "stopped by SIGTERM" and `what`, which says what is saved."""
         number = signal.Signals(self._heard[1]) if self._heard else signal.SIGTERM
-        return Stopped(number.name, 128 + number, step)
+        return Stopped(f"stopped by {number.name} {what}", 128 + number)

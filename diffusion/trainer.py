@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -19,23 +15,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather,
+    gather_object,
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffusion import checkpoint, pictures
-from diffusion.config import Config, TrainConfig, load_config, replace_text
+from diffusion.config import Config, TrainConfig
 from diffusion.data import Batch, batch_indices, load, micro_batches, open_dataset, shrink, to_x_start
 from diffusion.ema import EMA
-from diffusion.errors import Died, UsageError, in_short
+from diffusion.errors import Died, NotWritten, Stopped, UsageError, in_short
 from diffusion.initialisation import NEVER_LEARN, scalars
 from diffusion.launch import launcher, on_cpu
 from diffusion.losses import Denoiser, training_losses
 from diffusion.randomness import generator_for, seed_for
-from diffusion.samplers import draw
+from diffusion.run_folder import RunFolder, append_line, check_out
+from diffusion.samplers import batches, draw
 from diffusion.sharding import cut_like, full
 from diffusion.signals import CutOff, StopSignals
 from diffusion.timesteps import LossSecondMoment
+from diffusion.transfer import copy_weights, origin_of
 
 MAY_CHANGE = {
     "data": {"path", "workers", "may_change", "on_error"},
@@ -46,13 +50,8 @@ MAY_CHANGE = {
     "checkpoint": {"every", "keep_last", "keep_every", "on_error"},
 }  # fmt: skip
 """What a continued run may set anew; anything else would make it another run."""
-AT_STEP_0 = {
-    "data": {"name", "random_flip"},
-    "model": {"dropout"},
-    "diffusion": {"loss"},
-    "train": {"batch_size", "ema_rates", "timesteps", "label_dropout", "seed"},
-}
-"""What also may be where no step is done yet: a converted model that is to be trained on."""
+WAIT_SECONDS = 20
+"""How long one of several processes that heard a signal waits for images, before it ends without the others."""
 LOSS_SCALES = 1.0, 2.0**24
 """Bounds of fp16's loss scale. Below, gradients vanish unseen; torch lets it grow until steps are lost to it."""
 
@@ -60,20 +59,49 @@ LOSS_SCALES = 1.0, 2.0**24
 class Trainer:
     """A run: made new in the folder `out`, or continued from its newest checkpoint.
 
-    `step` counts the optimizer steps that are done, `continues` is the checkpoint that the run goes on from, if any.
+    `step` counts the optimizer steps that are done. `close` lets others train in the folder; `run` does so at its end.
     `tell` hears, in the main process, of what went wrong and was got over. Raises UsageError where it cannot begin.
     """
 
     def __init__(self, config: Config, out: Path, tell: Callable[[str], None] = lambda message: None):
         self.config, self.out, self.tell = config, out, tell
-        self.accelerator = accelerator = Accelerator(mixed_precision=config.train.precision, cpu=on_cpu())
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision=config.train.precision or "no",
+            cpu=on_cpu(),
+            # Else accelerate would divide gradients by what the environment says, a second time.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
         _check_known(accelerator)
         self.parts = _parts(config.train, accelerator.process_index, accelerator.num_processes)
+        self._own = torch.cat([torch.arange(part.start, part.stop) for part in self.parts]).to(accelerator.device)
         if config.train.precision == "fp16" and accelerator.device.type == "cpu":
             raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
-        saved = checkpoint.open_checkpoint(out) if checkpoint.folders(out) else None
+        check_out(out)
+        with ExitStack() as at_an_error:
+            # Locked before a checkpoint is chosen: another process may just be saving one.
+            self._folder = RunFolder(out, tell) if accelerator.is_main_process else None
+            at_an_error.callback(self.close)
+            accelerator.wait_for_everyone()
+            saved = checkpoint.open_checkpoint(out) if checkpoint.folders(out) else None
+            self._prepare(saved)
+            self._signals = StopSignals(accelerator.num_processes, launcher())
+            if self._folder:
+                damaged = [path for path, _ in saved.passed_over] if saved else []
+                dropped = self._folder.begin(self.config, self.step, damaged)
+                if dropped and not saved:
+                    tell(
+                        f"no checkpoint is left of the run in {out}, which had reached step {dropped}: it begins "
+                        "again, and the metrics of before are in metrics_superseded.jsonl"
+                    )
+            accelerator.wait_for_everyone()
+            at_an_error.pop_all()
+
+    def _prepare(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Data, network, optimizer and averages, as `saved` has them. Raises UsageError where they do not fit."""
+        accelerator, out = self.accelerator, self.out
         if saved:
-            _check_same_run(saved, config, out)
+            self.config = _same_run(saved, self.config, out)
+        config = self.config
         with accelerator.main_process_first():  # one process downloads, the others find it there
             self.dataset = open_dataset(config.data)
         if len(self.dataset) < config.train.batch_size:
@@ -81,11 +109,10 @@ class Trainer:
                 f"the data hold {len(self.dataset)} images, fewer than train.batch_size {config.train.batch_size}"
             )
         self.class_names = self.dataset.class_names if config.model.class_cond else ()
-        if saved and not saved.fits_classes(self.class_names):
+        if saved and saved.class_names != self.class_names:
             raise UsageError(
                 f"the data's classes are {_names(self.class_names)}, and {_names(saved.class_names)} in {out}"
             )
-
         self.fingerprint = self.dataset.fingerprint()
         newest, settings = saved.path.name if saved else "none", json.dumps(dataclasses.asdict(config))
         _check_agreed(
@@ -105,10 +132,16 @@ class Trainer:
         self.importance = LossSecondMoment(self.process.num_timesteps) if by_importance else None
         torch.manual_seed(seed_for(config.train.seed, "weights"))
         self.network = config.network(len(self.class_names))
+        self.origin: dict[str, Any] | None = saved.origin if saved else None
+        notes: list[str] = []
         if saved:
             weights = saved.weights()
             checkpoint.check_fits(self.network, weights, saved.path)
             self.network.load_state_dict(weights)
+        elif config.train.init_from is not None:
+            source, weights = checkpoint.open_weights(Path(config.train.init_from))
+            notes = copy_weights(self.network, weights, source, config, self.class_names)
+            self.origin = origin_of(source)
         self.network.to(accelerator.device)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.network, config.train.scalar_lr_factor),
@@ -116,27 +149,50 @@ class Trainer:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
-        # Only `model` is wrapped (DDP, autocast); names and averages stay those of `network`, which FSDP2 cuts up.
+        # Only `model` is wrapped (DDP, autocast); names and averages stay those of `network`, which FSDP2 shards.
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.ema = EMA(self.network, config.train.ema_rates, config.train.ema_warmup)
         self.meter = _Meter(accelerator)
         self.step = 0
-        self.continues = saved.path if saved else None
-        if saved and saved.step:
+        if saved:
             self._restore(saved)
+            notes += self._changes(saved)
         if accelerator.is_main_process:
-            for damage in saved.passed_over if saved else ():
-                tell(f"{damage}; it is put away as damaged_..., and that of step {self.step} is used")
-            self._tell_of("of the image files left out, since they cannot be read", self.dataset.left_out)
-            if config.model.init in NEVER_LEARN:
-                tell(f"model.init is {config.model.init}, a demonstration: all channels of a layer stay alike (but for "
-                     "dropout), and it will not learn what a network can (docs/zero-init.md)")  # fmt: skip
-            elif not config.model.use_norm and config.train.grad_clip is None:
-                tell("without normalisation the first steps can throw a run far back: --train.grad_clip 1 holds them "
-                     "(docs/zero-init.md)")  # fmt: skip
-        self._signals = StopSignals(accelerator.num_processes, launcher())
-        self._lock = _begin_folder(out, config, self.step) if accelerator.is_main_process else None
-        accelerator.wait_for_everyone()
+            self._warn(saved, notes)
+
+    def _warn(self, saved: checkpoint.Checkpoint | None, notes: Sequence[str]) -> None:
+        """Say what a person should know before the first step."""
+        for _, damage in saved.passed_over if saved else ():
+            self.tell(f"{damage}; it is put away as damaged_..., and that of step {self.step} is used")
+        self._tell_of("of the image files left out, since they cannot be read", self.dataset.left_out)
+        for note in notes:
+            self.tell(note)
+        if self.config.model.init in NEVER_LEARN:
+            self.tell(
+                f"model.init is {self.config.model.init}, a demonstration: all channels of a layer stay alike (but for "
+                "dropout), and it will not learn what a network can (docs/zero-init.md)"
+            )
+        elif not self.config.model.use_norm and self.config.train.grad_clip is None:
+            self.tell("without normalisation the first steps can throw a run far back: --train.grad_clip 1 holds them "
+                      "(docs/zero-init.md)")  # fmt: skip
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the rounding of a step depends on."""
+        return {"device": self.accelerator.device.type, "processes": self.accelerator.num_processes,
+                "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+
+    def _changes(self, saved: checkpoint.Checkpoint) -> list[str]:
+        """What is not as it was when `saved` was written, although the run continues."""
+        here, there = dataclasses.asdict(self.config), dataclasses.asdict(saved.config)
+        settings = [f"{section}.{name} was {_plain(before)} and is {_plain(here[section][name])}"
+                    for section, values in there.items() for name, before in values.items()
+                    if before != here[section][name]]  # fmt: skip
+        rounding = [f"{name} {saved.environment.get(name)} then, {now} now"
+                    for name, now in self.environment.items() if saved.environment.get(name) != now]  # fmt: skip
+        return [f"changed since step {saved.step}: {'; '.join(settings)}"] * bool(settings) + [
+            f"the run continues with other rounding than it would have had: {'; '.join(rounding)}"
+        ] * bool(rounding)
 
     def run(self, on_step: Callable[[int, dict[str, Any] | None], None] = lambda step, metrics: None) -> None:
         """Train to the last step. `on_step` hears each step done, and the metrics at those that log.
@@ -144,26 +200,29 @@ class Trainer:
         Raises Stopped after a signal, when all is saved, and UsageError where the loss is not finite any more.
         """
         data, train = self.config.data, self.config.train
-        batches = micro_batches(self.dataset, train.batch_size, train.seed, range(self.step, train.steps), self.parts,
-                                data.workers, skipped=self.meter.unreadable.extend)  # fmt: skip
-        with self._signals, closing(batches):
-            try:
-                self._run(batches, on_step)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise Died(f"a process that read images ahead died ({in_short(error)}): the same command continues; "
-                           "if memory is short, with fewer --data.workers") from None  # fmt: skip
-        self.close()
+        images = micro_batches(self.dataset, train.batch_size, train.seed, range(self.step, train.steps), self.parts,
+                               data.workers, skipped=self.meter.unreadable.extend,
+                               waiting=self._check_waiting)  # fmt: skip
+        with closing(self), self._signals, closing(images):
+            self._run(images, on_step)
+
+    def _check_waiting(self) -> None:
+        """Obey a signal although the next images are not there: what was done is saved."""
+        waited = self._signals.waited()
+        if waited and self.accelerator.num_processes == 1:
+            self.optimizer.zero_grad()
+            self.save()
+            raise self._stopped()
+        if waited > WAIT_SECONDS:  # the others are inside a step, and cannot save with this process
+            raise Died("stopped by a signal while images were waited for: the steps since the last checkpoint are not "
+                       "saved, and the same command continues from it")  # fmt: skip
 
     def close(self) -> None:
         """Let others go on with the run's folder."""
-        if self._lock is not None:
-            _locks.discard(self._lock)
-            os.close(self._lock)
-            self._lock = None
+        if self._folder is not None:
+            self._folder.close()
 
-    def _run(self, batches: Iterator[Batch], on_step: Callable[[int, dict[str, Any] | None], None]) -> None:
+    def _run(self, data: Iterator[Batch], on_step: Callable[[int, dict[str, Any] | None], None]) -> None:
         train, accelerator, meter = self.config.train, self.accelerator, self.meter
         parameters = list(self.network.parameters())
         self.model.train()
@@ -175,7 +234,7 @@ class Trainer:
             t, weights, noise, flip, unlabelled = self._random(step)
             seen = torch.zeros_like(weights)
             for part in self.parts:
-                images, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+                images, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(data))
                 x_start = to_x_start(images)
                 x_start = torch.where(flip[part, None, None, None], x_start.flip(-1), x_start)
                 if self.config.model.dropout:
@@ -187,7 +246,7 @@ class Trainer:
                     )["loss"]
                     accelerator.backward((loss * weights[part]).mean() / len(self.parts))
                 seen[part] = loss.detach()
-                meter.see(seen[part], t[part] * 4 // self.process.num_timesteps)
+            meter.see(seen[self._own], t[self._own] * 4 // self.process.num_timesteps)
             if self.importance:
                 self.importance.update(t, accelerator.reduce(seen))  # every process learns of the whole batch
             accelerator.unscale_gradients(self.optimizer)
@@ -208,18 +267,34 @@ class Trainer:
             self.step = step + 1
             saves = _due(self.config.checkpoint.every, self.step, train.steps)
             logs = saves or self.step % train.log_every == 0
-            on_step(self.step, self._log(meter, grad_norm, lr) if logs else None)
-            saves = saves and not meter.in_a_row  # weights that may be at fault do not push out good ones
+            metrics, not_written = None, None
+            try:
+                metrics = self._log(meter, grad_norm, lr) if logs else None
+            except NotWritten as error:  # the disk of the checkpoints may be another
+                not_written = error
+            on_step(self.step, metrics)
+            # Weights that may be at fault do not push out good ones.
+            saves = (saves or not_written is not None) and not meter.in_a_row
             if saves:
                 with meter.paused():
                     self.save()
-            if _due(self.config.sample.every, self.step, train.steps):
-                with meter.paused(), suppress(CutOff):
-                    self.sample()
+            if not_written is None and _due(self.config.sample.every, self.step, train.steps):
+                try:
+                    with meter.paused(), suppress(CutOff):
+                        self.sample()
+                except NotWritten as error:
+                    not_written = error
+                    if not saves:
+                        self.save()
+            if not_written is not None:
+                raise NotWritten(f"{not_written}; {self._last_checkpoint()}")
             if self._signals.asked():
                 if not saves:
                     self.save()
-                raise self._signals.stopped(self.step)
+                raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        return self._signals.stopped(f"after step {self.step}, which is saved: the same command continues")
 
     @property
     def last_grid(self) -> Path:
@@ -240,22 +315,24 @@ class Trainer:
             low_res, labels = shrink(to_x_start(images), config.data.low_res_size), y if classes else None
         self.network.eval()
         with self.ema.in_place(config.train.ema_rates[0]):
-            images = draw(
-                config.sample.sampler,
-                config.diffusion.process(config.sample.steps),
-                self.network,
-                (config.data.channels, config.data.image_size, config.data.image_size),
-                indices=indices,
-                labels=labels,
-                low_res=low_res,
-                guidance=config.sample.guidance,
-                seed=config.train.seed,
-                batch_size=max(1, config.train.batch_size // accelerator.num_processes // config.train.accumulation),
-                device=accelerator.device,
-                progress=self._signals.watched,
-            )
+            drawn = [
+                draw(
+                    config.sample.sampler,
+                    config.diffusion.process(config.sample.steps),
+                    self.network,
+                    (config.data.channels, config.data.image_size, config.data.image_size),
+                    batch=batch,
+                    labels=None if labels is None else labels[here],
+                    low_res=None if low_res is None else low_res[here],
+                    guidance=config.sample.guidance,
+                    seed=config.train.seed,
+                    device=accelerator.device,
+                    progress=self._signals.watched,
+                )
+                for batch, here in batches(indices, self.parts[0].stop - self.parts[0].start)
+            ]
         self.network.train()
-        images = gather(pictures.to_uint8(images).to(accelerator.device))[: config.sample.n]
+        images = gather(pictures.to_uint8(torch.cat(drawn)).to(accelerator.device))[: config.sample.n]
         columns = pictures.grid_columns(config.sample.n, classes)
         chosen = gather(labels.to(accelerator.device))[: config.sample.n].tolist() if labels is not None else None
         self._write(lambda: pictures.save_grid(images, self.last_grid, columns, chosen), self.last_grid)
@@ -270,8 +347,8 @@ class Trainer:
         broken = [next((name for name, weight in weights.items() if not weight.isfinite().all()), None)]
         broadcast_object_list(broken)
         if broken[0]:
-            raise UsageError(f"after step {self.step}, {broken[0]} is no longer finite, and nothing is saved: continue "
-                             "from the last checkpoint with a lower train.lr or with train.grad_clip")  # fmt: skip
+            raise UsageError(f"after step {self.step}, {broken[0]} is no longer finite, and nothing is saved: "
+                             f"{self._again_with('a lower train.lr or with train.grad_clip')}")  # fmt: skip
         averages = {rate: self._collected(average) for rate, average in self.ema.averages.items()}
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {i: self._collected(moments) for i, moments in optimizer["state"].items()}
@@ -292,10 +369,28 @@ class Trainer:
                 averages=averages,
                 training=training,
                 data=self.fingerprint,
+                origin=self.origin,
+                environment=self.environment,
             )
             checkpoint.prune(self.out, config.keep_last, config.keep_every)
 
-        self._write(write, folder)
+        try:
+            self._write(write, folder)
+        except NotWritten as error:
+            raise NotWritten(f"{error}; {self._last_checkpoint()}") from None
+
+    def _last_checkpoint(self) -> str:
+        """What is saved of the run, and how it goes on."""
+        found = checkpoint.folders(self.out)
+        if not found:
+            return "no checkpoint was saved before, so the same command begins again"
+        return f"the checkpoints up to step {checkpoint.step_of(found[0])} are whole, and the same command continues"
+
+    def _again_with(self, what: str) -> str:
+        """How a run that went astray is mended."""
+        found = checkpoint.folders(self.out)
+        last = f"continue from the checkpoint of step {checkpoint.step_of(found[0])}" if found else "begin again"
+        return f"{last} with {what}" if found else f"no checkpoint was saved before, so {last} with {what}"
 
     def _collected(self, tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         """The whole tensors, in the main process's memory; nothing in the others, which have to ask too."""
@@ -303,7 +398,7 @@ class Trainer:
         return {name: value.cpu() for name, value in whole if self.accelerator.is_main_process}
 
     def _write(self, write: Callable[[], None], path: Path) -> None:
-        """Let the main process write. Where it cannot, all raise UsageError, or all go on with a message."""
+        """Let the main process write. Where it cannot, all raise NotWritten, or all go on with a message."""
         failed: list[str | None] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -313,7 +408,7 @@ class Trainer:
         broadcast_object_list(failed)
         if failed[0] is not None:
             if self.config.checkpoint.on_error == "stop":
-                raise UsageError(f"{failed[0]}; the checkpoints before it are whole, and the same command continues")
+                raise NotWritten(failed[0])
             if self.accelerator.is_main_process:
                 self.tell(failed[0])
 
@@ -392,10 +487,11 @@ class Trainer:
             last = int(meter.last_bad)
             raise UsageError(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite. The last was step {last}, "
-                f"with {self._describe(last - 1)}. Nothing since is saved: continue from the last checkpoint with a "
-                "lower train.lr or with train.grad_clip"
+                f"with {self._describe(last - 1)}. Nothing since is saved: "
+                f"{self._again_with('a lower train.lr or with train.grad_clip')}"
             )
-        self._write(lambda: _append(self.out / "metrics.jsonl", json.dumps(metrics)), self.out / "metrics.jsonl")
+        metrics = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
+        self._write(lambda: append_line(self.out / "metrics.jsonl", metrics), self.out / "metrics.jsonl")
         return metrics
 
 
@@ -519,13 +615,14 @@ def _check_agreed(*claims: tuple[str, str, str]) -> None:
 
 def _parts(train: TrainConfig, rank: int, processes: int) -> list[slice]:
     """This process's slices of the global batch, one for each accumulated micro-batch."""
-    size, rest = divmod(train.batch_size, processes * train.accumulation)
+    accumulation = train.accumulation or 1
+    size, rest = divmod(train.batch_size, processes * accumulation)
     if rest:
         raise UsageError(
             f"train.batch_size {train.batch_size} does not divide into {processes} processes "
-            f"times train.accumulation {train.accumulation}"
+            f"times train.accumulation {accumulation}"
         )
-    starts = [(micro * processes + rank) * size for micro in range(train.accumulation)]
+    starts = [(micro * processes + rank) * size for micro in range(accumulation)]
     return [slice(start, start + size) for start in starts]
 
 
@@ -533,84 +630,29 @@ def _due(every: int, step: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _check_same_run(saved: checkpoint.Checkpoint, now: Config, out: Path) -> None:
-    """Raise UsageError where the configuration is another run's than the one in `out`."""
+def _same_run(saved: checkpoint.Checkpoint, now: Config, out: Path) -> Config:
+    """The configuration to continue with. Raises UsageError where it is another run's than the one in `out`."""
+    if saved.step == 0:
+        raise UsageError(f"{out} is a converted model: begin a run with its weights with "
+                         f"--config {out / 'config.yaml'} --train.init_from {out} --out NEW")  # fmt: skip
+    if now.train.init_from is None:  # it matters no more
+        now = dataclasses.replace(now, train=dataclasses.replace(now.train, init_from=saved.config.train.init_from))
     for section in dataclasses.fields(Config):
         old, new = getattr(saved.config, section.name), getattr(now, section.name)
-        free = MAY_CHANGE.get(section.name, set()) | (AT_STEP_0.get(section.name, set()) if saved.step == 0 else set())
         for entry in dataclasses.fields(old):
             before, after = getattr(old, entry.name), getattr(new, entry.name)
-            if before != after and entry.name not in free:
+            if before != after and entry.name not in MAY_CHANGE.get(section.name, set()):
                 raise UsageError(
-                    f"{section.name}.{entry.name} is {after}, and {before} in the run {out} that this would continue: "
-                    "set it back, or begin another run with --out"
+                    f"{section.name}.{entry.name} is {_plain(after)}, and {_plain(before)} in the run {out} that this "
+                    "would continue: set it back, or begin another run with --out NEW (with these weights, with "
+                    f"--train.init_from {out})"
                 )
+    return now
 
 
-_locks: set[int] = set()
-"""Open folders of runs. Loader workers must not hold them, since they may outlive a process that is killed."""
-
-
-def _let_go() -> None:
-    for lock in _locks:
-        os.close(lock)
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line to a file that is there, or leave it as it is."""
-    whole = path.stat().st_size
-    try:
-        with path.open("a") as file:
-            file.write(line + "\n")
-    except OSError:
-        os.truncate(path, whole)
-        raise
-
-
-def _begin_folder(out: Path, config: Config, step: int) -> int:
-    """Write the configuration; put away damaged checkpoints, and what the metrics say, of steps after `step`.
-
-    Returns an open file: while it is, no other process can begin in the folder. Raises UsageError where the folder
-    cannot be written, is in use, or holds files of these names that are not a run's.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as at_an_error:
-            lock = os.open(out, os.O_RDONLY)
-            at_an_error.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name, kind in (
-                ("checkpoints", Path.is_dir),
-                ("config.yaml", Path.is_file),
-                ("metrics.jsonl", Path.is_file),
-            ):
-                if os.path.lexists(out / name) and not kind(out / name):
-                    raise NotADirectoryError(errno.ENOTDIR, f"its {name} is a link to nowhere, or not what a run has")
-            if (out / "config.yaml").exists() and not checkpoint.folders(out):
-                load_config(out / "config.yaml")
-            for newer in checkpoint.folders(out):
-                if checkpoint.step_of(newer) > step:  # damaged, and in the way of the one that will be written again
-                    newer.rename(newer.with_name(f"damaged_{newer.name}_{time.time_ns()}"))
-            for left in (out / "checkpoints").glob(".step_*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)  # by a kill in the middle of a save
-            metrics = out / "metrics.jsonl"
-            lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-            # A line without an end was cut off by a kill.
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            config.save(out / "config.yaml")
-            replace_text(metrics, "".join(kept))
-            at_an_error.pop_all()
-        _locks.add(lock)
-        return lock
-    except BlockingIOError:
-        raise UsageError(f"--out {out} is in use by another process that trains there") from None
-    except (ValueError, KeyError, TypeError):  # UsageError is a ValueError
-        raise UsageError(f"--out {out} holds a config.yaml or metrics.jsonl of something else: name another") from None
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {in_short(error)}") from None
+def _plain(value: object) -> str:
+    """A setting as it stands in a file."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _names(class_names: tuple[str, ...]) -> str:

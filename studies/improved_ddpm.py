@@ -202,8 +202,8 @@ def run(name: str, seed: int, folder: Path) -> Path:
         bits = bits_per_dim(process(arm, variance), model, held_out, noise).total.mean().item()
         result[variance] = {"bits": bits}
         for steps in SAMPLING_STEPS:
-            drawn = draw("ddpm", process(arm, variance, str(steps)), model, (1, 8, 8), indices=range(SAMPLES),
-                         labels=None, seed=seed, batch_size=SAMPLES, device=torch.device("cpu"))  # fmt: skip
+            drawn = draw("ddpm", process(arm, variance, str(steps)), model, (1, 8, 8), batch=range(SAMPLES),
+                         labels=None, seed=seed, device=torch.device("cpu"))  # fmt: skip
             result[variance] |= {f"{kind}{steps}": value for kind, value in distances(drawn.clamp(-1, 1)).items()}
     keep(path, result)
     return path

@@ -1,4 +1,5 @@
 """A run that is killed at random moments, saves included: `python tests/faults.py --kills 200`.
+With --sampling, a `sample.py` of --images or --npz images is killed instead, and goes on until all are drawn.
 
 Each attempt is a fork of this process (or one for each of --processes), which has imported everything and computed
 nothing. Within --seconds, one of its processes is killed by SIGKILL; the others get torchrun's SIGTERM and have to end.
@@ -20,6 +21,8 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which the first optimizer would import, in every child
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import sample
 from diffusion import checkpoint
 from diffusion.config import Config
 from diffusion.launch import exit_code
@@ -73,6 +76,42 @@ def _child(out, steps, processes, rank, port):
     return child
 
 
+def sampling(argv):
+    """Draw in a child process; its number."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            sys.argv = ["sample.py", *argv]
+            sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            status = exit_code(sample.main)
+        finally:
+            os._exit(status)
+    return child
+
+
+def kill_sampling(kills, seconds, rng, folder):
+    """Kill a folder of images and an array while they are drawn; both have to end like those that nobody touched."""
+    finish(folder / "run", 2, 1)
+    for form, name, n in (("--images", "a", 400 * kills), ("--npz", "a.npz", 400 * kills)):
+        outs = folder / f"killed_{name}", folder / f"whole_{name}"
+        argv = ["--ckpt", str(folder / "run"), "--n", str(n), "--steps", "10", "--batch_size", "16", form, "--out"]
+        died = 0
+        for _ in range(kills):
+            child = sampling([*argv, str(outs[0])])
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+            died += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        for out in outs:
+            assert os.waitpid(sampling([*argv, str(out)]), 0)[1] == 0
+        ours, theirs = ({path.name: path.read_bytes() for path in (out.iterdir() if out.is_dir() else [out])}
+                        for out in outs)  # fmt: skip
+        assert list(map(len, (ours, theirs))) == [n + 1 if form == "--images" else 1] * 2
+        assert sorted(ours.values()) == sorted(theirs.values()), f"{form}: the files differ"
+        print(f"sample.py {form} of {n} images: {died} of {kills} kills while it drew; the same files at the end")
+
+
 def finish(out, steps, processes):
     for child in attempt(out, steps, processes):
         assert os.waitpid(child, 0)[1] == 0, out.with_suffix(".log").read_text()[-2000:]
@@ -95,9 +134,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=2.5)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampling", action="store_true")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
+        if args.sampling:
+            kill_sampling(args.kills, args.seconds, rng, Path(folder))
+            return
         killed, whole = Path(folder, "killed"), Path(folder, "whole")
         reached, in_saves, slowest = 0, 0, 0.0
         for kill in range(args.kills):

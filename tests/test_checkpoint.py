@@ -13,8 +13,10 @@ from diffusion.config import Config
 
 
 def training(network):
-    moments = {i: {"exp_avg": p * 2, "exp_avg_sq": p * 3} for i, p in enumerate(network.state_dict().values())}
-    return {"optimizer": {"state": moments}, "scaler": None, "importance": None, "meter": None}
+    moments = {i: {"step": torch.tensor(10.0), "exp_avg": p * 2, "exp_avg_sq": p * 3}
+               for i, p in enumerate(network.state_dict().values())}  # fmt: skip
+    meter = {"sums": torch.zeros(1, 2, 4), "bad": torch.zeros(3), "unreadable": []}
+    return {"optimizer": {"state": moments}, "scaler": None, "importance": None, "meter": meter}
 
 
 def forge(folder, name, content):
@@ -87,7 +89,7 @@ def test_a_damaged_checkpoint_names_the_file(run, name, damage):
     assert "\n" not in str(caught.value)
     # Of the run, the one before it is taken, and what is wrong is said.
     saved = checkpoint.open_checkpoint(path)
-    assert (saved.step, saved.passed_over) == (9, (str(caught.value),))
+    assert (saved.step, saved.passed_over) == (9, ((path / "checkpoints/step_00000010", str(caught.value)),))
     assert torch.equal(saved.weights()["out.2.weight"], network.state_dict()["out.2.weight"])
 
 
@@ -119,7 +121,7 @@ def test_where_there_is_no_checkpoint_it_says_so(tmp_path, path, says):
 def test_an_optimizer_without_its_state_is_damaged(run, content):
     path, network = run
     forge(path / "checkpoints/step_00000010", "training.pt", content)
-    with pytest.raises(UsageError, match=r"training\.pt is damaged"):
+    with pytest.raises(UsageError, match=r"training\.pt does not hold what a run of this network saves"):
         checkpoint.open_checkpoint(path).training(list(network.parameters()))
 
 
@@ -128,7 +130,7 @@ def test_an_optimizer_of_another_network_is_refused(run):
     other = training(network)
     other["optimizer"]["state"][3]["exp_avg"] = torch.zeros(5)
     forge(path / "checkpoints/step_00000010", "training.pt", other)
-    with pytest.raises(UsageError, match="of another network"):
+    with pytest.raises(UsageError, match=r"a tensor is torch\.float32 \(5,\), not"):
         checkpoint.open_checkpoint(path).training(list(network.parameters()))
 
 
@@ -138,22 +140,22 @@ def test_a_step_that_cannot_be_is_refused(run, step):
     folder = path / "checkpoints/step_00000010"
     state = json.loads((folder / "state.json").read_text()) | {"step": step}
     forge(folder, "state.json", json.dumps(state).encode())
-    with pytest.raises(UsageError, match=r"state\.json is damaged: step is|give the folder its name back"):
+    with pytest.raises(UsageError, match=r"state\.json cannot be used: step is|give the folder its name back"):
         checkpoint.open_checkpoint(folder)
 
 
 def test_a_format_from_the_future_is_refused(run):
     path, _ = run
     file = path / "checkpoints/step_00000010/state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(UsageError, match="has format 99; this version reads 3"):
+    forge(file.parent, file.name, json.dumps(json.loads(file.read_text()) | {"format": 99}).encode())
+    with pytest.raises(UsageError, match="has format 99; this version reads 4"):
         checkpoint.open_checkpoint(file.parent)
 
 
 def test_nothing_in_a_checkpoint_is_run(run, tmp_path):
     path, network = run
     forge(path / "checkpoints/step_00000010", "training.pt", {"optimizer": Trap(tmp_path / "sprung")})
-    with pytest.raises(UsageError, match=r"training\.pt is damaged"):
+    with pytest.raises(UsageError, match=r"training\.pt cannot be read as plain tensors: it holds code or objects"):
         checkpoint.open_checkpoint(path).training(list(network.parameters()))
     assert not (tmp_path / "sprung").exists()
 

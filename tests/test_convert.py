@@ -14,7 +14,8 @@ from helpers import ROOT, Trap, fill, golden, tensor
 from safetensors.torch import load_file, save_file
 
 from diffusion import UNetModel, checkpoint, convert
-from diffusion.config import load_config, parse_command_line
+from diffusion.command_line import parse_command_line
+from diffusion.config import load_config
 from diffusion.interop_openai import config_from_flags, parse_flags
 from diffusion.launch import exit_code
 from diffusion.randomness import picture_noise
@@ -45,7 +46,7 @@ def run_convert(monkeypatch, capsys, *argv):
 
 def run_of(out, *overrides, classes=()):
     """A run folder of a filled network, whose average differs from its weights: (config, weights, average)."""
-    config = parse_command_line(overrides)[0]
+    config = parse_command_line(overrides).config
     weights, average = (fill(config.network(len(classes)), seed).state_dict() for seed in (1, 2))
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(checkpoint.checkpoint_folder(out, 3), step=3, config=config, class_names=classes, weights=weights,

@@ -48,6 +48,7 @@ fitting: dict = {
     "train.max_skipped": sizes, "train.steps": st.sampled_from([1, 2, 3]), "sample.n": sizes, "sample.every": sizes,
     "sample.steps": st.one_of(sizes, st.sampled_from(["ddim2", "1,1", ""])), "checkpoint.every": sizes,
     "checkpoint.keep_last": sizes, "checkpoint.keep_every": sizes, "data.path": st.sampled_from([".", "/nowhere", ""]),
+    "train.init_from": st.sampled_from([".", "/nowhere", ""]),
 }  # fmt: skip
 fitting |= dict.fromkeys(
     ["data.random_flip", "data.may_change", "model.use_new_attention_order", "model.conv_resample",
@@ -60,7 +61,15 @@ fitting |= dict.fromkeys(
 fitting |= dict.fromkeys(
     ["model.dropout", "train.lr", "train.weight_decay", "train.grad_clip", "train.label_dropout",
      "train.scalar_lr_factor", "sample.guidance", "train.seed"], rates)  # fmt: skip
-COSTLY = {"model.num_res_blocks", "data.workers", "sample.n", "train.steps", "diffusion.steps", "data.path"}
+COSTLY = {
+    "model.num_res_blocks",
+    "data.workers",
+    "sample.n",
+    "train.steps",
+    "diffusion.steps",
+    "data.path",
+    "train.init_from",
+}
 """Of these, even junk that is accepted would take the machine or the day."""
 
 

@@ -9,7 +9,8 @@ from test_trainer import assert_same_bits, small, state
 from torch import nn
 
 from diffusion import UNetModel, UsageError, checkpoint
-from diffusion.config import Config, parse_command_line
+from diffusion.command_line import parse_command_line
+from diffusion.config import Config
 from diffusion.initialisation import branches, initialise, last_layers, layers, scalars
 from diffusion.layers import ShiftedSiLU, add_scalars
 from diffusion.trainer import Trainer

@@ -394,8 +394,8 @@ def test_an_upsampler_learns_to_use_the_small_image(tmp_path):
     saved = checkpoint.open_checkpoint(tmp_path / "run")
     network = saved.network(saved.chosen_weights()).eval()
     low_res = shrink(to_x_start(trainer.dataset.images[:32]), 4)
-    drawn = draw("ddim", config.diffusion.process("10"), network, (1, 8, 8), indices=range(32),
-                 labels=trainer.dataset.labels[:32], low_res=low_res, seed=0, batch_size=32,
+    drawn = draw("ddim", config.diffusion.process("10"), network, (1, 8, 8), batch=range(32),
+                 labels=trainer.dataset.labels[:32], low_res=low_res, seed=0,
                  device=torch.device("cpu"))  # fmt: skip
     error = ((shrink(drawn, 4) - low_res) ** 2).mean()
     elsewhere = ((shrink(drawn, 4) - low_res.roll(1, 0)) ** 2).mean()

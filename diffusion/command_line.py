@@ -1,0 +1,129 @@
+"""The command line of a training run: `--config FILE`, `--out FOLDER` and dotted overrides."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion import run_folder
+from diffusion.config import FIELDS, SECTIONS, Config, config_of, parse_value, read_yaml, types_of, unknown
+from diffusion.errors import UsageError
+from diffusion.launch import Parser
+
+CONTINUING = {"resume", "resume_from", "resume_from_checkpoint", "ckpt", "checkpoint", "continue", "load", "restore"}
+"""What other codebases call continuing a run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What `train.py` was asked to do."""
+
+    config: Config
+    out: Path
+    back_to: int | None = None
+    """The step of the checkpoint that the run is to go back to."""
+    verify_resume: bool = False
+
+
+def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> Command:
+    """Read the command line of a run.
+
+    Later files and flags override earlier ones. Without `--config`, the settings of the run in `--out`, if there is
+    one, are the base. Raises UsageError, in one line, for an unknown key, a wrong value, and for paths into a run that
+    would not do what they look like.
+    """
+    parser = _parser(prog)
+    args, rest = parser.parse_known_args(list(argv))
+    if rest:
+        _refuse(rest, [action.dest for action in parser._actions])
+    given = vars(args)
+    if args.out == "":
+        raise UsageError("--out is empty: name the run's folder")
+    out = Path(args.out) if args.out is not None else None
+    sections: dict[str, dict[str, Any]] = {}
+    files = [Path(file) for file in args.config or ()]
+    if not files and out is not None:
+        files = run_folder.settings_of(out)
+    for file in files:
+        run_folder.check_config_file(file, out)
+        for name, values in read_yaml(file).items():
+            sections.setdefault(name, {}).update(values)
+    for key in FIELDS:
+        if given[key] is not None:
+            section, name = key.split(".")
+            sections.setdefault(section, {})[name] = _from_text(given[key], key)
+    config = config_of(sections)
+    if out is None:
+        out = run_folder.default_out(files[-1] if files else Path("digits"))
+    return Command(config, out, args.back_to, args.verify_resume)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=prog,
+        allow_abbrev=False,
+        usage=f"{prog} [--config FILE] [--out FOLDER] [--SECTION.KEY VALUE ...]",
+        description="Train a diffusion model. The same command again continues the run.",
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="the run's YAML file (default: the settings of the run in --out, or the digits run)",
+    )
+    add("--out", metavar="FOLDER", help="the run's folder (default: runs/<name of --config>)")
+    add(
+        "--back_to",
+        type=int,
+        metavar="STEP",
+        help="go back to the run's checkpoint of this step, and end: later ones are put away, and the same command "
+        "without this flag continues from there",
+    )
+    add(
+        "--verify_resume",
+        action="store_true",
+        help="train a few steps, break them off, continue, and say whether that ends with the same bits as at one go; "
+        "nothing is kept",
+    )
+    for name, section in SECTIONS.items():
+        group = parser.add_argument_group(f"{name}: {section.__doc__.lower().rstrip('.')}")
+        for f in dataclasses.fields(section):
+            text = section.__pydantic_fields__[f.name].description
+            default = json.dumps(f.default) if not isinstance(f.default, str) else f.default or "empty"
+            words = next((words for words in types_of(f"{name}.{f.name}").values() if words), [])
+            metavar = "{" + ",".join(words) + "}" if words else f.name.upper()
+            group.add_argument(
+                f"--{name}.{f.name}", metavar=metavar, help=f"{' '.join(text.split())} (default: {default})"
+                .replace("%", "%%")
+            )  # fmt: skip
+    return parser
+
+
+def _from_text(text: str, key: str) -> Any:
+    """The value of a flag, read as its field's type asks for."""
+    types = types_of(key)
+    if text == "" or (text != "null" and types.keys() <= {"string", "null"}):
+        return text
+    value = parse_value(text)
+    return text if value is None and text not in ("null", "~") else value
+
+
+def _refuse(rest: list[str], known: list[str]) -> None:
+    """Raise UsageError for the first flag that is not known."""
+    first = next((word for word in rest if word.startswith("--")), None)
+    if first is None:
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
+    name = first.removeprefix("--").split("=")[0]
+    if name in SECTIONS:
+        raise UsageError(f"--{name} is a section: set its keys one by one, --{name}.KEY VALUE")
+    if name.replace("-", "_") in CONTINUING:
+        raise UsageError(
+            f"unknown key {name}: a run is continued by its own folder, --out RUN; --train.init_from RUN begins "
+            "another with its weights, and --back_to STEP goes back to an earlier checkpoint"
+        )
+    raise unknown(name, known)

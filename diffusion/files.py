@@ -1,0 +1,93 @@
+"""Files that are replaced whole, or left as they were."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("Windows is not supported: run this in WSL2 or in a container") from None
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # CIFS and some FUSE file systems cannot sync a folder, and need not.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def replace_bytes(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a file atomically: whenever this process is killed, it is the old one or the new one. With `sync`, whenever
+    the machine fails, too.
+
+    A link is followed. What is no regular file, such as `/dev/stdout`, is written as it is.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`replace_bytes` in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_held: set[int] = set()
+"""Open locks. Child processes must not hold them, since they may outlive a process that is killed."""
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def lock(path: Path, warn: Callable[[str], None] = lambda message: None) -> int:
+    """Lock a file, which is made if it is not there, and return its descriptor for `unlock`.
+
+    Raises BlockingIOError if another process holds it. `warn` is called if the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # NFS locks only what may be written
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+        warn(f"the file system of {path.parent} has no locks: see to it that no other process writes there")
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):  # its last holder removed it
+        os.close(descriptor)
+        return lock(path, warn)
+    _held.add(descriptor)
+    return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Let other processes lock the file."""
+    _held.discard(descriptor)
+    os.close(descriptor)

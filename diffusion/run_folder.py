@@ -1,0 +1,307 @@
+"""A run's folder: what lies where, who may write there, and how a run goes back to an earlier checkpoint.
+
+runs/x/
+    config.yaml                  every setting, resolved
+    metrics.jsonl                a line each train.log_every steps
+    metrics_superseded.jsonl     lines of steps that were done again, or of a run that began again
+    samples/                     grids
+    checkpoints/step_00000300/   see `diffusion.checkpoint`
+    .lock                        held while a process trains there
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion import checkpoint
+from diffusion.config import SECTIONS, Config, load_config
+from diffusion.errors import UsageError, in_short
+from diffusion.files import lock, replace_text, unlock
+
+OWN = {"config.yaml": Path.is_file, "metrics.jsonl": Path.is_file, "metrics_superseded.jsonl": Path.is_file,
+       "checkpoints": Path.is_dir, "samples": Path.is_dir, ".lock": Path.is_file}  # fmt: skip
+
+
+# --- what a path is ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a path is, or lies in, links followed: a run, and a checkpoint, which may lie outside of any run."""
+
+    path: Path
+    run: Path | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def is_run(self) -> bool:
+        return self.path == self.run
+
+
+def locate(path: Path) -> Place:
+    """The innermost run or checkpoint that `path` is or lies in."""
+    real = Path(os.path.realpath(path))
+    for folder in (real, *real.parents):
+        in_run = folder.parent.name == "checkpoints"
+        if (folder / "state.json").is_file() or (in_run and re.fullmatch(r"(damaged_|\.)?step_\d+.*", folder.name)):
+            return Place(real, folder.parent.parent if in_run else None, folder)
+        if _is_run(folder):
+            return Place(real, folder)
+    return Place(real)
+
+
+def _is_run(folder: Path) -> bool:
+    if any((path / "state.json").is_file() for path in checkpoint.folders(folder)):
+        return True
+    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+        return False
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        if (folder / "config.yaml").stat().st_size < 2**16:
+            keys = yaml.safe_load((folder / "config.yaml").read_text())
+            return isinstance(keys, dict) and SECTIONS.keys() <= keys.keys()
+    return False
+
+
+def settings_of(out: Path) -> list[Path]:
+    """The configuration of the run in `out`; of nothing else."""
+    if not locate(out).is_run:
+        return []
+    candidates = [out / "config.yaml", *(folder / "config.yaml" for folder in checkpoint.folders(out))]
+    return [path for path in candidates if path.is_file() and path.stat().st_size][:1]  # a power cut may empty one
+
+
+def default_out(config_file: Path) -> Path:
+    """Where a run of this configuration goes: a run's own continues that run."""
+    place = locate(config_file)
+    return place.run if place.run and place.path == place.run / "config.yaml" else Path("runs") / config_file.stem
+
+
+def check_config_file(file: Path, out: Path | None) -> None:
+    """Raise UsageError where `--config` names what looks like continuing a run, and would begin another."""
+    place = locate(file)
+    if place.is_run:
+        raise UsageError(f"--config {file} is a run's folder: continue it with --out {file}")
+    if place.checkpoint is not None and (out is None or place.path.is_dir()):
+        raise UsageError(f"--config {file} belongs to {_called(place)}: {_ways_on(place)}")
+
+
+def check_out(out: Path) -> None:
+    """Raise UsageError where a run's `--out` lies in a checkpoint or in another run."""
+    place = locate(out)
+    if place.checkpoint is not None:
+        what = "is" if place.path == place.checkpoint else "lies in"
+        raise UsageError(f"--out {out} {what} {_called(place)}: {_ways_on(place)}")
+    if place.run is not None and not place.is_run:
+        raise UsageError(
+            f"--out {out} lies in the run {place.run}: continue that with --out {place.run}, or name a folder elsewhere"
+        )
+
+
+def check_writable_file(out: Path) -> None:
+    """Raise UsageError where `--out` of a command that reads runs names a file or a folder that is a run's own."""
+    place = locate(out)
+    own = place.checkpoint is not None
+    if place.run is not None and not own:
+        inside = place.path.relative_to(place.run).parts
+        grid = len(inside) == 2 and inside[0] == "samples" and re.fullmatch(r"step_\d+\.png", inside[1])
+        own = (
+            inside[:1] == ("checkpoints",) or (len(inside) == 1 and inside[0] in OWN.keys() - {"samples"}) or bool(grid)
+        )
+    if own:
+        raise UsageError(f"--out {out} is part of what the run {place.run or place.checkpoint} keeps: name another")
+
+
+def _called(place: Place) -> str:
+    run = f" of the run {place.run}" if place.run else ""
+    return f"the checkpoint {place.checkpoint.name if place.run and place.checkpoint else place.checkpoint}{run}"
+
+
+def _ways_on(place: Place) -> str:
+    assert place.checkpoint is not None
+    new = f"begin another run with its weights with --train.init_from {place.checkpoint} --out NEW"
+    if place.run is None:
+        return new
+    step = re.fullmatch(r"step_(\d+)", place.checkpoint.name)
+    back = f"go back to it with --out {place.run} --back_to {int(step[1])}, or " if step else ""
+    return f"continue the run with --out {place.run}, {back}{new}"
+
+
+# --- who may write there ----------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """A run's folder that this process alone may write.
+
+    It is made if it is not there. `begin` writes the first files; `close` lets others in, and removes what was made if
+    the run did not begin. Raises UsageError where the folder is in use, cannot be written, or is something else's.
+    `warn` is called if the file system has no locks.
+    """
+
+    def __init__(self, out: Path, warn: Callable[[str], None] = lambda message: None):
+        check_out(out)
+        self.path = out
+        self._begun = False
+        self._made: list[Path] = []
+        self._lock: int | None = None
+        with _told(out):
+            _check_ours(out)
+            self._made = [folder for folder in (out, *out.parents) if not folder.exists()]
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                self._lock = self._acquire(warn)
+            except BaseException:
+                self.close()
+                raise
+
+    def _acquire(self, warn: Callable[[str], None]) -> int:
+        path = self.path / ".lock"
+        new = not path.exists()
+        try:
+            descriptor = lock(path, warn)
+        except BlockingIOError:
+            self._made.clear()
+            holder = " ".join(path.read_text().split())[:100]
+            raise UsageError(f"--out {self.path} is in use by another process that trains there"
+                             + (f" ({holder})" if holder else "")) from None  # fmt: skip
+        if new:
+            self._made.insert(0, path)
+        return descriptor
+
+    def begin(self, config: Config, step: int, damaged: Sequence[Path] = ()) -> int:
+        """Write the configuration, put away `damaged` checkpoints and the metrics of steps after `step`.
+
+        Returns the last step of the metrics that were put away, or 0.
+        """
+        with _told(self.path):
+            assert self._lock is not None
+            for folder in damaged:
+                folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time_ns()}"))
+            for left in (self.path / "checkpoints").glob(".step_*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)  # by a kill in the middle of a save
+            last = _truncate_metrics(self.path, step)
+            config.save(self.path / "config.yaml")
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._begun = True
+        return last
+
+    def close(self) -> None:
+        """Let other processes train here."""
+        if not self._begun:
+            for path in self._made:  # innermost first; what is not empty stays
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Turn what goes wrong in a run's folder into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {in_short(error)}") from None
+
+
+def _check_ours(out: Path) -> None:
+    """Raise UsageError where a folder holds files with the names of a run's that are not a run's."""
+    for name, is_kind in OWN.items():
+        if os.path.lexists(out / name) and not is_kind(out / name):
+            raise NotADirectoryError(errno.ENOTDIR, f"its {name} is a link to nowhere, or not what a run has")
+    try:
+        if not checkpoint.folders(out):
+            if (out / "config.yaml").exists():
+                load_config(out / "config.yaml")
+            elif (out / "metrics.jsonl").exists():
+                raise ValueError("metrics without a configuration")
+        _read_metrics(out / "metrics.jsonl")
+    except (ValueError, KeyError, TypeError):  # UsageError is a ValueError
+        raise UsageError(f"--out {out} holds a config.yaml or metrics.jsonl of something else: name another") from None
+
+
+def _read_metrics(path: Path) -> list[tuple[int, str]]:
+    """The lines of metrics with their steps. A line without an end was cut off by a kill, and is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [(json.loads(line)["step"] + 0, line) for line in lines if line.endswith("\n")]
+
+
+def _truncate_metrics(out: Path, step: int) -> int:
+    """Keep the metrics up to `step`; later lines are appended to another file. Returns the last step there was."""
+    path = out / "metrics.jsonl"
+    lines = _read_metrics(path)
+    later = [line for at, line in lines if at > step]
+    if later:
+        with (out / "metrics_superseded.jsonl").open("a") as file:
+            file.writelines(later)
+    replace_text(path, "".join(line for at, line in lines if at <= step))
+    return max((at for at, _ in lines if at > step), default=0)
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Add a line of JSON to a file, or leave the file as it was. A file that was moved away is made anew."""
+    whole = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(values, allow_nan=False) + "\n")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, whole)
+        raise
+
+
+# --- going back -------------------------------------------------------------------------------------------------------
+
+
+def go_back(out: Path, step: int) -> Path | None:
+    """Let the run in `out` continue from its checkpoint of `step`.
+
+    Later checkpoints and grids are moved into a folder of the run, beside copies of its configuration and metrics:
+    that folder is a run of its own. Returns it, or None if there is nothing later. A kill leaves a run that continues,
+    and the same call does the rest. Raises UsageError where there is no whole checkpoint of that step.
+    """
+    if not locate(out).is_run:
+        raise UsageError(f"--back_to is {step}, but --out {out} is no run that has saved a checkpoint")
+    run = RunFolder(out)
+    try:
+        folder = checkpoint.checkpoint_folder(out, step)
+        if not folder.is_dir():
+            steps = ", ".join(str(checkpoint.step_of(path)) for path in reversed(checkpoint.folders(out)))
+            raise UsageError(f"--back_to is {step}, and the run {out} has no checkpoint of that step; it has {steps}")
+        checkpoint.open_checkpoint(folder)
+        checkpoints = [path for path in checkpoint.folders(out) if checkpoint.step_of(path) > step]
+        grids = [path for path in (out / "samples").glob("step_*.png")
+                 if (match := re.fullmatch(r"step_(\d+)\.png", path.name)) and int(match[1]) > step]  # fmt: skip
+        if not checkpoints and not grids and not any(at > step for at, _ in _read_metrics(out / "metrics.jsonl")):
+            return None
+        with _told(out):
+            aside = out / f"after_step_{step:08d}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
+            temporary = out / f".{aside.name}.tmp"
+            for name in ("checkpoints", "samples"):
+                (temporary / name).mkdir(parents=True)
+            for name in ("config.yaml", "metrics.jsonl"):
+                if (out / name).exists():
+                    shutil.copyfile(out / name, temporary / name)
+            temporary.rename(aside)
+            for path in (*grids, *checkpoints):  # checkpoints from the newest on: the run always has those below
+                path.rename(aside / path.parent.name / path.name)
+            lines = _read_metrics(out / "metrics.jsonl")
+            replace_text(out / "metrics.jsonl", "".join(line for at, line in lines if at <= step))
+        return aside
+    finally:
+        run.close()

@@ -1,0 +1,84 @@
+"""Weights of one run as the beginning of another: what fits is copied, what does not is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffusion.checkpoint import Checkpoint, Weights
+from diffusion.config import Config
+from diffusion.errors import UsageError
+from diffusion.unet import UNetModel
+
+CLASSES = "label_emb.weight"
+MEANING = {
+    "model": ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order", "use_norm",
+              "use_scale_shift_norm", "conv_resample", "resblock_updown"),
+    "diffusion": ("steps", "schedule", "mean", "variance", "rescale_timesteps"),
+}  # fmt: skip
+"""Settings under which weights of the same shapes compute something else."""
+
+
+@torch.no_grad()
+def copy_weights(
+    network: UNetModel, weights: Weights, saved: Checkpoint, config: Config, class_names: Sequence[str]
+) -> list[str]:
+    """Copy into `network` each of the `weights` of `saved` that has its name and shape there.
+
+    Embeddings of classes are copied by class name. Returns what there is to say: what did not fit, and which settings
+    give the weights another meaning. Raises UsageError where nothing fits.
+    """
+    mine = network.state_dict()
+    fit = {name for name, value in mine.items() if name in weights and weights[name].shape == value.shape} - {CLASSES}
+    if not any(mine[name].ndim > 1 for name in fit):
+        raise UsageError(f"train.init_from is {saved.path}, and none of its weights fit this network")
+    for name in fit:
+        mine[name].copy_(weights[name])
+    notes = []
+    misfits = [f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'} there and "
+               f"{tuple(value.shape)} here" for name, value in mine.items() if name not in fit | {CLASSES}]  # fmt: skip
+    if CLASSES in mine:
+        notes += _copy_classes(mine[CLASSES], weights, saved.class_names, class_names)
+    unused = sorted(weights.keys() - mine.keys())
+    for what, names in (("begin anew", misfits), ("of it have no place here", unused)):
+        if names:
+            more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+            notes.append(f"train.init_from: {len(names)} of {len(mine)} weights {what}: {'; '.join(names[:3])}{more}")
+    differ = [f"{section}.{name} was {before} and is {after}"
+              for section, names in MEANING.items() for name in names
+              if (before := getattr(getattr(saved.config, section), name))
+              != (after := getattr(getattr(config, section), name))]  # fmt: skip
+    if differ:
+        notes.append(f"train.init_from: its weights were trained under other settings: {'; '.join(differ)}")
+    rate = config.train.ema_rates[0]
+    if not config.train.ema_warmup and rate > 0.99:
+        notes.append(f"the average at {rate} follows the weights within some {round(1 / (1 - rate))} steps: until then "
+                     "grids show the old network (--train.ema_warmup true follows at once)")  # fmt: skip
+    return notes
+
+
+def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Copy the embeddings of the classes that both have."""
+    there = weights.get(CLASSES)
+    if there is None or there.shape[1:] != table.shape[1:]:
+        return [f"train.init_from: the {len(names)} classes begin anew: there are no embeddings of them there"]
+    numbers = list(theirs) == [str(i) for i in range(len(names))]  # a converted model's, whose names are not known
+    rows = {name: theirs.index(name) for name in names if name in theirs}
+    if numbers and list(names) != list(theirs):
+        rows = {name: i for i, name in enumerate(names)}
+    for i, name in enumerate(names):
+        if name in rows:
+            table[i].copy_(there[rows[name]])
+    if len(rows) == len(names):
+        unnamed = numbers and list(names) != list(theirs)
+        return [f"train.init_from: {len(names)} classes are taken over by number, since it has no names"] * unnamed
+    new = [name for name in names if name not in rows]
+    more = f", and {len(new) - 10} more" if len(new) > 10 else ""
+    return [f"train.init_from: {len(new)} of {len(names)} classes are new and begin anew: {', '.join(new[:10])}{more}"]
+
+
+def origin_of(saved: Checkpoint) -> dict[str, object]:
+    """What a run records of the weights that it began with."""
+    name = "model.safetensors" if saved.step == 0 else f"ema_{saved.config.train.ema_rates[0]}.safetensors"
+    return {"path": str(saved.path.resolve()), "step": saved.step, "file": name, "sha256": saved.sums[name]}
