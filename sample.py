@@ -6,6 +6,7 @@ import argparse
 import difflib
 import hashlib
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,7 +163,8 @@ def main() -> None:
     todo = [batch for batch, _ in batches(range(n), args.batch_size)]
     mine = [batch for batch in todo[state.process_index :: state.num_processes] if not samples.is_done(batch)]
     signals = StopSignals(1, launcher())
-    with progress_bar(len(mine) * passes, state.is_main_process and bool(mine)) as bar, signals:
+    bar = progress_bar(len(mine) * passes, state.is_main_process and bool(mine))
+    with closing(samples), bar, signals:
         try:
             for batch in mine:
                 small = None if low_res is None else to_x_start(low_res[0][batch.start : batch.stop])
@@ -177,10 +179,10 @@ def main() -> None:
             done = sum(len(batch) for batch in todo if samples.is_done(batch))
             raise signals.stopped(f"with {done} of {n} images drawn, which lie in {samples.folder.resolve()}: "
                                   "the same command goes on") from None  # fmt: skip
-    state.wait_for_everyone()
-    if state.is_main_process:
-        samples.finish(todo)
-        say(f"{n} images: {samples.out.resolve()}")
+        state.wait_for_everyone()
+        if state.is_main_process:
+            samples.finish(todo)
+            say(f"{n} images: {samples.out.resolve()}")
 
 
 def check_out(out: Path, form: Form) -> None:

@@ -424,20 +424,19 @@ def load_plain(path: Path) -> Any:
         raise UsageError(f"{path} cannot be read as plain tensors: {reason}") from None
 
 
-def _check_dense(value: object) -> None:
+def _check_dense(value: object, name: str = "a tensor") -> None:
     """Raise ValueError where a tensor is sparse, nested or quantized, or claims more elements than it stores."""
     if isinstance(value, Tensor):
-        dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
-        if not dense or value.device.type != "cpu":
-            raise ValueError(f"it has a tensor that is not dense ({value.layout}, {value.dtype}, {value.device})")
+        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
+            raise ValueError(f"{name} is not dense ({value.layout}, {value.dtype}, {value.device})")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"it has a tensor of {value.numel()} elements that stores fewer")
+            raise ValueError(f"{name} has {value.numel()} elements, and stores fewer")
     elif isinstance(value, Mapping):
-        for part in value.values():
-            _check_dense(part)
+        for key, part in value.items():
+            _check_dense(part, str(key))
     elif isinstance(value, list | tuple | set):
         for part in value:
-            _check_dense(part)
+            _check_dense(part, name)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -369,7 +369,12 @@ for _cls in (*SECTIONS.values(), Config):
 def config_of(sections: Mapping[str, Any]) -> Config:
     """The configuration of plain values; what is left out has its default. Raises UsageError, in one line, for an
     unknown key, a wrong type, a value out of range or an impossible combination."""
-    built = {}
+    _check_keys(sections)
+    return Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+
+
+def _check_keys(sections: Mapping[Any, Any]) -> None:
+    """Raise UsageError for the first section or key that does not exist."""
     for name, values in sections.items():
         if name not in SECTIONS:
             raise unknown(f"{name}.{next(iter(values))}" if isinstance(values, Mapping) and values else str(name))
@@ -378,8 +383,6 @@ def config_of(sections: Mapping[str, Any]) -> Config:
         for key in values:
             if f"{name}.{key}" not in FIELDS:
                 raise unknown(f"{name}.{key}")
-        built[name] = SECTIONS[name](**values)
-    return Config(**built)
 
 
 def load_config(path: Path) -> Config:
@@ -507,6 +510,7 @@ def _parse_yaml(text: str, path: str) -> dict[str, dict[str, Any]]:
         raise UsageError(
             f"--config {path} must be made of sections ({', '.join(SECTIONS)}) of keys, as configs/digits.yaml is"
         )
+    _check_keys(content)
     return content
 
 

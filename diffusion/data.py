@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffusion.config import DataConfig
-from diffusion.errors import Died, UsageError, in_short
+from diffusion.errors import UsageError, in_short
 from diffusion.randomness import generator_for
 from diffusion.signals import STOP_SIGNALS
 
@@ -364,8 +364,8 @@ def micro_batches(
     """The images of `steps`: for each step this process's `parts` of the global batch, one after the other.
 
     `skipped` hears what was wrong with images in whose place others are. `waiting` is called each second that a
-    worker's batch is waited for, and may raise. Raises UsageError with the name of a file that cannot be read, and
-    Died if a worker dies. Has to be closed (or exhausted), so that its workers end.
+    worker's batch is waited for, and may raise. Raises UsageError with the name of a file that cannot be read.
+    Has to be closed (or exhausted), so that its workers end.
     """
     loader = DataLoader(
         dataset,
@@ -397,14 +397,10 @@ def _next(batches: Iterator[Any], waiting: Callable[[], None]) -> Any:
     while True:
         try:
             return next(batches, None)
-        except RuntimeError as error:  # torch has no types of their own for these
-            if "timed out" in str(error):
-                waiting()
-            elif "DataLoader worker" in str(error):
-                raise Died(f"a process that read images ahead died ({in_short(error)}): the same command continues; "
-                           "if memory is short, with fewer --data.workers") from None  # fmt: skip
-            else:
+        except RuntimeError as error:  # torch has no type of its own for this
+            if "timed out" not in str(error):
                 raise
+            waiting()
 
 
 def _end(workers: set[multiprocessing.process.BaseProcess]) -> None:

@@ -255,7 +255,7 @@ def exit_code(main: Callable[[], None]) -> int:
             # Its threads would end the interpreter with an abort now and then.
             torch.distributed.destroy_process_group()
     except UsageError as error:
-        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = f" [rank {os.environ['RANK']}]" if torch.distributed.is_initialized() else ""
         say(f"{name}{rank}: {error}", error=True)
         return 2
     except Stopped as stopped:
@@ -271,7 +271,7 @@ def exit_code(main: Callable[[], None]) -> int:
         return 1
     except RuntimeError as error:
         others = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not others:
+        if not torch.distributed.is_initialized() or not others:
             raise
         print(f"{name} [rank {os.environ['RANK']}]: another process of this run ended: its own message, if it had time "
               f"for one, says why ({in_short(error)})", file=sys.stderr, flush=True)  # fmt: skip

@@ -89,6 +89,7 @@ class Samples:
     def close(self) -> None:
         """Let other processes draw there."""
         if self._lock is not None:
+            (self.folder / ".lock").unlink(missing_ok=True)
             unlock(self._lock)
             self._lock = None
 
@@ -127,9 +128,7 @@ class Samples:
             self._save_npz(temporary, batches, labels)
             temporary.replace(self.out)
         self.close()
-        if self.form == "images":
-            (self.folder / ".lock").unlink(missing_ok=True)
-        else:
+        if self.form != "images":
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self, batch: range) -> list[Path]:

@@ -204,7 +204,15 @@ class Trainer:
                                data.workers, skipped=self.meter.unreadable.extend,
                                waiting=self._check_waiting)  # fmt: skip
         with closing(self), self._signals, closing(images):
-            self._run(images, on_step)
+            try:
+                self._run(images, on_step)
+            except RuntimeError as error:  # by a signal handler of torch's, at any place
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise Died(
+                    f"a process that read images ahead died ({in_short(error)}): the same command continues; if memory "
+                    "is short, with fewer --data.workers"
+                ) from None
 
     def _check_waiting(self) -> None:
         """Obey a signal although the next images are not there: what was done is saved."""
@@ -276,8 +284,11 @@ class Trainer:
             # Weights that may be at fault do not push out good ones.
             saves = (saves or not_written is not None) and not meter.in_a_row
             if saves:
-                with meter.paused():
-                    self.save()
+                try:
+                    with meter.paused():
+                        self.save()
+                except NotWritten as error:
+                    raise NotWritten(f"{not_written}; {error}" if not_written else str(error)) from None
             if not_written is None and _due(self.config.sample.every, self.step, train.steps):
                 try:
                     with meter.paused(), suppress(CutOff):

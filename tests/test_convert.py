@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, Trap, fill, golden, tensor
 from safetensors.torch import load_file, save_file
 
-from diffusion import UNetModel, checkpoint, convert
+from diffusion import UNetModel, UsageError, checkpoint, convert
 from diffusion.command_line import parse_command_line
 from diffusion.config import load_config
 from diffusion.interop_openai import config_from_flags, parse_flags
@@ -184,16 +184,23 @@ def test_published_sizes_come_in(name, most, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("published", ["uncond", "classcond", "adm"], indirect=True)
 def test_a_converted_model_is_trained_on(published, tmp_path, monkeypatch, capsys):
-    """train.py takes the folder, with data and batch of its own, and continues from the weights."""
+    """A run begins with its weights, with data and batch of its own; its own folder stays as it is."""
     path, flags, _ = published
     run_convert(monkeypatch, capsys, "openai", path, "--flags", flags, "--out", tmp_path / "run")
     overrides = ["--data.name", "digits", "--data.random_flip", "false", "--train.batch_size", "4",
                  "--train.steps", "2", "--train.ema_rates", "[0.5]", "--train.lr", "1e-30",
                  "--model.dropout", "0.1", "--diffusion.loss", "mse",
                  "--sample.n", "1", "--sample.steps", "1"]  # fmt: skip
-    config, out = parse_command_line(["--config", str(tmp_path / "run/config.yaml"), *overrides])
-    assert out == tmp_path / "run"
-    Trainer(config, out).run()
+    source = ["--config", str(tmp_path / "run/config.yaml"), *overrides]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    command = parse_command_line(source)
+    assert command.out == tmp_path / "run"
+    with pytest.raises(UsageError, match=r"is a converted model: begin a run with its weights with .*init_from"):
+        Trainer(command.config, command.out)
+    out = tmp_path / "tuned"
+    command = parse_command_line([*source, "--train.init_from", str(tmp_path / "run"), "--out", str(out)])
+    Trainer(command.config, out).run()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     saved = checkpoint.open_checkpoint(out)
     assert saved.step == 2
     before = torch.load(path, weights_only=True)
@@ -483,7 +490,7 @@ def test_what_diffusers_cannot_express_is_refused(overrides, says, tmp_path, mon
         ("unet", {"layers_per_block": 2}, "other weights than its config.json says"),
         ("unet", {"block_out_channels": [32, 96]}, "other weights than its config.json says"),
         ("unet", {"block_out_channels": []}, "without counterpart here"),
-        ("unet", {"num_class_embeds": 3}, "other weights than its config.json says: 'class_embedding.weight'"),
+        ("unet", {"num_class_embeds": 3}, "config.json has num_class_embeds 3, and its weights have no classes"),
         ("scheduler", {"prediction_type": []}, "without counterpart here"),
         ("scheduler", {"_class_name": "EulerDiscreteScheduler"}, "holds UNet2DModel and EulerDiscreteScheduler"),
         ("scheduler", {"beta_schedule": "sigmoid"}, "without counterpart here: 'sigmoid'"),
@@ -528,7 +535,7 @@ def test_the_weights_of_a_pipeline_are_those_of_its_file(change, tmp_path, monke
     assert err.count("\n") == 1
     says = {
         "missing": "other weights than its config.json says: 'conv_in.weight'",
-        "more": "weights that have no place here: class_embedding.weight",
+        "more": "config.json has num_class_embeds None, and its weights have 3 classes",
         "empty": "other weights than its config.json says",
         "cut": "cannot be read",
         "nan": "input_blocks.0.0.bias with numbers that are not finite",

@@ -345,7 +345,10 @@ def test_without_normalisation_clipping_is_advised(tmp_path):
         ),
         (["--model.init", "zeros"], "model.init is zeros; it must be one of .*did you mean zero"),
         (["--train.scalar_lr_factor", "0.1"], "only model.init fixup has scalars"),
-        (["--model.init", "fixup", "--model.use_norm", "false", "--train.scalar_lr_factor", "-1"], "a finite number"),
+        (
+            ["--model.init", "fixup", "--model.use_norm", "false", "--train.scalar_lr_factor", "-1"],
+            "it must be at least 0",
+        ),
     ],
 )
 def test_what_cannot_go_together_is_refused(argv, says):

@@ -49,7 +49,7 @@ def test_what_is_left_open_is_taken(monkeypatch, environment, mine, field, value
             {},
             "told --mixed_precision fp8; train.precision knows no, bf16 and fp16",
         ),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {"accumulation": 2}, "accumulation is 2, .* steps 4"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {"accumulation": 2}, "accumulation is 2, .*_steps 4"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, {}, "train.accumulation 3 does not divide"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "many"}, {}, "steps many; it must be of type int"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {"grad_clip": 1.0}, "grad_clip is 1.0, .* 0.5"),

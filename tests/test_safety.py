@@ -67,7 +67,7 @@ def in_an_array(content, run):
     return run
 
 
-TRAIN = ["--out", "{run}/other", *SMALL]
+TRAIN = ["--out", "{run}/../other", *SMALL]
 CONTINUE = ["--out", "{run}", "--train.steps", "3", "--train.batch_size", "16", "--data.low_res_size", "4"]
 SAMPLE = ["--ckpt", "{run}", "--n", "1", "--steps", "1"]
 ENLARGE = [*SAMPLE, "--low_res", "{run}/samples"]
@@ -81,7 +81,7 @@ PLACES = {
     "state.json": (in_a_checkpoint("state.json"), sample, ENLARGE),
     "config.yaml of a checkpoint": (in_a_checkpoint("config.yaml"), sample, ENLARGE),
     "checksums": (in_a_checkpoint("SHA256SUMS"), sample, ENLARGE),
-    "the configuration": (as_file("c.yaml"), train, ["--config", "{run}/../c.yaml", "--out", "{run}/other"]),
+    "the configuration": (as_file("c.yaml"), train, ["--config", "{run}/../c.yaml", "--out", "{run}/../other"]),
     "CIFAR-10": (in_cifar10, train, [*TRAIN, "--data.name", "cifar10", "--data.path", "{run}/..",
                                      "--data.image_size", "32", "--data.channels", "3"]),
     "MNIST": (in_mnist, train, [*TRAIN, "--data.name", "mnist", "--data.path", "{run}/..", "--data.image_size", "28"]),
@@ -90,7 +90,7 @@ PLACES = {
     "small images": (in_an_array, sample, [*SAMPLE, "--low_res", "{run}/../small.npz"]),
     "a small image": (as_file("images/a.png"), sample, [*SAMPLE, "--low_res", "{run}/../images/a.png"]),
     "their .pt": (as_file("a.pt"), convert,
-                  ["openai", "{run}/../a.pt", "--flags", "--image_size 32", "--out", "{run}/other"]),
+                  ["openai", "{run}/../a.pt", "--flags", "--image_size 32", "--out", "{run}/../other"]),
     "a run to convert": (in_a_checkpoint("ema_0.999.safetensors"), convert,
                          ["openai", "{run}", "--out", "{run}/../b.pt"]),
 }  # fmt: skip
@@ -156,10 +156,10 @@ def test_a_disk_that_is_full_in_any_file_of_a_save(disk, tmp_path):
     for path in (whole / name for name in ("config.yaml", "state.json", "model.safetensors", "ema_0.999.safetensors",
                                            "training.pt", "SHA256SUMS")):  # fmt: skip
         out = folder / path.stem
-        assert resize(one + 8 + room)  # 8 for the run's config.yaml and metrics.jsonl
+        assert resize(one + 12 + room)  # 12 for the run's config.yaml, metrics.jsonl and .lock
         trainer = Trainer(config, out)
         with pytest.raises(
-            UsageError, match=r"step_00000004 cannot be written: .*; the checkpoints before it are whole"
+            UsageError, match=r"step_00000004 cannot be written: .*; the checkpoints up to step 2 are whole"
         ):
             trainer.run()
         trainer.close()

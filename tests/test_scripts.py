@@ -133,7 +133,7 @@ def test_two_processes_train_save_resume_and_sample(run, tmp_path):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
     for name, launcher in (("one.png", [sys.executable]), ("both.png", [*torchrun, "--"])):
         done = command(*launcher, "sample.py", "--ckpt", two, "--n", 5, "--steps", 3, "--out", tmp_path / name)
-        assert done.stdout.count("5 pictures") == 1
+        assert done.stdout.count("5 images") == 1
     drawn = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "both.png")]
     assert abs(drawn[0] - drawn[1]).max() <= 1
 
@@ -255,8 +255,8 @@ def test_images_are_those_of_the_array(run, monkeypatch, capsys, tmp_path):
     )
     assert code == 0
     files = sorted((tmp_path / "i").iterdir())
-    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
-    np.testing.assert_array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), array[..., 0])
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png", "samples.json"]
+    np.testing.assert_array_equal(np.stack([np.asarray(Image.open(file)) for file in files[:3]]), array[..., 0])
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +400,7 @@ def test_sample_answers_bad_input_in_one_line(run, unconditional, monkeypatch, c
         (["--train.stps", "3"], "did you mean train.steps?"),
         (["--data.name", "folder", "--data.path", "nowhere"], "data.path nowhere is not there"),
         (["--data.name", "folder"], "say which with --data.path"),
-        (["--out", "a" * 300], "File name too long: aaa"),
+        (["--out", "a" * 300], "File name too long"),
         (["--train.steps", "9" * 5000], "Exceeds the limit"),
         (["--config", "/dev/null"], "--config /dev/null is no file"),
         (["--data.image_size", "9"], "the nearest size that they do is 8"),

@@ -38,7 +38,7 @@ signals = StopSignals(1, launcher())
 print("ready", flush=True)
 for _ in range(300):
     if signals.asked():
-        print(signals.stopped(7), flush=True)
+        print(signals.stopped("after step 7"), flush=True)
         break
     time.sleep(0.1)
 """

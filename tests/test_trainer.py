@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     trainer.run(lambda step, metrics: heard.append((step, metrics)))
     assert [step for step, _ in heard] == [1, 2, 3, 4, 5, 6]
     assert {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()} == {
-        "config.yaml", "metrics.jsonl", "samples/step_00000004.png", "samples/step_00000006.png",
+        ".lock", "config.yaml", "metrics.jsonl", "samples/step_00000004.png", "samples/step_00000006.png",
         *(f"checkpoints/step_0000000{step}/{name}" for step in (4, 6) for name in
           ("SHA256SUMS", "config.yaml", "state.json", "model.safetensors", "ema_0.999.safetensors", "training.pt")),
     }  # fmt: skip
@@ -414,7 +414,8 @@ def test_a_damaged_newest_checkpoint_is_put_away_and_the_run_ends_with_the_same_
     heard = []
     trainer = Trainer(small(train__steps=6, checkpoint__every=2), tmp_path / "run", tell=heard.append)
     assert trainer.step == 2
-    assert len(heard) == 1
+    assert len(heard) == 2
+    assert heard[1] == "changed since step 2: train.steps was 4 and is 6"
     assert "step_00000004 is not whole: model.safetensors is damaged" in heard[0]
     assert "that of step 2 is used" in heard[0]
     trainer.run()
@@ -448,7 +449,8 @@ def test_a_full_disk(tmp_path, monkeypatch, broken, on_error):
     monkeypatch.setattr(module, name, full)
     trainer = Trainer(config, tmp_path / "run", tell=heard.append)
     if on_error == "stop":
-        with pytest.raises(UsageError, match=r"cannot be written: .*No space left on device; the checkpoints before"):
+        left = "no checkpoint was saved" if broken == "checkpoint" else "the checkpoints up to step 4 are whole"
+        with pytest.raises(UsageError, match=rf"cannot be written: .*No space left on device; {left}"):
             trainer.run()
         assert not heard
         trainer.close()
