@@ -80,7 +80,7 @@ def test_the_commands_of_the_readme_work(tmp_path):
             line = re.sub(r"--steps \d+", "--n 2 --steps 2", line)
         if "train.py" in line:
             line = re.sub(r"--train.steps \d+", "", line) + " " + short
-        line = line.replace("step_00000300", "step_00000003")
+        line = line.replace("step_00000300", "step_00000003").replace("--back_to 300", "--back_to 3").split(" #")[0]
         for name in ("train.py", "sample.py", "evaluate.py", "configs/"):
             line = line.replace(name, f"{ROOT}/{name}")
         command(*shlex.split(re.sub(r"^python", sys.executable, line)), cwd=tmp_path)
