@@ -493,7 +493,7 @@ def parse_value(text: str) -> Any:
     """A value as YAML reads it. Raises UsageError where it cannot be read."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+    except Exception as error:  # YAML's constructors raise whatever an odd tag or number gives
         raise UsageError(f"a value cannot be read: {in_short(error)}") from None
 
 
@@ -504,7 +504,7 @@ def _parse_yaml(text: str, path: str) -> dict[str, dict[str, Any]]:
         content = yaml.load(text, _Loader)
     except UsageError as error:
         raise UsageError(f"--config {path} {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # YAML's constructors raise whatever an odd tag or number gives
         raise UsageError(f"--config {path} is not YAML: {in_short(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in SECTIONS):
         raise UsageError(

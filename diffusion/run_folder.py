@@ -100,12 +100,12 @@ def check_config_file(file: Path, out: Path | None) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raise UsageError where a run's `--out` lies in a checkpoint or in another run."""
+    """Raise UsageError where a run's `--out` lies in a checkpoint or in a folder that another run writes."""
     place = locate(out)
     if place.checkpoint is not None:
         what = "is" if place.path == place.checkpoint else "lies in"
         raise UsageError(f"--out {out} {what} {_called(place)}: {_ways_on(place)}")
-    if place.run is not None and not place.is_run:
+    if place.run is not None and not place.is_run and place.path.relative_to(place.run).parts[0] in OWN:
         raise UsageError(
             f"--out {out} lies in the run {place.run}: continue that with --out {place.run}, or name a folder elsewhere"
         )

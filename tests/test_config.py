@@ -176,6 +176,11 @@ def test_a_wrong_command_line_gets_one_line(argv, says):
         ("train:\n  lr: null\n", "train.lr is null"),
         ("- 1\n", "must be made of sections"),
         ("\x00", "is not YAML"),
+        ("train:\n  lr: !!float x\n", "is not YAML"),
+        ("model:\n  class_cond: !!bool maybe\n", "is not YAML"),
+        ("train:\n  steps: !!timestamp x\n", "is not YAML"),
+        ("train: !!omap [x]\n", "is not YAML"),
+        ("train: !!pairs [x]\n", "is not YAML"),
         ("", "must be made of sections"),
     ],
 )

@@ -111,7 +111,7 @@ def test_nothing_that_existed_is_changed_by_pointing_at_it(places, name, monkeyp
         (["--out", f"run/checkpoints/{STEP}/x"], f"lies in the checkpoint {STEP} of the run"),
         (["--out", "alone"], "is the checkpoint ROOT/alone: begin another run with its weights"),
         (["--out", "run/checkpoints"], "lies in the run ROOT/run: continue that with --out ROOT/run"),
-        (["--out", "run/new"], "lies in the run ROOT/run"),
+        (["--out", "run/samples/new"], "lies in the run ROOT/run"),
         (["--config", f"run/checkpoints/{STEP}/config.yaml"], f"belongs to the checkpoint {STEP} of the run ROOT/run"),
         (["--config", "run"], "--config run is a run's folder: continue it with --out run"),
         (["--resume", "run"], "a run is continued by its own folder, --out RUN"),
