@@ -15,6 +15,7 @@ from diffusion.files import replace_text
 from diffusion.launch import (
     Parser,
     a_path,
+    accelerate_starts,
     check_launcher,
     check_writable,
     counted,
@@ -98,7 +99,8 @@ def main() -> None:
     n = min(len(dataset), args.n or len(dataset))
     network = saved.network(weights).eval()
 
-    state = PartialState(cpu=on_cpu())
+    with accelerate_starts():
+        state = PartialState(cpu=on_cpu())
     network.to(state.device)
     share = math.ceil(n / state.num_processes)
     mine = range(min(n, state.process_index * share), min(n, (state.process_index + 1) * share))

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from diffusion.checkpoint import Checkpoint, Weights, is_run_or_checkpoint
 from diffusion.config import check_guidance, check_range
 from diffusion.errors import UsageError
+from diffusion.files import check_no_dangling_link
 from diffusion.launch import (
     Parser,
     a_path,
+    accelerate_starts,
     check_launcher,
     check_writable,
     counted,
@@ -58,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=64, help="pictures drawn at once (default: 64)")
     add("--ema", help="which moving average of the weights: a rate, or none for the weights in training "
                       "(default: the run's first)")  # fmt: skip
-    add("--out", type=a_path, help="where to write (default: RUN/samples/...)")
+    add("--out", type=a_path, help="where to write; a file that is there is replaced (default: RUN/samples/...)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--images",
@@ -111,7 +113,8 @@ def main() -> None:
     if form == "grid" and n > MAX_IN_GRID:
         raise UsageError(f"--n is {n}, and a grid shows up to {MAX_IN_GRID}: add --images or --npz")
 
-    state = PartialState(cpu=on_cpu())
+    with accelerate_starts():
+        state = PartialState(cpu=on_cpu())
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     settings = dict(
         weights=saved.sums, ema=args.ema, sampler=sampler, steps=str(steps), eta=args.eta or 0.0, guidance=guidance,
@@ -120,6 +123,13 @@ def main() -> None:
 
     def at(out: Path) -> Samples:
         return Samples(out, form, n, shape, labels, settings)
+
+    network = saved.network(weights).eval().to(state.device)
+    passes = process.num_timesteps
+    if base is not None:  # the first stage of a cascade, drawn as its own grids are
+        first, first_network = base[0].config, base[0].network(base[1]).eval().to(state.device)
+        first_process = first.diffusion.process(first.sample.steps)
+        passes += first_process.num_timesteps
 
     name = f"{sampler}{process.num_timesteps}_seed{args.seed}" + (f"_guidance{guidance:g}" if guidance != 1 else "")
     default = (locate(saved.path).run or Path()) / "samples" / f"{saved.path.name}_{name}{SUFFIXES[form]}"
@@ -154,12 +164,6 @@ def main() -> None:
             **options,
         )
 
-    network = saved.network(weights).eval().to(state.device)
-    passes = process.num_timesteps
-    if base is not None:  # the first stage of a cascade, drawn as its own grids are
-        first, first_network = base[0].config, base[0].network(base[1]).eval().to(state.device)
-        first_process = first.diffusion.process(first.sample.steps)
-        passes += first_process.num_timesteps
     todo = [batch for batch, _ in batches(range(n), args.batch_size)]
     mine = [batch for batch in todo[state.process_index :: state.num_processes] if not samples.is_done(batch)]
     signals = StopSignals(1, launcher())
@@ -189,6 +193,7 @@ def check_out(out: Path, form: Form) -> None:
     """Raise UsageError where `--out` cannot be what is to be written."""
     suffix = {"grid": ".png", "npz": ".npz", "images": ""}[form]
     check_writable_file(out)
+    check_no_dangling_link(out)
     if form != "images":
         if out.is_dir():
             raise UsageError(f"--out {out} is a folder: name a {suffix} file, or add --images")
@@ -259,6 +264,8 @@ def read_low_res(path: Path, size: int, channels: int, class_names: tuple[str, .
         return found, [class_names.index(folder.class_names[label]) for label in y]
     if path.suffix == ".npz":
         try:
+            if not path.is_file():
+                raise ValueError("it is no file")
             with np.load(path, allow_pickle=False) as arrays:
                 images, labels = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays and class_names else None
             if images.ndim != 4 or images.dtype != np.uint8 or len(images) == 0:

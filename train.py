@@ -11,7 +11,15 @@ from diffusion import run_folder
 from diffusion.command_line import parse_command_line
 from diffusion.config import Config
 from diffusion.errors import UsageError
-from diffusion.launch import check_launcher, exit_code, on_cpu, progress_bar, say, with_launchers_settings
+from diffusion.launch import (
+    accelerate_starts,
+    check_launcher,
+    exit_code,
+    on_cpu,
+    progress_bar,
+    say,
+    with_launchers_settings,
+)
 
 
 def verify_resume(config: Config) -> None:
@@ -21,7 +29,8 @@ def verify_resume(config: Config) -> None:
 
     from diffusion import verify
 
-    state = PartialState(cpu=on_cpu())
+    with accelerate_starts():
+        state = PartialState(cpu=on_cpu())
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]  # the first process's is for all
         broadcast_object_list(shared)

@@ -136,7 +136,7 @@ class Checkpoint:
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(
                 f"checkpoint {self.path}: {path.name} does not hold what a run of this network saves "
-                f"({in_short(error)})"
+                f"({in_short(error)}): --back_to STEP goes back to an earlier checkpoint"
             ) from None
 
     def network(self, weights: Weights) -> UNetModel:
@@ -343,6 +343,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         text = path.read_bytes()[:MAX_JSON_BYTES]
     try:
         state = json.loads(text)
+        if not isinstance(state, dict):
+            raise ValueError("it holds no object")
         if state["format"] != FORMAT:
             raise UsageError(f"checkpoint {folder} has format {state['format']}; this version reads {FORMAT}")
         step, class_names = state["step"], checked_names(state["class_names"])
@@ -362,7 +364,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise _damaged(folder / SUMS, "")
     if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
         raise UsageError(f"checkpoint {folder} is of step {step}: give the folder its name back, step_{step:08d}")
-    config = load_config(folder / "config.yaml")
+    try:
+        config = load_config(folder / "config.yaml")
+    except UsageError as error:
+        raise UsageError(f"checkpoint {folder} cannot be used: {str(error).removeprefix('--config ')}") from None
     return Checkpoint(folder, step, config, class_names, state.get("data"), origin, environment, sums)
 
 

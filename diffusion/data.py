@@ -232,7 +232,7 @@ def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
     """One file, preprocessed: (C, size, size), uint8. Raises UsageError with its name where it cannot be read."""
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is a link to nowhere" if path.is_symlink() else "it is no file")
+            raise ValueError("it is no file" if path.exists() else "it is a link to nowhere")
         if path.suffix.lower() == ".npy":
             array = np.load(path, allow_pickle=False)
             if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != channels:

@@ -13,6 +13,13 @@ except ImportError:
     raise SystemExit("Windows is not supported: run this in WSL2 or in a container") from None
 
 
+def check_no_dangling_link(path: Path) -> None:
+    """Raise FileNotFoundError where a path, or a folder on the way to it, is a link to nowhere."""
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise FileNotFoundError(errno.ENOENT, f"{part} is a link to nowhere ({os.readlink(part)})")
+
+
 def to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of files, has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -22,7 +22,13 @@ from tqdm import tqdm
 from diffusion.checkpoint import Checkpoint, is_run_or_checkpoint, open_weights
 from diffusion.config import Config
 from diffusion.errors import Died, Stopped, UsageError, in_short, printable
+from diffusion.files import check_no_dangling_link
 from diffusion.run_folder import locate
+
+SWITCHES = [f"ACCELERATE_{name}" for name in (
+    "USE_CPU", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_SAGEMAKER", "USE_PARALLELISM_CONFIG", "DEBUG_MODE",
+    "CPU_AFFINITY", "DYNAMO_USE_FULLGRAPH", "DYNAMO_USE_DYNAMIC")] + ["FORK_LAUNCHED"]  # fmt: skip
+"""What accelerate reads as true or false, some of it only in the first step."""
 
 
 def a_path(text: str) -> Path:
@@ -41,6 +47,10 @@ class Parser(argparse.ArgumentParser):
 
 def check_launcher() -> None:
     """Use the cores that `accelerate launch` hides; raise UsageError where it started too few processes."""
+    for name in SWITCHES:
+        value = os.environ.get(name, "false")
+        if value.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off", "y", "n", "t", "f", "none"):
+            raise UsageError(f"the environment has {name}={value}; it must be true or false")
     _rejoin()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return  # not started by it, or as one of several processes
@@ -100,7 +110,7 @@ def _launchers_settings() -> dict[str, tuple[str, Any]]:
         with suppress(SystemExit):
             arguments = launch_command_parser().parse_args(command[at + 1 :])
     told: dict[str, tuple[str, Any]] = {}
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    precision = (environment.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
     if (
         precision != "no" or getattr(arguments, "mixed_precision", None) == "no"
     ):  # its files and defaults say no unasked
@@ -143,13 +153,14 @@ def _rejoin() -> None:
     """
     attempt, world = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
     wanted = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in wanted if name not in os.environ]
-    numbers = [os.environ.get(name, "0") for name in wanted if name != "MASTER_ADDR"]
-    if (world != "1" and missing) or not all(number.isdecimal() for number in numbers):
-        raise UsageError(
-            f"the environment has WORLD_SIZE {world}, as a launcher sets it, but {', '.join(missing) or 'a value'} is "
-            "missing or no number: start with torchrun or accelerate launch, or unset it"
-        )
+    wrong = [name for name in wanted if name != "MASTER_ADDR" and not os.environ.get(name, "0").isdecimal()]
+    alone = [name for name in ("RANK", "LOCAL_RANK") if world == "1" and os.environ.get(name, "0") != "0"]
+    missing = [name for name in wanted if name not in os.environ] if world != "1" else []
+    if wrong or alone or missing:
+        what = f"{wrong[0]}={os.environ[wrong[0]]}, which is no number" if wrong else (
+            f"{alone[0]}={os.environ[alone[0]]}, but no WORLD_SIZE" if alone else
+            f"WORLD_SIZE={world}, but {', '.join(missing)} is missing")  # fmt: skip
+        raise UsageError(f"the environment has {what}: start with torchrun or accelerate launch, or unset it")
     if attempt != "0" and 1 < int(world) == int(os.environ["LOCAL_WORLD_SIZE"]):
         store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         page = torch.distributed.PrefixStore(f"attempt {attempt}", store)
@@ -169,6 +180,23 @@ def on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
+@contextmanager
+def accelerate_starts() -> Iterator[None]:
+    """Turn what accelerate makes of an odd environment into one line that names the variables."""
+    try:
+        yield
+    except (ValueError, LookupError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.distributed.DistError):
+            raise
+        names = [
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith("ACCELERATE_") or name in ("FORK_LAUNCHED", "LOCAL_RANK", "WORLD_SIZE")
+        ]
+        said = f"; it reads {', '.join(names)} from the environment" if names else ""
+        raise UsageError(f"accelerate cannot start: {in_short(error)}{said}") from None
+
+
 def opened(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
     """`open_weights`, which says on stderr what it passed over. Raises UsageError, with the run's or checkpoint's path,
     where `path` only lies in one."""
@@ -185,6 +213,7 @@ def opened(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Te
 def check_writable(folder: Path, flag: str) -> None:
     """Make `folder`, and raise UsageError, naming the flag, where no file can be written into it."""
     try:
+        check_no_dangling_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

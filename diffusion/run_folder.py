@@ -30,7 +30,7 @@ import yaml
 from diffusion import checkpoint
 from diffusion.config import SECTIONS, Config, load_config
 from diffusion.errors import UsageError, in_short
-from diffusion.files import lock, replace_text, unlock
+from diffusion.files import check_no_dangling_link, lock, replace_text, unlock
 
 OWN = {"config.yaml": Path.is_file, "metrics.jsonl": Path.is_file, "metrics_superseded.jsonl": Path.is_file,
        "checkpoints": Path.is_dir, "samples": Path.is_dir, ".lock": Path.is_file}  # fmt: skip
@@ -69,7 +69,7 @@ def _is_run(folder: Path) -> bool:
         return True
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
         return False
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+    with contextlib.suppress(Exception):  # what somebody else's YAML gives
         if (folder / "config.yaml").stat().st_size < 2**16:
             keys = yaml.safe_load((folder / "config.yaml").read_text())
             return isinstance(keys, dict) and SECTIONS.keys() <= keys.keys()
@@ -158,8 +158,9 @@ class RunFolder:
         self._made: list[Path] = []
         self._lock: int | None = None
         with _told(out):
+            check_no_dangling_link(out)
             _check_ours(out)
-            self._made = [folder for folder in (out, *out.parents) if not folder.exists()]
+            self._made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 self._lock = self._acquire(warn)
@@ -230,27 +231,38 @@ def _check_ours(out: Path) -> None:
                 load_config(out / "config.yaml")
             elif (out / "metrics.jsonl").exists():
                 raise ValueError("metrics without a configuration")
-        _read_metrics(out / "metrics.jsonl")
-    except (ValueError, KeyError, TypeError):  # UsageError is a ValueError
+    except ValueError:  # UsageError is one
         raise UsageError(f"--out {out} holds a config.yaml or metrics.jsonl of something else: name another") from None
+
+
+NO_STEP = 10**12
+"""Stands for the step of a line that is no metrics: later than any."""
 
 
 def _read_metrics(path: Path) -> list[tuple[int, str]]:
     """The lines of metrics with their steps. A line without an end was cut off by a kill, and is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [(json.loads(line)["step"] + 0, line) for line in lines if line.endswith("\n")]
+
+    def step(line: str) -> int:
+        try:
+            found = json.loads(line)["step"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return NO_STEP
+        return found if type(found) is int else NO_STEP
+
+    lines = path.read_text(errors="surrogateescape").splitlines(keepends=True) if path.exists() else []
+    return [(step(line), line) for line in lines if line.endswith("\n")]
 
 
 def _truncate_metrics(out: Path, step: int) -> int:
-    """Keep the metrics up to `step`; later lines are appended to another file. Returns the last step there was."""
+    """Keep the metrics up to `step`; other lines are appended to another file. Returns the last step there was."""
     path = out / "metrics.jsonl"
     lines = _read_metrics(path)
-    later = [line for at, line in lines if at > step]
-    if later:
-        with (out / "metrics_superseded.jsonl").open("a") as file:
-            file.writelines(later)
+    others = [line for at, line in lines if at > step]
+    if others:
+        with (out / "metrics_superseded.jsonl").open("a", errors="surrogateescape") as file:
+            file.writelines(others)
     replace_text(path, "".join(line for at, line in lines if at <= step))
-    return max((at for at, _ in lines if at > step), default=0)
+    return max((at for at, _ in lines if step < at < NO_STEP), default=0)
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ samples.npz.parts/
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
@@ -31,6 +31,7 @@ from diffusion.files import lock, replace_bytes, unlock
 
 Form = Literal["grid", "images", "npz"]
 SETTINGS = "samples.json"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 SUFFIXES = {"grid": ".png", "images": "", "npz": ".npz"}
 
 
@@ -57,6 +58,7 @@ class Samples:
         labels: Sequence[int] | None,
         settings: dict[str, Any],
     ):
+        out = Path(os.path.realpath(out)) if out.is_symlink() else out  # a link is written through
         self.out, self.form, self.n, self.shape, self.labels = out, form, n, tuple(shape), labels
         self.settings = settings | {"classes": None if labels is None else list(labels)}
         self.folder = out if form == "images" else out.with_name(f"{out.name}.parts")
@@ -69,33 +71,58 @@ class Samples:
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS
+        if (os.path.lexists(self.folder) and not self.folder.is_dir()) or (path.exists() and not path.is_file()):
+            raise FileExistsError(f"{self.folder} is there, and holds no samples: name another")
         if self.folder.exists() and not path.exists() and any(self.folder.iterdir()):
             raise FileExistsError(f"{self.folder} is not empty: name a new folder")
         self.folder.mkdir(exist_ok=True)
         self._lock = lock(self.folder / ".lock")
         if not path.exists():
-            replace_bytes(path, json.dumps(self.settings, indent=1).encode())
+            self._write_settings()
         try:
             found = json.loads(path.read_bytes())
             differ = {key for key in found.keys() | self.settings.keys() if found.get(key) != self.settings.get(key)}
-        except (ValueError, AttributeError):
-            differ, found = {SETTINGS}, {}
+        except (ValueError, AttributeError, RecursionError):
+            self.close()
+            raise FileExistsError(f"{path} cannot be read: name another folder, or remove it") from None
         if differ:
             self.close()
             key = min(differ)
             raise FileExistsError(f"{self.folder} holds samples of other settings ({key} was {found.get(key)}, and is "
                                   f"{self.settings.get(key)}): name another, or remove it")  # fmt: skip
 
+    def _write_settings(self) -> None:
+        replace_bytes(self.folder / SETTINGS, json.dumps(self.settings, indent=1).encode())
+
     def close(self) -> None:
-        """Let other processes draw there."""
+        """Let other processes draw there. A folder in which nothing was drawn is removed."""
         if self._lock is not None:
             (self.folder / ".lock").unlink(missing_ok=True)
             unlock(self._lock)
             self._lock = None
+            if self.folder.exists() and [path.name for path in self.folder.iterdir()] == [SETTINGS]:
+                (self.folder / SETTINGS).unlink()
+                self.folder.rmdir()
 
     def is_done(self, batch: range) -> bool:
         """Whether a batch is on the disk."""
-        return all(path.exists() for path in self._files(batch))
+        return all(self._is_whole(path, batch) for path in self._files(batch))
+
+    def _is_whole(self, path: Path, batch: range) -> bool:
+        """Whether a file is what is written there, as far as can be seen from its ends: a power cut may empty one."""
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            if path.suffix == ".png":
+                file.seek(max(0, path.stat().st_size - len(PNG_END)))
+                return file.read() == PNG_END
+        channels, *size = self.shape
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            return False
+        one = (*size, channels)
+        return array.dtype == np.uint8 and array.shape == (one if self.form == "images" else (len(batch), *one))
 
     def write(self, batch: range, images: Tensor) -> None:
         """Write a batch of images in [-1, 1], each file atomically."""
@@ -104,7 +131,7 @@ class Samples:
             replace_bytes(self._files(batch)[0], _npy(arrays), sync=False)
             return
         for path, array in zip(self._files(batch), arrays, strict=True):
-            if not path.exists():
+            if not self._is_whole(path, batch):
                 content = _npy(array) if path.suffix == ".npy" else pictures.png(rearrange(array, "h w c -> c h w"))
                 replace_bytes(path, content, sync=False)
 
@@ -127,9 +154,13 @@ class Samples:
             temporary = self.folder / ".whole.tmp"
             self._save_npz(temporary, batches, labels)
             temporary.replace(self.out)
+        if self.form == "images":
+            if not (self.folder / SETTINGS).exists():
+                self._write_settings()
+        else:
+            for batch in batches:
+                self._files(batch)[0].unlink(missing_ok=True)
         self.close()
-        if self.form != "images":
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self, batch: range) -> list[Path]:
         if self.form != "images":

@@ -31,7 +31,7 @@ from diffusion.data import Batch, batch_indices, load, micro_batches, open_datas
 from diffusion.ema import EMA
 from diffusion.errors import Died, NotWritten, Stopped, UsageError, in_short
 from diffusion.initialisation import NEVER_LEARN, scalars
-from diffusion.launch import launcher, on_cpu
+from diffusion.launch import accelerate_starts, launcher, on_cpu
 from diffusion.losses import Denoiser, training_losses
 from diffusion.randomness import generator_for, seed_for
 from diffusion.run_folder import RunFolder, append_line, check_out
@@ -65,12 +65,13 @@ class Trainer:
 
     def __init__(self, config: Config, out: Path, tell: Callable[[str], None] = lambda message: None):
         self.config, self.out, self.tell = config, out, tell
-        self.accelerator = accelerator = Accelerator(
-            mixed_precision=config.train.precision or "no",
-            cpu=on_cpu(),
-            # Else accelerate would divide gradients by what the environment says, a second time.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        )
+        with accelerate_starts():
+            self.accelerator = accelerator = Accelerator(
+                mixed_precision=config.train.precision or "no",
+                cpu=on_cpu(),
+                # Else accelerate would divide gradients by what the environment says, a second time.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            )
         _check_known(accelerator)
         self.parts = _parts(config.train, accelerator.process_index, accelerator.num_processes)
         self._own = torch.cat([torch.arange(part.start, part.stop) for part in self.parts]).to(accelerator.device)

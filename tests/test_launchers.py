@@ -115,9 +115,17 @@ def test_inductor_without_a_compiler_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE 2, .* but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is missing"),
-        ({"WORLD_SIZE": "two"}, "is missing or no number"),
-        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "y"}, "a value is"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is missing"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, which is no number"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "y"},
+            "MASTER_PORT=y, which is no",
+        ),
+        ({"LOCAL_RANK": "5"}, "LOCAL_RANK=5, but no WORLD_SIZE"),
+        ({"ACCELERATE_USE_FSDP": "zzz"}, "ACCELERATE_USE_FSDP=zzz; it must be true or false"),
+        ({"ACCELERATE_USE_CPU": ""}, "ACCELERATE_USE_CPU=; it must be true or false"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "zzz"}, "accelerate cannot start: .*ACCELERATE_DYNAMO_BACKEND=zzz"),
+        ({"ACCELERATE_TORCH_DEVICE": "zzz"}, "accelerate cannot start: .*ACCELERATE_TORCH_DEVICE=zzz"),
     ],
 )
 def test_half_an_environment_is_named(monkeypatch, capsys, tmp_path, environment, says):

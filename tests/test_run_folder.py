@@ -391,3 +391,31 @@ def test_a_start_that_is_refused_leaves_no_trace(tmp_path, monkeypatch, capsys):
     argv = ["--out", tmp_path / "a/b/run", "--train.batch_size", 5000]
     assert script(train, monkeypatch, capsys, *argv)[0] == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dangling_link_stays_and_is_named(tmp_path, monkeypatch, capsys):
+    """A disk that is not mounted: training must not go on in a folder of the same name."""
+    (tmp_path / "runs").symlink_to("/mnt/notmounted")
+    for out in ("runs", "runs/x"):
+        code, _, err = script(train, monkeypatch, capsys, "--out", tmp_path / out, *SMALL)
+        assert code == 2
+        assert "runs is a link to nowhere (/mnt/notmounted)" in err
+        assert (tmp_path / "runs").is_symlink()
+
+
+@pytest.mark.parametrize("line", ["", "\0" * 40, '{"step": NaN}', "[" * 10_000, '{"loss": 1}'])
+def test_a_bad_line_of_the_metrics_is_put_aside(tmp_path, line):
+    Trainer(small(train__steps=2), tmp_path).run()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    Trainer(small(train__steps=4), tmp_path).run()
+    assert [each["step"] for each in metrics(tmp_path)] == [2, 4]
+    assert (tmp_path / "metrics_superseded.jsonl").read_text() == f"{line}\n"
+
+
+@pytest.mark.parametrize("text", ["a: !!bool maybe", "a: !!timestamp x", "[" * 3000])
+def test_somebody_elses_files_in_a_parent_are_no_run(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    Trainer(small(train__steps=1), tmp_path / "sub/run").run()
+    assert checkpoint.open_checkpoint(tmp_path / "sub/run").step == 1

@@ -204,3 +204,67 @@ def test_a_long_sampling_writes_as_it_draws(run, tmp_path):
     assert "of 100000 images drawn" in err.splitlines()[-1]
     settings = json.loads((tmp_path / "a/samples.json").read_text())
     assert (settings["steps"], settings["seed"], settings["classes"]) == ("20", 0, list(range(10)))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG cut off"])
+def test_an_image_that_a_power_cut_emptied_is_drawn_again(run, tmp_path, monkeypatch, capsys, content):
+    drawn(run, monkeypatch, capsys, "--n", 4, "--images", "--out", tmp_path / "a")
+    before = contents(tmp_path / "a")
+    (tmp_path / "a/000001.png").write_bytes(content)
+    drawn(run, monkeypatch, capsys, "--n", 4, "--images", "--out", tmp_path / "a")
+    assert contents(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize(
+    "part",
+    [np.zeros((4, 8, 8, 1), np.float32), np.zeros((4, 8, 8, 3), np.uint8), np.zeros((1, 8, 8, 1), np.uint8), None],
+)
+def test_a_part_that_is_not_ours_is_drawn_again(run, tmp_path, monkeypatch, capsys, part):
+    drawn(run, monkeypatch, capsys, "--n", 8, "--npz", "--out", tmp_path / "whole.npz")
+    works = Samples.write
+
+    def cut_off(self, batch, images):
+        works(self, batch, images)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Samples, "write", cut_off)
+    drawn(run, monkeypatch, capsys, "--n", 8, "--npz", "--out", tmp_path / "a.npz", code=143)
+    monkeypatch.setattr(Samples, "write", works)
+    parts = tmp_path / "a.npz.parts"
+    (parts / "notes.txt").write_text("mine")
+    path = next(parts.glob("*.npy"))
+    path.write_bytes(b"") if part is None else np.save(path, part)
+    drawn(run, monkeypatch, capsys, "--n", 8, "--npz", "--out", tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert (parts / "notes.txt").read_text() == "mine"
+
+
+def test_an_array_is_written_through_a_link(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a.npz").write_text("old")
+    (tmp_path / "a.npz").symlink_to("real/a.npz")
+    drawn(run, monkeypatch, capsys, "--n", 2, "--npz", "--out", tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").is_symlink()
+    with np.load(tmp_path / "real/a.npz") as arrays:
+        assert len(arrays["arr_0"]) == 2
+    (tmp_path / "b.npz").symlink_to("nowhere/b.npz")
+    assert "is a link to nowhere" in drawn(run, monkeypatch, capsys, "--npz", "--out", tmp_path / "b.npz", code=2)
+
+
+def test_settings_that_are_no_file_are_refused(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a/samples.json")
+    assert "holds no samples" in drawn(run, monkeypatch, capsys, "--images", "--out", tmp_path / "a", code=2)
+    os.mkfifo(tmp_path / "x.npz")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/samples.json").write_text("[" * 100_000)
+    assert "cannot be read" in drawn(run, monkeypatch, capsys, "--images", "--out", tmp_path / "b", code=2)
+
+
+def test_a_command_that_fails_before_it_draws_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    def fails(**options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("diffusion.samplers.draw", fails)
+    drawn(run, monkeypatch, capsys, "--n", 2, "--out", tmp_path / "a.png", code=2)
+    assert list(tmp_path.iterdir()) == []
