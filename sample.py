@@ -117,8 +117,9 @@ def main() -> None:
         state = PartialState(cpu=on_cpu())
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     settings = dict(
-        weights=saved.sums, ema=args.ema, sampler=sampler, steps=str(steps), eta=args.eta or 0.0, guidance=guidance,
-        seed=args.seed, batch_size=args.batch_size, device=state.device.type, low_res=fingerprint(base, low_res),
+        checkpoint=saved.path.name, weights=saved.sums[saved.chosen_file(args.ema)], sampler=sampler, steps=str(steps),
+        eta=args.eta or 0.0, guidance=guidance, seed=args.seed, batch_size=args.batch_size, device=state.device.type,
+        low_res=fingerprint(base, low_res),
     )  # fmt: skip
 
     def at(out: Path) -> Samples:
@@ -206,7 +207,7 @@ def check_out(out: Path, form: Form) -> None:
 def fingerprint(base: tuple[Checkpoint, Weights] | None, low_res: Images | None) -> object:
     """What tells small images, or the run that draws them, from others."""
     if base is not None:
-        return base[0].sums
+        return base[0].sums[base[0].chosen_file()]
     return None if low_res is None else hashlib.sha256(low_res[0].numpy().tobytes()).hexdigest()
 
 

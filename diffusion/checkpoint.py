@@ -85,14 +85,17 @@ class Checkpoint:
         return tensors
 
     def chosen_weights(self, wanted: str | None = None) -> dict[str, Tensor]:
-        """What a person's `--ema` names: a moving average by its rate, "none" for the weights in training, or None for
-        the run's first average. Raises UsageError where the run has it not."""
+        """The weights that a person's `--ema` names (see `chosen_file`)."""
+        return self._tensors(self.chosen_file(wanted))
+
+    def chosen_file(self, wanted: str | None = None) -> str:
+        """The file that a person's `--ema` names: a moving average by its rate, "none" for the weights in training, or
+        None for the run's first average. Raises UsageError where the run has it not."""
         rates = {str(rate): rate for rate in self.config.train.ema_rates}
-        if wanted == "none":
-            return self.weights()
-        if wanted is not None and wanted not in rates:
+        if wanted not in (None, "none", *rates):
             raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(rates)}, or none")
-        return self.ema(self.config.train.ema_rates[0] if wanted is None else rates[wanted])
+        rate = next(iter(rates)) if wanted is None else wanted
+        return "model.safetensors" if rate == "none" or self.step == 0 else f"ema_{rates[rate]}.safetensors"
 
     def file(self, name: str) -> Path:
         """The path of a file, verified. Raises Damaged where it is missing or is not what was written, and UsageError

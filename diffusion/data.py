@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.process
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -387,6 +388,11 @@ def micro_batches(
                 skipped(batch[2])
             yield (images.pin_memory(), labels.pin_memory()) if torch.cuda.is_available() else (images, labels)
     except OSError as error:
+        _end(set(multiprocessing.active_children()) - others)  # else torch waits 5 seconds for each
+        # torch's half-made iterator complains when it is freed, which is now.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+        error.with_traceback(None)
+        sys.unraisablehook = hook
         raise UsageError(f"data.workers is {workers}, and they cannot be started: {in_short(error)}") from None
     finally:
         _end(set(multiprocessing.active_children()) - others)

@@ -111,9 +111,8 @@ def _launchers_settings() -> dict[str, tuple[str, Any]]:
             arguments = launch_command_parser().parse_args(command[at + 1 :])
     told: dict[str, tuple[str, Any]] = {}
     precision = (environment.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
-    if (
-        precision != "no" or getattr(arguments, "mixed_precision", None) == "no"
-    ):  # its files and defaults say no unasked
+    # Its files and defaults say no unasked.
+    if precision != "no" or getattr(arguments, "mixed_precision", None) == "no":
         if precision not in ("no", "bf16", "fp16"):
             raise UsageError(
                 f"the launcher was told --mixed_precision {precision}; train.precision knows no, bf16 and fp16"

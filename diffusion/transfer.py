@@ -80,5 +80,5 @@ def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], 
 
 def origin_of(saved: Checkpoint) -> dict[str, object]:
     """What a run records of the weights that it began with."""
-    name = "model.safetensors" if saved.step == 0 else f"ema_{saved.config.train.ema_rates[0]}.safetensors"
+    name = saved.chosen_file()
     return {"path": str(saved.path.resolve()), "step": saved.step, "file": name, "sha256": saved.sums[name]}

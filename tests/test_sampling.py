@@ -93,7 +93,7 @@ def test_more_of_the_same_are_added(run, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "key"),
     [(["--seed", 1], "seed was 0"), (["--sampler", "ddim"], "sampler was ddpm"), (["--classes", "3"], "classes"),
-     (["--ema", "none"], "ema was None"), (["--batch_size", 2], "batch_size was 4, and is 2")],
+     (["--ema", "none"], "weights was "), (["--batch_size", 2], "batch_size was 4, and is 2")],
 )  # fmt: skip
 def test_samples_of_other_settings_are_not_mixed(run, tmp_path, monkeypatch, capsys, flags, key):
     drawn(run, monkeypatch, capsys, "--n", 4, "--images", "--out", tmp_path / "a")
@@ -268,3 +268,13 @@ def test_a_command_that_fails_before_it_draws_leaves_nothing(run, tmp_path, monk
     monkeypatch.setattr("diffusion.samplers.draw", fails)
     drawn(run, monkeypatch, capsys, "--n", 2, "--out", tmp_path / "a.png", code=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_trained_on_meanwhile_is_told_apart(tmp_path, monkeypatch, capsys):
+    Trainer(small(train__steps=1), tmp_path / "run").run()
+    drawn(tmp_path / "run", monkeypatch, capsys, "--n", 2, "--images", "--out", tmp_path / "a")
+    Trainer(small(train__steps=2), tmp_path / "run").run()
+    err = drawn(tmp_path / "run", monkeypatch, capsys, "--n", 4, "--images", "--out", tmp_path / "a", code=2)
+    assert "(checkpoint was step_00000001, and is step_00000002)" in err
+    first = tmp_path / "run/checkpoints/step_00000001"
+    drawn(first, monkeypatch, capsys, "--n", 4, "--images", "--out", tmp_path / "a")
