@@ -94,7 +94,7 @@ def sampling(argv):
 def kill_sampling(kills, seconds, rng, folder):
     """Kill a folder of images and an array while they are drawn; both have to end like those that nobody touched."""
     finish(folder / "run", 2, 1)
-    for form, name, n in (("--images", "a", 400 * kills), ("--npz", "a.npz", 400 * kills)):
+    for form, name, n in (("--images", "a", 150 * kills), ("--npz", "a.npz", 150 * kills)):
         outs = folder / f"killed_{name}", folder / f"whole_{name}"
         argv = ["--ckpt", str(folder / "run"), "--n", str(n), "--steps", "10", "--batch_size", "16", form, "--out"]
         died = 0
