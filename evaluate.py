@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from functools import partial
+from pathlib import Path
 
 from diffusion.config import check_range
 from diffusion.errors import UsageError
@@ -54,6 +55,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def is_figures(path: Path) -> bool:
+    """Whether a file is what an earlier call wrote, which may be replaced."""
+    try:
+        return "bits_per_dim" in json.loads(path.read_bytes())
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
@@ -80,6 +89,8 @@ def main() -> None:
     if args.out is not None:
         if args.out.is_dir():
             raise UsageError(f"--out {args.out} is a folder: name a .json file")
+        if args.out.is_file() and not is_figures(args.out):
+            raise UsageError(f"--out {args.out} is there already, and holds no figures of evaluate.py: name another")
         check_writable(args.out.parent, f"--out {args.out}")
 
     import torch

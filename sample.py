@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=64, help="pictures drawn at once (default: 64)")
     add("--ema", help="which moving average of the weights: a rate, or none for the weights in training "
                       "(default: the run's first)")  # fmt: skip
-    add("--out", type=a_path, help="where to write; a file that is there is replaced (default: RUN/samples/...)")
+    add("--out", type=a_path, help="where to write (default: RUN/samples/...)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--images",
@@ -200,6 +200,8 @@ def check_out(out: Path, form: Form) -> None:
             raise UsageError(f"--out {out} is a folder: name a {suffix} file, or add --images")
         if out.suffix != suffix:
             raise UsageError(f"--out {out} must end in {suffix}")
+        if out.exists():
+            raise UsageError(f"--out {out} is there already: name another, or remove it")
     elif out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: name a folder")
 

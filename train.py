@@ -70,8 +70,9 @@ def main() -> None:
         begun = f"continues after step {trainer.step}" if trainer.step else "begins"
         if trainer.origin and not trainer.step:
             begun = f"begins with the weights of {trainer.origin['path']}"
+        precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
         where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
-        say(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}")
+        say(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}{precision}")
     if trainer.step >= config.train.steps:
         if main_process:
             say(f"it has done {trainer.step} steps, and train.steps is {config.train.steps}: nothing is left to do")

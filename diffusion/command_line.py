@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> Command:
             section, name = key.split(".")
             sections.setdefault(section, {})[name] = _from_text(given[key], key)
     config = config_of(sections)
+    if out is None and args.back_to is not None:
+        raise UsageError(f"--back_to is {args.back_to}: add --out with the run that is to go back")
     if out is None:
         out = run_folder.default_out(files[-1] if files else Path("digits"))
     return Command(config, out, args.back_to, args.verify_resume)
@@ -79,7 +82,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--out", metavar="FOLDER", help="the run's folder (default: runs/<name of --config>)")
     add(
         "--back_to",
-        type=int,
+        type=_step,
         metavar="STEP",
         help="go back to the run's checkpoint of this step, and end: later ones are put away, and the same command "
         "without this flag continues from there",
@@ -104,6 +107,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _step(text: str) -> int:
+    """A step, or the name of a checkpoint's folder."""
+    match = re.fullmatch(r"(?:step_)?(\d{1,12})/?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a step, such as 300")
+    return int(match[1])
+
+
 def _from_text(text: str, key: str) -> Any:
     """The value of a flag, read as its field's type asks for."""
     types = types_of(key)
@@ -117,7 +128,7 @@ def _refuse(rest: list[str], known: list[str]) -> None:
     """Raise UsageError for the first flag that is not known."""
     first = next((word for word in rest if word.startswith("--")), None)
     if first is None:
-        raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)} (a run's folder is given by --out)")
     name = first.removeprefix("--").split("=")[0]
     if name in SECTIONS:
         raise UsageError(f"--{name} is a section: set its keys one by one, --{name}.KEY VALUE")

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.checkpoint import Checkpoint, is_run_or_checkpoint, open_weights
+from diffusion.checkpoint import Checkpoint, open_weights
 from diffusion.config import Config
 from diffusion.errors import Died, Stopped, UsageError, in_short, printable
 from diffusion.files import check_no_dangling_link
-from diffusion.run_folder import locate
+from diffusion.run_folder import check_is_run
 
 SWITCHES = [f"ACCELERATE_{name}" for name in (
     "USE_CPU", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_SAGEMAKER", "USE_PARALLELISM_CONFIG", "DEBUG_MODE",
@@ -199,10 +199,7 @@ def accelerate_starts() -> Iterator[None]:
 def opened(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
     """`open_weights`, which says on stderr what it passed over. Raises UsageError, with the run's or checkpoint's path,
     where `path` only lies in one."""
-    place = locate(path)
-    inside = place.checkpoint or place.run
-    if inside is not None and place.path != inside and not is_run_or_checkpoint(path):
-        raise UsageError(f"{path} lies in the {'checkpoint' if place.checkpoint else 'run'} {inside}: name that folder")
+    check_is_run(path)
     saved, weights = open_weights(path, ema)
     for _, damage in saved.passed_over:
         say(f"{os.path.basename(sys.argv[0])}: {damage}; {saved.path.name} is used", error=True)

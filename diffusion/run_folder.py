@@ -111,6 +111,14 @@ def check_out(out: Path) -> None:
         )
 
 
+def check_is_run(path: Path) -> None:
+    """Raise UsageError where a path only lies in a run or a checkpoint, with the folder to name instead."""
+    place = locate(path)
+    inside = place.checkpoint or place.run
+    if inside is not None and place.path != inside and not checkpoint.is_run_or_checkpoint(path):
+        raise UsageError(f"{path} lies in the {'checkpoint' if place.checkpoint else 'run'} {inside}: name that folder")
+
+
 def check_writable_file(out: Path) -> None:
     """Raise UsageError where `--out` of a command that reads runs names a file or a folder that is a run's own."""
     place = locate(out)

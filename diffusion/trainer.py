@@ -34,12 +34,12 @@ from diffusion.initialisation import NEVER_LEARN, scalars
 from diffusion.launch import accelerate_starts, launcher, on_cpu
 from diffusion.losses import Denoiser, training_losses
 from diffusion.randomness import generator_for, seed_for
-from diffusion.run_folder import RunFolder, append_line, check_out
+from diffusion.run_folder import RunFolder, append_line, check_is_run, check_out
 from diffusion.samplers import batches, draw
 from diffusion.sharding import cut_like, full
 from diffusion.signals import CutOff, StopSignals
 from diffusion.timesteps import LossSecondMoment
-from diffusion.transfer import copy_weights, origin_of
+from diffusion.transfer import copy_weights, origin_of, plain
 
 MAY_CHANGE = {
     "data": {"path", "workers", "may_change", "on_error"},
@@ -107,7 +107,8 @@ class Trainer:
             self.dataset = open_dataset(config.data)
         if len(self.dataset) < config.train.batch_size:
             raise UsageError(
-                f"the data hold {len(self.dataset)} images, fewer than train.batch_size {config.train.batch_size}"
+                f"the data hold {len(self.dataset)} images, fewer than train.batch_size {config.train.batch_size}: "
+                f"make it {len(self.dataset)} or less"
             )
         self.class_names = self.dataset.class_names if config.model.class_cond else ()
         if saved and saved.class_names != self.class_names:
@@ -140,6 +141,7 @@ class Trainer:
             checkpoint.check_fits(self.network, weights, saved.path)
             self.network.load_state_dict(weights)
         elif config.train.init_from is not None:
+            check_is_run(Path(config.train.init_from))
             source, weights = checkpoint.open_weights(Path(config.train.init_from))
             notes = copy_weights(self.network, weights, source, config, self.class_names)
             self.origin = origin_of(source)
@@ -186,7 +188,7 @@ class Trainer:
     def _changes(self, saved: checkpoint.Checkpoint) -> list[str]:
         """What is not as it was when `saved` was written, although the run continues."""
         here, there = dataclasses.asdict(self.config), dataclasses.asdict(saved.config)
-        settings = [f"{section}.{name} was {_plain(before)} and is {_plain(here[section][name])}"
+        settings = [f"{section}.{name} was {plain(before)} and is {plain(here[section][name])}"
                     for section, values in there.items() for name, before in values.items()
                     if before != here[section][name]]  # fmt: skip
         rounding = [f"{name} {saved.environment.get(name)} then, {now} now"
@@ -655,16 +657,11 @@ def _same_run(saved: checkpoint.Checkpoint, now: Config, out: Path) -> Config:
             before, after = getattr(old, entry.name), getattr(new, entry.name)
             if before != after and entry.name not in MAY_CHANGE.get(section.name, set()):
                 raise UsageError(
-                    f"{section.name}.{entry.name} is {_plain(after)}, and {_plain(before)} in the run {out} that this "
+                    f"{section.name}.{entry.name} is {plain(after)}, and {plain(before)} in the run {out} that this "
                     "would continue: set it back, or begin another run with --out NEW (with these weights, with "
                     f"--train.init_from {out})"
                 )
     return now
-
-
-def _plain(value: object) -> str:
-    """A setting as it stands in a file."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _names(class_names: tuple[str, ...]) -> str:

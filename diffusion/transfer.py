@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -13,11 +14,12 @@ from diffusion.unet import UNetModel
 
 CLASSES = "label_emb.weight"
 MEANING = {
-    "model": ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order", "use_norm",
-              "use_scale_shift_norm", "conv_resample", "resblock_updown"),
+    "model": ("model_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads",
+              "num_heads_upsample", "num_head_channels", "use_new_attention_order", "use_norm", "use_scale_shift_norm",
+              "conv_resample", "resblock_updown"),
     "diffusion": ("steps", "schedule", "mean", "variance", "rescale_timesteps"),
 }  # fmt: skip
-"""Settings under which weights of the same shapes compute something else."""
+"""Settings that give weights another shape, place or meaning."""
 
 
 @torch.no_grad()
@@ -31,8 +33,15 @@ def copy_weights(
     """
     mine = network.state_dict()
     fit = {name for name, value in mine.items() if name in weights and weights[name].shape == value.shape} - {CLASSES}
+    differ = [f"{section}.{name} was {plain(before)} and is {plain(after)}"
+              for section, names in MEANING.items() for name in names
+              if (before := getattr(getattr(saved.config, section), name))
+              != (after := getattr(getattr(config, section), name))]  # fmt: skip
     if not any(mine[name].ndim > 1 for name in fit):
-        raise UsageError(f"train.init_from is {saved.path}, and none of its weights fit this network")
+        raise UsageError(
+            f"train.init_from is {saved.path}, and none of its weights fit this network ({'; '.join(differ)}): take "
+            f"its settings too, with --config {saved.path / 'config.yaml'}"
+        )
     for name in fit:
         mine[name].copy_(weights[name])
     notes = []
@@ -41,14 +50,12 @@ def copy_weights(
     if CLASSES in mine:
         notes += _copy_classes(mine[CLASSES], weights, saved.class_names, class_names)
     unused = sorted(weights.keys() - mine.keys())
-    for what, names in (("begin anew", misfits), ("of it have no place here", unused)):
+    anew = sum(mine[name].numel() for name in mine.keys() - fit - {CLASSES})
+    share = f" ({100 * anew / sum(value.numel() for value in mine.values()):.1f}% of the parameters)"
+    for what, names in ((f"begin anew{share}", misfits), ("of it have no place here", unused)):
         if names:
             more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
             notes.append(f"train.init_from: {len(names)} of {len(mine)} weights {what}: {'; '.join(names[:3])}{more}")
-    differ = [f"{section}.{name} was {before} and is {after}"
-              for section, names in MEANING.items() for name in names
-              if (before := getattr(getattr(saved.config, section), name))
-              != (after := getattr(getattr(config, section), name))]  # fmt: skip
     if differ:
         notes.append(f"train.init_from: its weights were trained under other settings: {'; '.join(differ)}")
     rate = config.train.ema_rates[0]
@@ -76,6 +83,11 @@ def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], 
     new = [name for name in names if name not in rows]
     more = f", and {len(new) - 10} more" if len(new) > 10 else ""
     return [f"train.init_from: {len(new)} of {len(names)} classes are new and begin anew: {', '.join(new[:10])}{more}"]
+
+
+def plain(value: object) -> str:
+    """A setting as it stands in a file."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def origin_of(saved: Checkpoint) -> dict[str, object]:

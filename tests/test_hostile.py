@@ -357,6 +357,15 @@ def test_figures_are_on_the_disk_before_anybody_is_told(trained, tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["images"] == 1
 
 
+def test_figures_replace_figures_only(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    argv = ["--ckpt", trained, "--n", 1, "--steps", 1, "--out", tmp_path / "mine.json"]
+    code, _, err = script(evaluate, monkeypatch, capsys, *argv)
+    assert code == 2
+    assert "is there already, and holds no figures" in err
+    assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
+
+
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     path.write_text("old")

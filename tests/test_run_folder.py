@@ -119,9 +119,13 @@ def test_nothing_that_existed_is_changed_by_pointing_at_it(places, name, monkeyp
         (["--resume", "run"], "a run is continued by its own folder, --out RUN"),
         (["--ckpt", "run"], "a run is continued by its own folder, --out RUN"),
         (["--out", "run", "--back_to", "1"], "the run run has no checkpoint of that step; it has 2, 3"),
+        (["--back_to", "1"], "--back_to is 1: add --out"),
+        (["--out", "run", "--back_to", "run/x"], "it is 'run/x'; it must be a step, such as 300"),
+        (["run"], "unrecognized arguments: run (a run's folder is given by --out)"),
+        (["--out", "new", "--train.init_from", "run/checkpoints"], "lies in the run ROOT/run: name that folder"),
         (["--out", "nowhere", "--back_to", "1"], "--out nowhere is no run that has saved a checkpoint"),
         (["--out", "run", "--model.num_res_blocks", "2"], "and 1 in the run run that this would continue"),
-        (["--out", "new", "--train.init_from", "run/samples"], "is no checkpoint, and no run that has saved one"),
+        (["--out", "new", "--train.init_from", "run/samples"], "lies in the run ROOT/run: name that folder"),
         (["--out", "new", "--train.init_from", "nowhere"], "checkpoint nowhere is not there"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -153,7 +157,7 @@ def test_a_run_goes_back_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     Trainer(config, run).run()
     before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    code, said, _ = script(train, monkeypatch, capsys, "--out", run, "--back_to", 2)
+    code, said, _ = script(train, monkeypatch, capsys, "--out", run, "--back_to", "step_00000002")
     assert code == 0
     assert "is back at step 2; what came later is in" in said
     (aside,) = run.glob("after_step_00000002_*")
@@ -258,7 +262,7 @@ def test_classes_are_taken_over_by_name(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"data__channels": 3}, "3 of 129 weights begin anew: input_blocks.0.0.weight is (32, 1, 3, 3) there and"),
+        ({"data__channels": 3}, "3 of 129 weights begin anew (0.3% of the parameters): input_blocks.0.0.weight is"),
         ({"model__class_cond": False}, "of it have no place here: label_emb.weight"),
         ({"diffusion__mean": "x_start"}, "other settings: diffusion.mean was epsilon and is x_start"),
         ({"model__num_heads": 4}, "other settings: model.num_heads was 2 and is 4"),
@@ -272,7 +276,10 @@ def test_what_does_not_fit_is_named(source, tmp_path, changes, says):
 
 
 def test_weights_of_which_nothing_fits_are_refused(source, tmp_path):
-    with pytest.raises(UsageError, match="none of its weights fit this network"):
+    with pytest.raises(
+        UsageError,
+        match=r"none of its weights fit this network \(model\.model_channels was 32 and is 96; .* settings too",
+    ):
         Trainer(small(train__init_from=str(source), model__model_channels=96, model__num_heads=1), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

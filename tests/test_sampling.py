@@ -241,10 +241,8 @@ def test_a_part_that_is_not_ours_is_drawn_again(run, tmp_path, monkeypatch, caps
 
 def test_an_array_is_written_through_a_link(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "real").mkdir()
-    (tmp_path / "real/a.npz").write_text("old")
-    (tmp_path / "a.npz").symlink_to("real/a.npz")
-    drawn(run, monkeypatch, capsys, "--n", 2, "--npz", "--out", tmp_path / "a.npz")
-    assert (tmp_path / "a.npz").is_symlink()
+    (tmp_path / "link").symlink_to("real")
+    drawn(run, monkeypatch, capsys, "--n", 2, "--npz", "--out", tmp_path / "link/a.npz")
     with np.load(tmp_path / "real/a.npz") as arrays:
         assert len(arrays["arr_0"]) == 2
     (tmp_path / "b.npz").symlink_to("nowhere/b.npz")
@@ -278,3 +276,10 @@ def test_a_run_that_trained_on_meanwhile_is_told_apart(tmp_path, monkeypatch, ca
     assert "(checkpoint was step_00000001, and is step_00000002)" in err
     first = tmp_path / "run/checkpoints/step_00000001"
     drawn(first, monkeypatch, capsys, "--n", 4, "--images", "--out", tmp_path / "a")
+
+
+@pytest.mark.parametrize(("flags", "name"), [((), "a.png"), (("--npz",), "a.npz"), (("--images",), "a")])
+def test_a_file_that_is_there_is_not_replaced(run, tmp_path, monkeypatch, capsys, flags, name):
+    (tmp_path / name).write_text("mine")
+    drawn(run, monkeypatch, capsys, *flags, "--out", tmp_path / name, code=2)
+    assert (tmp_path / name).read_text() == "mine"

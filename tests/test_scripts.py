@@ -204,6 +204,7 @@ def test_a_launcher_that_starts_too_few_says_what_to_use():
 
 def draw(run, monkeypatch, capsys, tmp_path, *flags, n=20, name="x.npz"):
     out = tmp_path / name
+    out.unlink(missing_ok=True)
     code, _, err = script(
         sample, monkeypatch, capsys, "--ckpt", run, "--npz", "--out", out, "--n", n, "--steps", 3, *flags
     )
