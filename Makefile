@@ -1,20 +1,39 @@
-# make train: install, then train on the digits.  make test: install, then run the tests.  make lint: ruff and mypy.
+# make train   install into .venv and train on the digits
+# make test    everything: lint, types and all tests
+# make check   before each commit: lint, types, imports and unit tests, in less than a minute
+# make dist    build the wheel, install it into an empty environment, and use it there
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test lint clean
+.PHONY: train test check lint dist clean
 
 train: $(VENV)/.run
 	$(BIN)/accelerate launch train.py
 
-test: $(VENV)/.test
+test: lint
 	$(BIN)/python -m pytest -n 2
+
+check: lint
+	$(BIN)/python -m pytest -n 2 -q -m "not slow and not whole"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+dist:
+	rm -rf dist build
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/pip install --quiet --upgrade pip
+	dist/venv/bin/pip wheel --quiet --no-deps . --wheel-dir dist
+	dist/venv/bin/pip install --quiet dist/*.whl
+	cd dist && venv/bin/diffusion train --config digits --train.steps 20 --sample.n 10 --sample.steps 5
+	cd dist && venv/bin/diffusion sample --ckpt runs/digits --n 10 --steps 5
+	cd dist && venv/bin/diffusion evaluate --ckpt runs/digits --n 10 --steps 5
+	cd dist && venv/bin/diffusion convert openai runs/digits --out digits.pt
+	cd dist && venv/bin/diffusion schema --out schema.json
+	rm -rf build dist/venv dist/runs dist/digits.pt dist/schema.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -28,4 +47,4 @@ $(VENV)/.test: $(BIN)/python pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist build

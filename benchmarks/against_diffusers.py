@@ -17,15 +17,26 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from diffusion.config import Config, load_config
-from diffusion.ema import EMA
-from diffusion.interop_diffusers import unet_config
-from diffusion.losses import training_losses
+from diffusion.config import Config
+from diffusion.config_file import load_config
+from diffusion.interop.diffusers import unet_config
+from diffusion.training.step import TrainingStep
 
 
 def diffusers_unet(config: Config, num_classes: int) -> Any:
     """The network of a configuration, in diffusers' words; here it is told the timestep on the same scale as ours."""
     return UNet2DModel(**unet_config(config, num_classes) | dict(time_embedding_type="positional"))
+
+
+class Wrapped(torch.nn.Module):
+    """diffusers' network, called as ours is."""
+
+    def __init__(self, unet: Any):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return self.unet(x, t, y).sample
 
 
 def main() -> None:
@@ -40,34 +51,25 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = args.batch_size or config.train.batch_size
     classes = 10 if config.model.class_cond else 0
-    process = config.diffusion.process()
     generator = torch.Generator(device).manual_seed(0)
-    shape = (batch, config.data.channels, config.data.image_size, config.data.image_size)
-    x0 = torch.rand(shape, device=device, generator=generator) * 2 - 1
-    noise = torch.randn(shape, device=device, generator=generator)
-    t = torch.randint(process.num_timesteps, (batch,), device=device, generator=generator)
+    x_start = torch.rand(batch, *config.data.shape, device=device, generator=generator) * 2 - 1
     y = torch.randint(10, (batch,), device=device, generator=generator) if classes else None
 
-    ours, theirs = config.network(classes).to(device), diffusers_unet(config, classes).to(device)
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    models = {"ours": config.network(classes), "diffusers": Wrapped(diffusers_unet(config, classes))}
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models.values()]
     assert sizes[0] == sizes[1], sizes
-    denoisers = {"ours": lambda x, t: ours(x, t, y), "diffusers": lambda x, t: theirs(x, t, y).sample}
-    models: dict[str, torch.nn.Module] = {"ours": ours, "diffusers": theirs}
-    steppers = {}
+    steps = {}
     for name, model in models.items():
         if args.compile:
             model.compile()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        steppers[name] = (optimizer, EMA(model, [0.999]))
+        steps[name] = TrainingStep(model, config.diffusion.process(), optimizer, ema_rates=[0.999],
+                                   loss=config.diffusion.loss)  # fmt: skip
 
     def window(name: str) -> float:
-        optimizer, ema = steppers[name]
         began = time.perf_counter()
-        for step in range(args.steps):
-            training_losses(process, denoisers[name], x0, t, noise, config.diffusion.loss)["loss"].mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(step)
+        for _ in range(args.steps):
+            steps[name](x_start, y)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return args.steps * batch / (time.perf_counter() - began)

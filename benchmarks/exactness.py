@@ -12,15 +12,17 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from diffusion.config import Config, load_config
-from diffusion.data import open_dataset, to_x_start
+from diffusion.config import Config
+from diffusion.config_file import load_config
+from diffusion.data.decode import to_x_start
 from diffusion.ema import EMA
 from diffusion.losses import training_losses
-from diffusion.trainer import Trainer
+from diffusion.training.trainer import Trainer
 
 WARM_UP = 5
 
@@ -37,18 +39,21 @@ def exact(config: Config, steps: int, folder: Path) -> tuple[float, float]:
     times: list[float] = []
     trainer.run(lambda step, metrics: times.append(time.perf_counter()))
     began = time.perf_counter()
-    trainer.step += 1
+    trainer.training_step.step += 1
     trainer.save()
     return (times[-1] - times[WARM_UP - 1]) / steps, time.perf_counter() - began
 
 
 def plain(config: Config, steps: int) -> float:
     """Seconds of a step of the plain loop."""
-    dataset, train = open_dataset(config.data), config.train
+    dataset: Any = config.data.open()
+    train = config.train
     network = config.network(len(dataset.class_names))
     process, ema = config.diffusion.process(), EMA(network, train.ema_rates)
     optimizer = torch.optim.AdamW(network.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
-    loader = DataLoader(dataset, train.batch_size, shuffle=True, drop_last=True, collate_fn=lambda batch: batch)
+    loader: DataLoader[Any] = DataLoader(
+        dataset, train.batch_size, shuffle=True, drop_last=True, collate_fn=lambda batch: batch
+    )
     network.train()
     step, losses, began = 0, torch.zeros(()), 0.0
     while True:

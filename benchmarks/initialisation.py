@@ -9,13 +9,13 @@ import argparse
 import dataclasses
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from diffusion.config import Config, load_config
-from diffusion.losses import training_losses
+from diffusion.config import Config
+from diffusion.config_file import load_config
+from diffusion.training.step import TrainingStep
 
 NETWORKS = {"zero": ("zero", True), "zero, no norm": ("zero", False), "fixup": ("fixup", False)}
 
@@ -23,33 +23,25 @@ NETWORKS = {"zero": ("zero", True), "zero, no norm": ("zero", False), "fixup": (
 class Training:
     """A network that can be trained on one batch, again and again."""
 
-    def __init__(self, config: Config, name: str, batch_size: int, device: torch.device, compiled: bool):
+    def __init__(self, config: Config, name: str, batch_size: int, compiled: bool):
         init, use_norm = NETWORKS[name]
         model = dataclasses.replace(config.model, init=init, use_norm=use_norm)  # type: ignore[arg-type]
-        self.config = dataclasses.replace(config, model=model)
         torch.manual_seed(0)
-        self.network = self.config.network(10).to(device)
+        network = dataclasses.replace(config, model=model).network(10)
         if compiled:
-            self.network.compile()
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, fused=True)
-        data, self.process = config.data, config.diffusion.process()
-        shape = (batch_size, data.channels, data.image_size, data.image_size)
-        self.x_start, self.noise = torch.randn(2, *shape, device=device).clamp(-1, 1)
-        self.t = torch.randint(self.process.num_timesteps, (batch_size,), device=device)
-        self.y = torch.arange(batch_size, device=device) % 10
+            network.compile()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+        self.step = TrainingStep(network, config.diffusion.process(), optimizer, loss=config.diffusion.loss)
+        device = self.step.accelerator.device
+        self.x_start = torch.randn(batch_size, *config.data.shape, device=device).clamp(-1, 1)
+        self.y = torch.arange(batch_size, device=device) % 10 if config.model.class_cond else None
 
     def seconds(self, steps: int) -> float:
         """How long a step takes."""
-        denoiser = partial(self.network, y=self.y) if self.config.model.class_cond else self.network
         began = time.perf_counter()
         for _ in range(steps):
-            loss = training_losses(
-                self.process, denoiser, self.x_start, self.t, self.noise, self.config.diffusion.loss
-            )["loss"].mean()
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        loss.item()  # waits for the device
+            result = self.step(self.x_start, self.y)
+        result.grad_norm.item()  # waits for the device
         return (time.perf_counter() - began) / steps
 
 
@@ -62,9 +54,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     config = load_config(args.config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = args.batch_size or config.train.batch_size
-    trainings = {name: Training(config, name, batch_size, device, args.compile) for name in NETWORKS}
+    trainings = {name: Training(config, name, batch_size, args.compile) for name in NETWORKS}
     times: dict[str, list[float]] = {name: [] for name in NETWORKS}
     for training in trainings.values():
         training.seconds(2)

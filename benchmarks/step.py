@@ -9,6 +9,7 @@ The peak is measured: the fastest of several products of two square matrices in 
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import statistics
 import sys
@@ -21,12 +22,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.command_line import parse_command_line
+from diffusion.commands.command_line import parse_command_line
+from diffusion.commands.terminal import exit_code
 from diffusion.config import Config
-from diffusion.launch import check_launcher, exit_code
+from diffusion.distributed import check_launcher
 from diffusion.losses import training_losses
-from diffusion.samplers import draw
-from diffusion.trainer import Trainer
+from diffusion.sampling import sample_batch
+from diffusion.training.trainer import Trainer
 
 WINDOWS = 7
 
@@ -59,11 +61,15 @@ def flops(work: Callable[[], Any]) -> int:
 
 
 def steps_per_window(config: Config, device: torch.device) -> int:
-    return 50 if device.type == "cuda" else max(1, 2000 // (config.train.batch_size * config.data.image_size**2 // 64))
+    return (
+        50
+        if device.type == "cuda"
+        else max(1, 2000 // (config.train.batch_size * math.prod(config.data.shape[1:]) // 64))
+    )
 
 
 def main() -> None:
-    config = parse_command_line(sys.argv[1:], prog="benchmarks/step.py").config
+    config = parse_command_line(sys.argv[1:]).config
     check_launcher()
     with tempfile.TemporaryDirectory() as folder:
         measure(config, Path(folder))
@@ -81,9 +87,9 @@ def measure(config: Config, folder: Path) -> None:
     trainer.run(lambda step, metrics: windows.append(metrics["images_per_second"]) if metrics else None)
     per_second = windows[1:]  # the first one warms up
 
-    batch = config.train.batch_size // (config.train.accumulation or 1) // trainer.accelerator.num_processes
+    batch = config.train.batch_size // (config.train.gradient_accumulation or 1) // trainer.accelerator.num_processes
     data = config.data
-    x = torch.randn(batch, data.channels, data.image_size, data.image_size, device=device)
+    x = torch.randn(batch, *data.shape, device=device)
     t = torch.zeros(batch, dtype=torch.int64, device=device)
     y = t if trainer.class_names else None
 
@@ -91,6 +97,7 @@ def measure(config: Config, folder: Path) -> None:
         losses = training_losses(trainer.process, lambda x, t: trainer.network(x, t, y), x, t, x, config.diffusion.loss)
         losses["loss"].mean().backward()
 
+    labels = None if y is None else y.cpu()
     trained = flops(forward_and_backward) / batch
     with torch.no_grad():
         drawn = flops(lambda: trainer.network(x, t, y)) / batch
@@ -100,9 +107,8 @@ def measure(config: Config, folder: Path) -> None:
     sampling = [
         steps * batch / time_
         for time_ in seconds(
-            lambda: draw(
-                "ddpm", process, trainer.network, x.shape[1:], batch=range(batch),
-                labels=None if y is None else y.cpu(), seed=0, device=device,
+            lambda: sample_batch(
+                process, trainer.network, x.shape[1:], range(batch), labels=labels, device=device
             ),
             device,
             WINDOWS,
@@ -114,7 +120,7 @@ def measure(config: Config, folder: Path) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     parameters = sum(p.numel() for p in trainer.network.parameters()) / 1e6
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {name}, {torch.get_num_threads()} CPU threads")
-    print(f"{config.data.name}: {parameters:.2f}M parameters, batch {batch}, {config.train.precision or 'no'}")
+    print(f"{config.data.source}: {parameters:.2f}M parameters, batch {batch}, {config.train.precision or 'no'}")
     print(f"peak, matrix products in {dtype}: {peak / 1e9:.0f} GFLOP/s")
     for what, figures, cost in (("training", per_second, trained), ("sampling", sampling, drawn)):
         median = statistics.median(figures)

@@ -17,29 +17,36 @@ import json
 import re
 import shutil
 import stat
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion.config import Config, load_config
-from diffusion.errors import UsageError, in_short
+from diffusion.config import Config
+from diffusion.config_file import load_config, save_config
+from diffusion.errors import UsageError, one_line
 from diffusion.files import to_disk
-from diffusion.unet import UNetModel
+from diffusion.models.unet import UNetModel
+from diffusion.tensor_files import load_plain, load_tensors
 
-FORMAT = 4
+FORMAT = 5
 SUMS = "SHA256SUMS"
 NEEDED = {"config.yaml", "state.json", "model.safetensors", "training.pt"}
 MAX_JSON_BYTES = 2**26
 Weights = Mapping[str, Tensor]
+
+
+class Stateful(Protocol):
+    """A part of a run that is saved in a checkpoint: plain data and tensors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Damaged(UsageError):
@@ -111,35 +118,20 @@ class Checkpoint:
         numbered = self.step == 0 and self.class_names == tuple(map(str, range(len(names))))
         return names == self.class_names or numbered
 
-    def training(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
-        """What `save` was given as `training`, with an optimizer's state that fits `parameters`.
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
+        """Give each part the state that `save` was given under its name.
 
-        Plain data and tensors only: nothing in the file is run. Every tensor is of the type and shape that it is to
-        have, and a dense copy. Raises UsageError where the file is not what a run saves or does not fit.
+        Raises UsageError where the file does not hold what a run saves or does not fit.
         """
         path = self.file("training.pt")
         training = load_plain(path)
         try:
-            moments = training["optimizer"]["state"]
-            state = {
-                i: {"step": _checked(moments[i]["step"], torch.Size(), torch.float32)}
-                | {name: _checked(moments[i][name], p.shape, p.dtype) for name in ("exp_avg", "exp_avg_sq")}
-                for i, p in enumerate(parameters)
-            }
-            if moments.keys() != state.keys() or any(moments[i].keys() != state[i].keys() for i in state):
-                raise ValueError("it has states of other parameters, or of another optimizer")
-            if not all(0 <= values["step"].item() < 2**53 for values in state.values()):
-                raise ValueError("a count of steps is no count")
-            return {
-                "optimizer": {"state": state},
-                "scaler": _checked_scaler(training["scaler"]),
-                "importance": _checked_importance(training["importance"], self.config),
-                "meter": _checked_meter(training["meter"]),
-            }
+            for name, part in parts.items():
+                part.load_state_dict(training[name])
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(
                 f"checkpoint {self.path}: {path.name} does not hold what a run of this network saves "
-                f"({in_short(error)}): --back_to STEP goes back to an earlier checkpoint"
+                f"({one_line(error)}): --back_to STEP goes back to an earlier checkpoint"
             ) from None
 
     def network(self, weights: Weights) -> UNetModel:
@@ -149,42 +141,6 @@ class Checkpoint:
         check_fits(model, weights, self.path)
         model.load_state_dict(weights, assign=True)
         return model
-
-
-def _checked(value: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A dense copy of a tensor from a file. Raises ValueError where it is of another shape or type."""
-    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (shape, dtype):
-        kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"a tensor is {kind}, not {dtype} {tuple(shape)}")
-    return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _checked_meter(meter: Any) -> dict[str, Any]:
-    processes, unreadable = len(meter["sums"]), meter["unreadable"]
-    if not isinstance(unreadable, list) or not all(isinstance(name, str) for name in unreadable):
-        raise ValueError("the names of unreadable images are no texts")
-    sums = _checked(meter["sums"], torch.Size([processes, 2, 4]), torch.float32)
-    return {"sums": sums, "bad": _checked(meter["bad"], torch.Size([3]), torch.float32), "unreadable": unreadable}
-
-
-def _checked_importance(importance: Any, config: Config) -> dict[str, Tensor] | None:
-    if importance is None and config.train.timesteps == "uniform":
-        return None
-    num_timesteps, history = config.diffusion.process().num_timesteps, importance["losses"].shape[-1]
-    losses = _checked(importance["losses"], torch.Size([num_timesteps, history]), torch.float64)
-    counts = _checked(importance["counts"], torch.Size([num_timesteps]), torch.int64)
-    if not losses.isfinite().all() or not ((counts >= 0) & (counts <= history)).all():
-        raise ValueError("the history of losses is none")
-    return {"losses": losses, "counts": counts}
-
-
-def _checked_scaler(scaler: Any) -> dict[str, Any] | None:
-    numbers = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-    if not scaler:
-        return None
-    if scaler.keys() != numbers or not all(type(value) in (int, float) for value in scaler.values()):
-        raise ValueError("the loss scale is none")
-    return dict(scaler)
 
 
 def save(
@@ -207,7 +163,7 @@ def save(
         folder.parent.mkdir(exist_ok=True)  # but not the run's own: a run that was moved away is not begun again
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        config.save(temporary / "config.yaml")
+        save_config(config, temporary / "config.yaml")
         state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "origin": origin,
                  "environment": dict(environment or {})}  # fmt: skip
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
@@ -335,7 +291,7 @@ def _reading(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise _damaged(path, "") from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {in_short(error)}; nothing was changed") from None
+        raise UsageError(f"{path} cannot be read: {one_line(error)}; nothing was changed") from None
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -360,9 +316,9 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if not sums:
-            raise _damaged(path, in_short(error)) from None
+            raise _damaged(path, one_line(error)) from None
         # Its checksum is right, so it was written like this.
-        raise UsageError(f"checkpoint {folder}: state.json cannot be used: {in_short(error)}") from None
+        raise UsageError(f"checkpoint {folder}: state.json cannot be used: {one_line(error)}") from None
     if not sums:
         raise _damaged(folder / SUMS, "")
     if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
@@ -384,7 +340,7 @@ def _read_sums(folder: Path) -> dict[str, str]:
     try:
         sums = {name: wanted for wanted, name in (line.split("  ", 1) for line in text.decode().splitlines())}
     except ValueError as error:
-        raise _damaged(path, in_short(error)) from None
+        raise _damaged(path, one_line(error)) from None
     if not sums.keys() >= NEEDED or not all(re.fullmatch(r"\w[\w.-]*", name) for name in sums):
         raise _damaged(path, "it does not name every file, or names others")
     return sums
@@ -409,52 +365,6 @@ def checked_names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
         raise ValueError("class names must be a list of different strings")
     return tuple(value)
-
-
-def load_plain(path: Path) -> Any:
-    """What `torch.save` wrote, if it is plain data and dense tensors. Nothing in the file is run, and nothing takes
-    more memory than the file. Raises UsageError else."""
-    try:
-        if not path.is_file():
-            raise ValueError("it is no file")
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ValueError("it is compressed, which torch.save does not do")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of what it then refuses
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        _check_dense(loaded)
-        return loaded
-    except Exception as error:  # torch raises whatever the broken part gave
-        unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
-        reason = "it holds code or objects, of which nothing was run" if unsafe else in_short(error)
-        raise UsageError(f"{path} cannot be read as plain tensors: {reason}") from None
-
-
-def _check_dense(value: object, name: str = "a tensor") -> None:
-    """Raise ValueError where a tensor is sparse, nested or quantized, or claims more elements than it stores."""
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
-            raise ValueError(f"{name} is not dense ({value.layout}, {value.dtype}, {value.device})")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"{name} has {value.numel()} elements, and stores fewer")
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            _check_dense(part, str(key))
-    elif isinstance(value, list | tuple | set):
-        for part in value:
-            _check_dense(part, name)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What a safetensors file holds. Raises UsageError where it is damaged."""
-    try:
-        if not path.is_file():
-            raise ValueError("it is no file")
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {in_short(error)}") from None
 
 
 def _damaged(path: Path, reason: str) -> Damaged:

@@ -8,16 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from diffusion.sharding import local, weights_have_changed
+from diffusion.sharding import discard_full_weights, local
 
 
 class EMA:
-    """Moving averages of every parameter, one for each rate: average = rate * average + (1 - rate) * weights.
+    """Moving averages of every parameter, one per rate: average = rate * average + (1 - rate) * weights.
 
     Args:
         model: the model; the averages start as copies of its parameters.
         rates: each in [0, 1).
-        warmup: use min(rate, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that a short run forgets its start.
+        warmup: use min(rate, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that short runs forget the
+            initial weights.
     """
 
     def __init__(self, model: nn.Module, rates: Sequence[float], warmup: bool = False):
@@ -28,9 +29,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, took_step: Tensor | float = 1.0) -> None:
-        """Take in the weights as they are after optimizer step `step` (0, 1, ...), or nothing where `took_step` is 0.
+        """Update the averages after optimizer step `step` (0, 1, ...). With `took_step` 0 they stay unchanged.
 
-        As a tensor, `took_step` may still be on its way on a GPU, which is not waited for.
+        `took_step` may be a tensor on the device, so that the step does not wait for it.
         """
         weights = self._weights()
         for rate, average in self.averages.items():
@@ -43,17 +44,17 @@ class EMA:
     @contextmanager
     @torch.no_grad()
     def in_place(self, rate: float) -> Iterator[None]:
-        """Within `with`, the model has the average at `rate` for its weights; afterwards its own, to the bit."""
+        """Within `with`, the model's weights are the average at `rate`; afterwards its own again, to the bit."""
         weights = self._weights()
         kept = [value.clone() for value in weights]
         try:
             torch._foreach_copy_(weights, [local(value) for value in self.averages[rate].values()])
-            weights_have_changed(self._model)
+            discard_full_weights(self._model)
             yield
         finally:
             torch._foreach_copy_(weights, kept)
-            weights_have_changed(self._model)
+            discard_full_weights(self._model)
 
     def _weights(self) -> list[Tensor]:
-        """Made anew each time: DistributedDataParallel may give the parameters another storage."""
+        """Collected at each call: DistributedDataParallel may move the parameters to another storage."""
         return [local(p.detach()) for p in self._parameters]

@@ -18,11 +18,11 @@ class Stopped(Exception):
         self.code = code
 
 
-class Died(RuntimeError):
+class WorkerDied(RuntimeError):
     """A process that the run needed has ended. Not the user's fault: the same command continues."""
 
 
-def in_short(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an exception says, in one line of up to 200 characters."""
     if isinstance(error, FileExistsError):
         return "it is a file"
@@ -31,6 +31,6 @@ def in_short(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def printable(text: str) -> str:
+def escape_control(text: str) -> str:
     """A text for a terminal: the line breaks and control characters that a file's name may hold are spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -20,7 +20,7 @@ class BitsPerDim(NamedTuple):
     total: Tensor
     """(B,), the bound: `prior` plus the sum of `vb`."""
     prior: Tensor
-    """(B,), KL(q(x_T | x_0) || N(0, 1)): what the schedule leaves of the image."""
+    """(B,), KL(q(x_T | x_0) || N(0, 1)): what remains of the image at x_T."""
     vb: Tensor
     """(B, T), the terms L_0, L_1, ... (eqs. 5 and 6)."""
     xstart_mse: Tensor
@@ -35,15 +35,15 @@ def bits_per_dim(
     model: Denoiser,
     x_start: Tensor,
     noise: Callable[[int], Tensor],
+    progress: Progress = iter,
     *,
     clip_denoised: bool = True,
-    progress: Progress = iter,
 ) -> BitsPerDim:
-    """Score images with one draw of noise a step.
+    """Score images, with one noise sample per step.
 
     Args:
         x_start: (B, C, ...), 8-bit levels scaled to [-1, 1].
-        noise: gives the noise of the loop's pass 0, 1, ..., which goes from t = T - 1 down to 0.
+        noise: returns the noise of the loop's iteration 0, 1, ..., which goes from t = T - 1 down to 0.
     """
     terms = []
     for step in progress(range(process.num_timesteps)):

@@ -1,4 +1,4 @@
-"""The diffusion process: q(x_t | x_0), its posterior, and p(x_{t-1} | x_t) from a network's output.
+"""The diffusion process: q(x_t | x_0), its posterior, and p(x_{t-1} | x_t) from the network's output.
 
 Equation numbers are those of Nichol & Dhariwal (2021). Images are (B, C, ...) in [-1, 1]; t is (B,), int64,
 from 0 (nearly clean) to T - 1 (nearly noise).
@@ -6,6 +6,7 @@ from 0 (nearly clean) to T - 1 (nearly noise).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from diffusion.schedule import Schedule
 
-MeanType = Literal["epsilon", "x_start", "previous_x"]
 VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 
 
 class PMeanVariance(NamedTuple):
-    """p(x_{t-1} | x_t): its mean and log variance, and the x_0 that the network believes in. Each shaped like x_t."""
+    """Mean and log variance of p(x_{t-1} | x_t), and the predicted x_0. Each is shaped like x_t."""
 
     mean: Tensor
     log_variance: Tensor
@@ -32,25 +32,25 @@ class GaussianDiffusion:
 
     Args:
         schedule: the betas.
-        mean_type: what the network predicts: the noise (epsilon), x_0, or the mean of x_{t-1}.
+        prediction: what the network predicts: the noise (epsilon), x_0 (x_start), or the mean of x_{t-1} (previous_x).
         variance_type: where the variance of p comes from. `fixed_small` is the posterior's, `fixed_large` is beta;
             `learned` reads its logarithm from a second half of the output's channels, `learned_range` reads there
             how far it lies between the two fixed ones (eq. 15).
-        rescale_timesteps: tell the network t as if the original process had 1000 steps.
+        rescale_timesteps: give the network t as if the original process had 1000 steps.
 
     Attributes:
-        tables: what the equations need, by name: float64 arrays (T,), looked up in float32.
+        tables: the coefficients of the equations by name: float64 arrays (T,), looked up in float32.
     """
 
     def __init__(
         self,
         schedule: Schedule,
-        mean_type: MeanType = "epsilon",
+        prediction: str = "epsilon",
         variance_type: VarianceType = "learned_range",
         rescale_timesteps: bool = True,
     ):
         self.schedule = schedule
-        self.mean_type = mean_type
+        self.prediction = prediction
         self.variance_type = variance_type
 
         betas = schedule.betas
@@ -97,23 +97,23 @@ class GaussianDiffusion:
         return self.variance_type in ("learned", "learned_range")
 
     def network_t(self, t: Tensor) -> Tensor:
-        """What the network is told for the steps `t`: (B,), the original process's numbering, rescaled if asked."""
+        """The network's timestep input for the steps `t`: (B,), in the original process's numbering."""
         return self._table("network_t", t.device)[t]
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t given x_0 and the noise (eq. 9)."""
-        signal = self._at("sqrt_alphas_cumprod", t, x_start)
-        return signal * x_start + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+        signal = self.at("sqrt_alphas_cumprod", t, x_start)
+        return signal * x_start + self.at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(x_t | x_0) (eq. 8)."""
-        log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start)
-        return self._at("sqrt_alphas_cumprod", t, x_start) * x_start, log_variance
+        log_variance = self.at("log_one_minus_alphas_cumprod", t, x_start)
+        return self.at("sqrt_alphas_cumprod", t, x_start) * x_start, log_variance
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance (cut off at t = 0) of q(x_{t-1} | x_t, x_0) (eqs. 10 to 12)."""
-        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
-        return mean, self._at("posterior_log_variance_clipped", t, x_t)
+        mean = self.at("posterior_mean_coef1", t, x_t) * x_start + self.at("posterior_mean_coef2", t, x_t) * x_t
+        return mean, self.at("posterior_log_variance_clipped", t, x_t)
 
     def p_mean_variance(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> PMeanVariance:
         """p(x_{t-1} | x_t) from the network's output at x_t.
@@ -123,61 +123,80 @@ class GaussianDiffusion:
             clip_denoised: keep the predicted x_0 in [-1, 1].
         """
         mean_output, log_variance = self._split(output, x_t, t)
-        pred_xstart = self._predict_xstart(mean_output, x_t, t)
+        pred_xstart = PREDICTIONS[self.prediction].x_start(self, mean_output, x_t, t)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
-        # A network that predicts x_{t-1} has the last word on the mean; the others say it through x_0.
-        mean = mean_output if self.mean_type == "previous_x" else self.q_posterior(pred_xstart, x_t, t)[0]
+        # The mean follows from the predicted x_0, except where the network predicts the mean itself.
+        mean = mean_output if self.prediction == "previous_x" else self.q_posterior(pred_xstart, x_t, t)[0]
         return PMeanVariance(mean, log_variance.expand_as(x_t), pred_xstart)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         """The noise that leads from `pred_xstart` to x_t: eq. 9 solved for epsilon."""
-        scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart
-        return scaled / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
+        scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart
+        return scaled / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
     def mean_target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the mean's channels of the network should say at x_t."""
-        if self.mean_type == "epsilon":
-            return noise
-        return x_start if self.mean_type == "x_start" else self.q_posterior(x_start, x_t, t)[0]
+        """The target of the network's mean channels at x_t."""
+        return PREDICTIONS[self.prediction].target(self, x_start, x_t, t, noise)
 
     def ddim_alphas(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """alphas_cumprod at t, one step towards the data, and one step towards the noise, to multiply with `like`."""
         return (
-            self._at("alphas_cumprod", t, like),
-            self._at("alphas_cumprod_prev", t, like),
-            self._at("alphas_cumprod_next", t, like),
+            self.at("alphas_cumprod", t, like),
+            self.at("alphas_cumprod_prev", t, like),
+            self.at("alphas_cumprod_next", t, like),
         )
 
     def _split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The mean's part of the output, and the log variance."""
         if self.variance_type == "fixed_small":
-            return output, self._at("posterior_log_variance_clipped", t, x_t)
+            return output, self.at("posterior_log_variance_clipped", t, x_t)
         if self.variance_type == "fixed_large":
-            return output, self._at("fixed_large_log_variance", t, x_t)
+            return output, self.at("fixed_large_log_variance", t, x_t)
         mean_output, variance_output = output.chunk(2, dim=1)
         if self.variance_type == "learned":
             return mean_output, variance_output
-        smallest = self._at("posterior_log_variance_clipped", t, x_t)
-        largest = self._at("log_betas", t, x_t)
+        smallest = self.at("posterior_log_variance_clipped", t, x_t)
+        largest = self.at("log_betas", t, x_t)
         fraction = (variance_output + 1) / 2
         return mean_output, fraction * largest + (1 - fraction) * smallest
 
-    def _predict_xstart(self, mean_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        if self.mean_type == "x_start":
-            return mean_output
-        if self.mean_type == "epsilon":
-            noise = self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * mean_output
-            return self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - noise
-        share_of_x_t = self._at("posterior_mean_coef2_over_coef1", t, x_t) * x_t
-        return self._at("recip_posterior_mean_coef1", t, x_t) * mean_output - share_of_x_t
-
-    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """The table `name` at `t`, shaped (B, 1, ...) to multiply with `like`."""
         return self._table(name, t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
     def _table(self, name: str, device: torch.device) -> Tensor:
-        """The table `name` in float32 on `device`, made at its first use."""
+        """The table `name` in float32 on `device`, created at its first use."""
         if (name, device) not in self._on_device:
             self._on_device[name, device] = torch.tensor(self.tables[name], dtype=torch.float32, device=device)
         return self._on_device[name, device]
+
+
+class Prediction(NamedTuple):
+    """What the network's mean channels stand for."""
+
+    target: Callable[[GaussianDiffusion, Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(process, x_start, x_t, t, noise) -> what they are trained to be."""
+    x_start: Callable[[GaussianDiffusion, Tensor, Tensor, Tensor], Tensor]
+    """(process, mean channels, x_t, t) -> the predicted x_0."""
+
+
+def _x_start_from_epsilon(process: GaussianDiffusion, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Eq. 9 solved for x_0."""
+    noise = process.at("sqrt_recipm1_alphas_cumprod", t, x_t) * epsilon
+    return process.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - noise
+
+
+def _x_start_from_previous_x(process: GaussianDiffusion, mean: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Eq. 11 solved for x_0."""
+    share_of_x_t = process.at("posterior_mean_coef2_over_coef1", t, x_t) * x_t
+    return process.at("recip_posterior_mean_coef1", t, x_t) * mean - share_of_x_t
+
+
+PREDICTIONS = {
+    "epsilon": Prediction(lambda process, x_start, x_t, t, noise: noise, _x_start_from_epsilon),
+    "x_start": Prediction(lambda process, x_start, x_t, t, noise: x_start, lambda process, x_start, x_t, t: x_start),
+    "previous_x": Prediction(
+        lambda process, x_start, x_t, t, noise: process.q_posterior(x_start, x_t, t)[0], _x_start_from_previous_x
+    ),
+}

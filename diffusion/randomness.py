@@ -1,8 +1,8 @@
-"""Randomness as a function of what it is for, never of what was drawn before.
+"""Randomness as a function of a key, never of what was drawn before.
 
-Everything random is drawn from a generator that is seeded with the run's seed and a key such as ("train", step).
-So a run that is interrupted and continued sees what an uninterrupted one sees, and picture i of a seed is the same
-at any batch size. (A GPU's generator gives other numbers than a CPU's.)
+Every random number comes from a generator that is seeded with the run's seed and a key such as ("train", step).
+A resumed run therefore sees what an uninterrupted one sees, and image i of a seed is the same at any batch size.
+(A GPU's generator gives other numbers than a CPU's.)
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 16
-"""Pictures that share a generator: one each would cost a GPU a kernel launch per picture and step."""
+"""Images that share a generator: one each would cost a GPU a kernel launch per image and step."""
 
 
 def seed_for(seed: int, *key: int | str) -> int:
     """A 64-bit seed for `key`, independent of those for other keys."""
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
-    # The length ends the key, since a SeedSequence does not see zeros at its end.
+    # The length ends the key, since a SeedSequence ignores trailing zeros.
     return int(np.random.SeedSequence([seed, *words, len(words)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -30,11 +30,11 @@ def generator_for(device: torch.device | str, seed: int, *key: int | str) -> tor
     return torch.Generator(device).manual_seed(seed_for(seed, *key))
 
 
-def picture_noise(indices: range, shape: Sequence[int], device: torch.device, seed: int, step: int | str) -> Tensor:
-    """Standard normal noise (len(indices), *shape) for pictures of `seed` at one step of a sampler, or at "x_T".
+def image_noise(indices: range, shape: Sequence[int], device: torch.device, seed: int, step: int | str) -> Tensor:
+    """Standard normal noise (len(indices), *shape) for images of `seed` at one step of a sampler, or at "x_T".
 
-    Drawn in blocks of `BLOCK` pictures and cut to those asked for, so a picture's noise depends on its index only.
-    Another shape draws other numbers: the stages of a cascade share a seed, not their noise.
+    Noise is drawn in blocks of `BLOCK` images and cut to `indices`, so an image's noise depends on its index only.
+    Other shapes get other numbers: the stages of a cascade share a seed, but not their noise.
     """
     first = indices.start // BLOCK
     blocks = [

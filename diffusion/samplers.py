@@ -1,25 +1,29 @@
-"""Samplers: free functions with one signature. All work step by step from noise, without gradients.
+"""Samplers: free functions with one signature.
 
     x_0 = ddpm(process, model, x_T, noise)
 
-`noise(step)` gives the standard normal noise of the loop's `step`-th pass (0, 1, ...), shaped like x. The caller so
-decides what a picture depends on. `progress` wraps the loop's range, e.g. `tqdm.tqdm`.
+A sampler works step by step from noise, without gradients. `noise(step)` returns the standard normal noise of the
+loop's iteration `step` (0, 1, ...), shaped like x, so the caller decides what an image depends on. `progress` wraps the
+loop's range, e.g. `tqdm.tqdm`. Keyword-only parameters are the sampler's options in configuration, on the command line
+and in error messages; a tuple in an `Annotated` type is the option's range.
+
+To add a sampler, write such a function and add it to `SAMPLERS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Literal
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from torch import Tensor
 
+from diffusion.errors import UsageError
 from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
-from diffusion.randomness import picture_noise
 
-SamplerName = Literal["ddpm", "ddim"]
 Noise = Callable[[int], Tensor]
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -30,9 +34,9 @@ def ddpm(
     model: Denoiser,
     x: Tensor,
     noise: Noise,
+    progress: Progress = iter,
     *,
     clip_denoised: bool = True,
-    progress: Progress = iter,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the process's variance: x_T (B, C, ...) -> x_0."""
     for step in progress(range(process.num_timesteps)):
@@ -49,10 +53,10 @@ def ddim(
     model: Denoiser,
     x: Tensor,
     noise: Noise,
-    *,
-    eta: float = 0.0,
-    clip_denoised: bool = True,
     progress: Progress = iter,
+    *,
+    eta: Annotated[float, (0, 1)] = 0.0,
+    clip_denoised: bool = True,
 ) -> Tensor:
     """DDIM (Song et al. 2020, eq. 12): x_T (B, C, ...) -> x_0. `eta` 0 is deterministic, 1 adds DDPM's noise."""
     for step in progress(range(process.num_timesteps)):
@@ -68,12 +72,7 @@ def ddim(
 
 @torch.no_grad()
 def ddim_reverse(
-    process: GaussianDiffusion,
-    model: Denoiser,
-    x: Tensor,
-    *,
-    clip_denoised: bool = True,
-    progress: Progress = iter,
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, progress: Progress = iter, *, clip_denoised: bool = True
 ) -> Tensor:
     """The deterministic DDIM run backwards (Song et al. 2020, section 4.3): x_0 (B, C, ...) -> its x_T."""
     for step in progress(range(process.num_timesteps)):
@@ -89,9 +88,38 @@ def _timestep(t: int, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
 
 
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddpm": ddpm, "ddim": ddim}
+
+
+def sampler_options(name: str) -> dict[str, Any]:
+    """The options of a sampler, its keyword-only parameters, with their defaults."""
+    parameters = inspect.signature(SAMPLERS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise UsageError, which begins with the option's name, where a sampler does not take `options`."""
+    known, hints = sampler_options(name), get_type_hints(SAMPLERS[name], include_extras=True)
+    for option, value in options.items():
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise UsageError(f"{option} is not an option of {name}: {hint}")
+        kind = type(known[option])
+        numeric = (int, float) if kind is float else kind
+        if not isinstance(value, numeric) or isinstance(value, bool) != (kind is bool):
+            raise UsageError(f"{option} is {value}; it must be of type {kind.__name__}")
+        for low, high in getattr(hints[option], "__metadata__", ()):
+            if not low <= value <= high:
+                raise UsageError(f"{option} is {value}; it must be from {low} to {high}")
+
+
 def guided(model: Callable[..., Tensor], scale: float, channels: int, y: Tensor, **inputs: Tensor) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, whose 1 + w is `scale`): the mean's channels of the output
-    go from those without a class towards those for `y`, and beyond where `scale` is above 1. The variance is `y`'s."""
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, whose 1 + w is `scale`).
+
+    The mean channels of the output are extrapolated from those without a class through those for `y`; the variance
+    channels are those for `y`.
+    """
     twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
     both = torch.cat([torch.full_like(y, -1), y])
 
@@ -101,46 +129,3 @@ def guided(model: Callable[..., Tensor], scale: float, channels: int, y: Tensor,
         return torch.cat([mean, conditional[:, channels:]], dim=1)
 
     return denoiser
-
-
-def batches(indices: range, size: int) -> list[tuple[range, slice]]:
-    """`indices` in batches of up to `size`, and where each lies in a tensor of all of them."""
-    starts = range(indices.start, indices.stop, size)
-    parts = [range(start, min(start + size, indices.stop)) for start in starts]
-    return [(part, slice(part.start - indices.start, part.stop - indices.start)) for part in parts]
-
-
-def draw(
-    sampler: SamplerName,
-    process: GaussianDiffusion,
-    model: Callable[..., Tensor],
-    shape: Sequence[int],
-    *,
-    batch: range,
-    labels: Tensor | None,
-    low_res: Tensor | None = None,
-    guidance: float = 1.0,
-    seed: int,
-    device: torch.device,
-    eta: float = 0.0,
-    progress: Progress = iter,
-) -> Tensor:
-    """Draw images `batch` of `seed`, each the same whatever other images are drawn with it.
-
-    Args:
-        model: (x_t, t as the network is told it, and by name those of y and low_res that are given) -> its output.
-        shape: of one image, (C, ...).
-        labels: (len(batch),), or None for a model without classes.
-        low_res: what an upsampler is to enlarge, (len(batch), C, ...) in [-1, 1], else None.
-        guidance: see `guided`.
-        progress: wraps the steps.
-
-    Returns images (len(batch), *shape) in [-1, 1] on the CPU.
-    """
-    conditions = {"y": labels, "low_res": low_res}
-    inputs = {name: value.to(device) for name, value in conditions.items() if value is not None}
-    denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)
-    x_T = picture_noise(batch, shape, device, seed, "x_T")
-    noise = partial(picture_noise, batch, shape, device, seed)
-    sample = ddpm if sampler == "ddpm" else partial(ddim, eta=eta)
-    return sample(process, denoiser, x_T, noise, progress=progress).cpu()

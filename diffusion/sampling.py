@@ -1,205 +1,99 @@
-"""Samples on disk: each batch is written when it is drawn, and the same command goes on where it stopped.
-
-A folder of images is its own store. A grid and an array are put together at the end from parts beside them:
-
-samples.npz.parts/
-    samples.json     how the images are drawn; another command's parts are not taken for one's own
-    00000000.npy     images of the batch that begins at 0, (N, H, W, C), uint8
-"""
+"""Generating numbered images: image i of a seed is the same whatever others are generated with it."""
 
 from __future__ import annotations
 
-import json
-import os
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
-from itertools import count
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
-from einops import rearrange
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion import pictures
-from diffusion.data import PIL_MODES
-from diffusion.errors import UsageError
-from diffusion.files import lock, replace_bytes, unlock
-
-Form = Literal["grid", "images", "npz"]
-SETTINGS = "samples.json"
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-SUFFIXES = {"grid": ".png", "images": "", "npz": ".npz"}
+from diffusion.config import Config
+from diffusion.process import GaussianDiffusion
+from diffusion.randomness import image_noise
+from diffusion.samplers import SAMPLERS, Progress, guided
 
 
-class Samples:
-    """Images that are drawn batch by batch into `out`: a grid (.png), a folder of images, or an array (.npz).
+def batches(indices: range, size: int) -> list[range]:
+    """`indices` in batches of up to `size`."""
+    return [range(start, min(start + size, indices.stop)) for start in range(indices.start, indices.stop, size)]
+
+
+def sample_batch(
+    process: GaussianDiffusion,
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
+    batch: range,
+    *,
+    sampler: str = "ddpm",
+    options: Mapping[str, Any] | None = None,
+    labels: Tensor | None = None,
+    low_res: Tensor | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = iter,
+) -> Tensor:
+    """Generate images `batch` of `seed`. Each is the same whatever other images are generated with it.
 
     Args:
-        out: the file or folder.
-        form: what it is to be.
-        n: how many images.
-        shape: of one, (C, H, W).
-        labels: the class numbers, taken in turn; None without classes.
-        settings: all that the images depend on; samples of others are not continued.
+        model: called with x_t, its timestep input, and by keyword those of y and low_res that are given.
+        shape: of one image, (C, *sizes).
+        options: the sampler's (see `sampler_options`).
+        labels: (len(batch),), or None for a model without classes.
+        low_res: the images that an upsampler enlarges, (len(batch), C, *sizes) in [-1, 1], else None.
+        guidance: see `guided`.
+        progress: wraps the steps.
 
-    `begin` is called by one process, `is_done` and `write` by any, and `finish` by one when all are done.
+    Returns images (len(batch), *shape) in [-1, 1] on the CPU.
     """
-
-    def __init__(
-        self,
-        out: Path,
-        form: Form,
-        n: int,
-        shape: Sequence[int],
-        labels: Sequence[int] | None,
-        settings: dict[str, Any],
-    ):
-        out = Path(os.path.realpath(out)) if out.is_symlink() else out  # a link is written through
-        self.out, self.form, self.n, self.shape, self.labels = out, form, n, tuple(shape), labels
-        self.settings = settings | {"classes": None if labels is None else list(labels)}
-        self.folder = out if form == "images" else out.with_name(f"{out.name}.parts")
-        self._lock: int | None = None
-
-    def begin(self) -> None:
-        """Make the folder, or take over what the same command left there.
-
-        Raises BlockingIOError if another process draws there, and FileExistsError if it holds something else.
-        """
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        path = self.folder / SETTINGS
-        if (os.path.lexists(self.folder) and not self.folder.is_dir()) or (path.exists() and not path.is_file()):
-            raise FileExistsError(f"{self.folder} is there, and holds no samples: name another")
-        if self.folder.exists() and not path.exists() and any(self.folder.iterdir()):
-            raise FileExistsError(f"{self.folder} is not empty: name a new folder")
-        self.folder.mkdir(exist_ok=True)
-        self._lock = lock(self.folder / ".lock")
-        if not path.exists():
-            self._write_settings()
-        try:
-            found = json.loads(path.read_bytes())
-            differ = {key for key in found.keys() | self.settings.keys() if found.get(key) != self.settings.get(key)}
-        except (ValueError, AttributeError, RecursionError):
-            self.close()
-            raise FileExistsError(f"{path} cannot be read: name another folder, or remove it") from None
-        if differ:
-            self.close()
-            key = min(differ)
-            raise FileExistsError(f"{self.folder} holds samples of other settings ({key} was {found.get(key)}, and is "
-                                  f"{self.settings.get(key)}): name another, or remove it")  # fmt: skip
-
-    def _write_settings(self) -> None:
-        replace_bytes(self.folder / SETTINGS, json.dumps(self.settings, indent=1).encode())
-
-    def close(self) -> None:
-        """Let other processes draw there. A folder in which nothing was drawn is removed."""
-        if self._lock is not None:
-            (self.folder / ".lock").unlink(missing_ok=True)
-            unlock(self._lock)
-            self._lock = None
-            if self.folder.exists() and [path.name for path in self.folder.iterdir()] == [SETTINGS]:
-                (self.folder / SETTINGS).unlink()
-                self.folder.rmdir()
-
-    def is_done(self, batch: range) -> bool:
-        """Whether a batch is on the disk."""
-        return all(self._is_whole(path, batch) for path in self._files(batch))
-
-    def _is_whole(self, path: Path, batch: range) -> bool:
-        """Whether a file is what is written there, as far as can be seen from its ends: a power cut may empty one."""
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            if path.suffix == ".png":
-                file.seek(max(0, path.stat().st_size - len(PNG_END)))
-                return file.read() == PNG_END
-        channels, *size = self.shape
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            return False
-        one = (*size, channels)
-        return array.dtype == np.uint8 and array.shape == (one if self.form == "images" else (len(batch), *one))
-
-    def write(self, batch: range, images: Tensor) -> None:
-        """Write a batch of images in [-1, 1], each file atomically."""
-        arrays = rearrange(pictures.to_uint8(images).cpu(), "n c h w -> n h w c").numpy()
-        if self.form != "images":
-            replace_bytes(self._files(batch)[0], _npy(arrays), sync=False)
-            return
-        for path, array in zip(self._files(batch), arrays, strict=True):
-            if not self._is_whole(path, batch):
-                content = _npy(array) if path.suffix == ".npy" else pictures.png(rearrange(array, "h w c -> c h w"))
-                replace_bytes(path, content, sync=False)
-
-    def finish(self, batches: Sequence[range]) -> None:
-        """Put the parts together, and remove them. Raises UsageError where one is missing."""
-        missing = next((batch for batch in batches if not self.is_done(batch)), None)
-        if missing is not None:
-            raise UsageError(
-                f"image {missing.start} is not in {self.folder}, although all are drawn: --out must lie in a folder "
-                "that all processes share"
-            )
-        for left in self.folder.glob(".*.tmp"):  # by a kill in the middle of a file
-            left.unlink(missing_ok=True)
-        labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in range(self.n)]
-        if self.form == "grid":
-            images = torch.from_numpy(np.concatenate(list(self._arrays(batches))))
-            images = rearrange(images, "n h w c -> n c h w")
-            pictures.save_grid(images, self.out, pictures.grid_columns(self.n, len(self.labels or ())), labels)
-        elif self.form == "npz":
-            temporary = self.folder / ".whole.tmp"
-            self._save_npz(temporary, batches, labels)
-            temporary.replace(self.out)
-        if self.form == "images":
-            if not (self.folder / SETTINGS).exists():
-                self._write_settings()
-        else:
-            for batch in batches:
-                self._files(batch)[0].unlink(missing_ok=True)
-        self.close()
-
-    def _files(self, batch: range) -> list[Path]:
-        if self.form != "images":
-            return [self.folder / f"{batch.start:08d}-{batch.stop:08d}.npy"]
-        suffix = ".png" if self.shape[0] in PIL_MODES else ".npy"
-        return [self.folder / f"{i:06d}{suffix}" for i in batch]
-
-    def _arrays(self, batches: Sequence[range]) -> Iterator[NDArray[np.uint8]]:
-        for batch in batches:
-            yield np.load(self._files(batch)[0], allow_pickle=False)
-
-    def _save_npz(self, path: Path, batches: Sequence[range], labels: list[int] | None) -> None:
-        """`np.savez` of arr_0 and arr_1, of which only one batch at a time is in memory."""
-        channels, *size = self.shape
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.n, *size, channels)}
-        with zipfile.ZipFile(path, "w") as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(cast(BinaryIO, file), header)
-                for array in self._arrays(batches):
-                    file.write(array.tobytes())
-            if labels is not None:
-                archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(np.array(labels, dtype=np.int64)))
+    device, conditions = torch.device(device), {"y": labels, "low_res": low_res}
+    inputs = {name: value.to(device) for name, value in conditions.items() if value is not None}
+    denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)
+    x_T = image_noise(batch, shape, device, seed, "x_T")
+    noise = partial(image_noise, batch, shape, device, seed)
+    return SAMPLERS[sampler](process, denoiser, x_T, noise, progress, **options or {}).cpu()
 
 
-def begin_unused(path: Path, make: Callable[[Path], Samples]) -> Samples:
-    """Begin samples at `path`, or with a number if that is taken: each of several commands has its own."""
-    for i in count(1):
-        samples = make(path.with_stem(f"{path.stem}_{i}") if i > 1 else path)
-        if samples.form != "images" and samples.out.exists():
-            continue
-        try:
-            samples.begin()
-        except (BlockingIOError, FileExistsError):
-            continue
-        return samples
-    raise AssertionError
+def generate(
+    config: Config,
+    network: nn.Module,
+    indices: Sequence[range],
+    *,
+    labels: Sequence[int] | None = None,
+    low_res: Callable[[range], Tensor] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = iter,
+) -> Iterator[tuple[range, Tensor]]:
+    """Generate images of a run, with the sampler, steps, options and guidance of its section `sample`.
 
+    Args:
+        network: the run's, in evaluation mode.
+        indices: the numbers of the images, in batches. Image i of a seed is the same in any batch.
+        labels: class numbers, of which image i takes number i modulo their count; None without classes.
+        low_res: for an upsampler, a function from a batch to its small images in [-1, 1].
+        progress: wraps the steps of each batch.
 
-def _npy(array: NDArray[Any]) -> bytes:
-    buffer = BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+    Yields each batch and its images (N, C, *sizes) in [-1, 1], on the CPU.
+    """
+    process, settings = config.diffusion.process(config.sample.steps), config.sample
+    for batch in indices:
+        yield (
+            batch,
+            sample_batch(
+                process,
+                network,
+                config.data.shape,
+                batch,
+                sampler=settings.sampler,
+                options=settings.options,
+                labels=torch.tensor([labels[i % len(labels)] for i in batch]) if labels else None,
+                low_res=low_res(batch) if low_res else None,
+                guidance=settings.guidance,
+                seed=seed,
+                device=device,
+                progress=progress,
+            ),
+        )

@@ -20,7 +20,7 @@ ECHO_SECONDS = 1.0
 """Launchers repeat a terminal's Ctrl-C within this time; what comes later is a second one and ends the process."""
 
 
-class CutOff(Exception):
+class SamplingInterrupted(Exception):
     """A signal came while a grid was drawn."""
 
 
@@ -56,7 +56,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether any process has heard a signal. All have to ask, at the same places."""
         if self._heard is None and self._launcher not in (None, os.getppid()):
             self._heard = time.monotonic(), signal.SIGTERM
@@ -72,11 +72,11 @@ class StopSignals:
         """Seconds since this process alone heard a signal; 0 if it heard none."""
         return time.monotonic() - self._heard[0] + 1e-9 if self._heard else 0.0
 
-    def watched(self, steps: Iterable[int]) -> Iterator[int]:
-        """A sampler's steps. Raises CutOff after a signal."""
+    def interruptible(self, steps: Iterable[int]) -> Iterator[int]:
+        """A sampler's steps. Raises SamplingInterrupted after a signal."""
         for step in steps:
-            if self.asked():
-                raise CutOff
+            if self.stop_requested():
+                raise SamplingInterrupted
             yield step
 
     def stopped(self, what: str) -> Stopped:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TimestepsName = Literal["uniform", "loss_second_moment"]
+TimestepSamplerName = Literal["uniform", "loss_second_moment"]
 
 
 class LossSecondMoment:
@@ -43,7 +43,7 @@ class LossSecondMoment:
         return t, (1 / (len(p) * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the unweighted losses (n,) of the timesteps (n,), in order. Losses that are not finite are not."""
+        """Record the unweighted losses (n,) of the timesteps (n,), in order. Non-finite losses are ignored."""
         for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
             if not np.isfinite(loss):
                 continue
@@ -59,5 +59,13 @@ class LossSecondMoment:
         return {"losses": torch.from_numpy(self._losses.copy()), "counts": torch.from_numpy(self._counts.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        self._losses, self._counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
+        """Restore what `state_dict` returned. Raises ValueError where it is no such history for as many timesteps."""
+        losses, counts = np.array(state["losses"]), np.array(state["counts"])
+        same = (losses.shape, counts.shape) == (self._losses.shape, self._counts.shape)
+        if not same or (losses.dtype, counts.dtype) != (self._losses.dtype, self._counts.dtype):
+            raise ValueError(
+                f"the history of losses is {losses.dtype} {losses.shape}, not float64 {self._losses.shape}"
+            )
+        if not np.isfinite(losses).all() or not ((counts >= 0) & (counts <= losses.shape[1])).all():
+            raise ValueError("the history of losses holds impossible numbers")
+        self._losses, self._counts = losses, counts

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion import GaussianDiffusion, Schedule
-from diffusion.config import DataConfig
-from diffusion.data import ArrayDataset, batch_indices, open_dataset, to_x_start
-from diffusion.initialisation import InitName, initialise
-from diffusion.layers import conv_nd, timestep_embedding, zero_module
+from diffusion.data.decode import to_x_start
+from diffusion.data.loader import batch_indices
+from diffusion.data.sources.digits import Digits
+from diffusion.models.initialisation import InitName, initialise
+from diffusion.models.layers import Linear, SiLU, conv_nd, timestep_embedding, zero_module
+from diffusion.models.unet import ResBlock
 from diffusion.randomness import generator_for, seed_for
-from diffusion.unet import ResBlock
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "zero-init.md"
@@ -44,13 +45,13 @@ class Chain(nn.Module):
 
     def __init__(self, depth: int):
         super().__init__()
-        self.time_embed = nn.Sequential(nn.Linear(CHANNELS, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
+        self.time_embed = nn.Sequential(Linear(CHANNELS, EMBEDDING), SiLU(), Linear(EMBEDDING, EMBEDDING))
         self.first = conv_nd(2, 1, CHANNELS, 3, padding=1)
         self.blocks = nn.ModuleList(
             ResBlock(CHANNELS, EMBEDDING, 0.0, CHANNELS, use_scale_shift_norm=True, use_norm=False)
             for _ in range(depth)
         )
-        self.out = nn.Sequential(nn.Identity(), nn.SiLU(), zero_module(conv_nd(2, CHANNELS, 1, 3, padding=1)))
+        self.out = nn.Sequential(nn.Identity(), SiLU(), zero_module(conv_nd(2, CHANNELS, 1, 3, padding=1)))
 
     def signals(self, x: Tensor, t: Tensor) -> list[Tensor]:
         """What the first block is given, and what each gives."""
@@ -73,8 +74,7 @@ def chain(depth: int, init: InitName, seed: int = 0) -> Chain:
 
 def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy digits (16, 1, 8, 8), what the network is told of t, and the noise, of a step."""
-    dataset = open_dataset(DataConfig())
-    assert isinstance(dataset, ArrayDataset)
+    dataset = Digits().open()
     x_start = to_x_start(dataset.images[batch_indices(len(dataset), BATCH_SIZE, 0, step)])
     generator = generator_for("cpu", 0, "step", step)
     t = torch.randint(1000, (BATCH_SIZE,), generator=generator)

@@ -24,11 +24,12 @@ from tables import keep, put_tables, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion.config import DataConfig
-from diffusion.data import ArrayDataset, batch_indices, open_dataset, to_x_start
-from diffusion.initialisation import scalars
-from diffusion.launch import exit_code
-from diffusion.layers import Layer, add_scalars
+from diffusion.commands.terminal import exit_code
+from diffusion.data.decode import to_x_start
+from diffusion.data.loader import batch_indices
+from diffusion.data.sources.torchvision import MNIST
+from diffusion.models.initialisation import scalars
+from diffusion.models.layers import Conv2d, Layer, Linear, add_scalars
 from diffusion.randomness import seed_for
 
 ROOT = Path(__file__).parents[1]
@@ -58,8 +59,8 @@ class Block(nn.Module):
         super().__init__()
         norms = [nn.BatchNorm2d(out_channels) if use_norm else nn.Identity() for _ in range(2)]
         self.branch = nn.Sequential(
-            nn.Conv2d(channels, out_channels, 3, stride, padding=1), norms[0], activation(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1), norms[1],
+            Conv2d(channels, out_channels, 3, stride, padding=1), norms[0], activation(),
+            Conv2d(out_channels, out_channels, 3, padding=1), norms[1],
         )  # fmt: skip
         self.activation = activation()
         self.stride = stride
@@ -82,8 +83,8 @@ def network(arm: str, seed: int, blocks: int = 3) -> nn.Sequential:
         for width in (16, 32, 64)
         for first in [True] + [False] * (blocks - 1)
     ]
-    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16) if use_norm else nn.Identity(), activation(),
-                        *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))  # fmt: skip
+    net = nn.Sequential(Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16) if use_norm else nn.Identity(), activation(),
+                        *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(64, 10))  # fmt: skip
     for layer in net.modules():
         if isinstance(layer, Layer):
             nn.init.kaiming_normal_(layer.weight)
@@ -131,10 +132,9 @@ def accuracy(net: nn.Sequential, x: Tensor, y: Tensor) -> float:
 def data(path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and test images, standardised as there, each with its labels."""
     found = []
-    for part in (True, False):
-        dataset = open_dataset(DataConfig(name="mnist", path=path, image_size=14), train=part)
-        assert isinstance(dataset, ArrayDataset)
-        count = len(dataset) if part else TEST_IMAGES
+    for split in ("train", "test"):
+        dataset = MNIST(path=path, image_size=14).open(split)
+        count = len(dataset) if split == "train" else TEST_IMAGES
         found += [to_x_start(dataset.images[:count]), dataset.labels[:count]]
     x, y, test_x, test_y = found
     return (x - x.mean()) / x.std(), y, (test_x - x.mean()) / x.std(), test_y

@@ -27,22 +27,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from tables import interval, keep, put_tables, table
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
 from diffusion import GaussianDiffusion, Schedule, UNetModel
-from diffusion.config import DataConfig
-from diffusion.data import ArrayDataset, batch_indices, open_dataset, to_x_start
-from diffusion.ema import EMA
+from diffusion.data.decode import to_x_start
+from diffusion.data.loader import batch_indices
+from diffusion.data.sources.digits import Digits
 from diffusion.likelihood import bits_per_dim
-from diffusion.losses import LossType, training_losses
+from diffusion.losses import LossType
 from diffusion.process import VarianceType
-from diffusion.randomness import generator_for, picture_noise, seed_for
-from diffusion.samplers import draw
+from diffusion.randomness import generator_for, image_noise, seed_for
+from diffusion.sampling import sample_batch
 from diffusion.schedule import ScheduleName
-from diffusion.timesteps import LossSecondMoment
+from diffusion.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "improved-ddpm.md"
@@ -110,8 +111,7 @@ CLAIMS = [
 @lru_cache
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and held-out digits in [-1, 1], (N, 1, 8, 8), each with its labels: every tenth is held out."""
-    dataset = open_dataset(DataConfig())
-    assert isinstance(dataset, ArrayDataset)
+    dataset = Digits().open()
     x, y = to_x_start(dataset.images), dataset.labels
     held_out = torch.arange(len(x)) % HELD_OUT_EVERY == 0
     return x[~held_out], y[~held_out], x[held_out], y[held_out]
@@ -129,23 +129,13 @@ def train(arm: Arm, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
     out_channels = 2 if trained.learns_variance else 1
     network = UNetModel(1, 32, out_channels, 1, (2,), channel_mult=(1, 2), num_heads=2, use_scale_shift_norm=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    ema = EMA(network, [EMA_RATE], warmup=True)
-    importance = LossSecondMoment(T)
-    for step in range(TRAINING_STEPS):
-        batch = x_start[batch_indices(len(x_start), BATCH_SIZE, seed, step)]
-        generator = generator_for("cpu", seed, "step", step)
-        t = torch.randint(T, (len(batch),), generator=generator)
-        noise = torch.randn(batch.shape, generator=generator)
-        weights = torch.ones(len(batch))
-        if arm.by_importance:
-            t, weights = importance.draw(len(batch), generator_for("cpu", seed, "timesteps", step))
-        loss = training_losses(trained, network, batch, t, noise, arm.loss)["loss"]
-        importance.update(t, loss.detach())
-        (loss * weights).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(step)
-    return network.eval(), ema.averages[EMA_RATE]
+    step = TrainingStep(
+        network, trained, optimizer, ema_rates=[EMA_RATE], ema_warmup=True, loss=arm.loss, seed=seed,
+        timestep_sampler="loss_second_moment" if arm.by_importance else "uniform", accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+    for i in range(TRAINING_STEPS):
+        step(x_start[batch_indices(len(x_start), BATCH_SIZE, seed, i)])
+    return network.eval(), step.ema.averages[EMA_RATE]
 
 
 @lru_cache
@@ -198,12 +188,11 @@ def run(name: str, seed: int, folder: Path) -> Path:
     held_out = data()[2]
     result: dict[str, Any] = {"arm": name, "seed": seed}
     for variance in arm.variances:
-        noise = partial(picture_noise, range(len(held_out)), held_out.shape[1:], torch.device("cpu"), seed)
+        noise = partial(image_noise, range(len(held_out)), held_out.shape[1:], torch.device("cpu"), seed)
         bits = bits_per_dim(process(arm, variance), model, held_out, noise).total.mean().item()
         result[variance] = {"bits": bits}
         for steps in SAMPLING_STEPS:
-            drawn = draw("ddpm", process(arm, variance, str(steps)), model, (1, 8, 8), batch=range(SAMPLES),
-                         labels=None, seed=seed, device=torch.device("cpu"))  # fmt: skip
+            drawn = sample_batch(process(arm, variance, str(steps)), model, (1, 8, 8), range(SAMPLES), seed=seed)
             result[variance] |= {f"{kind}{steps}": value for kind, value in distances(drawn.clamp(-1, 1)).items()}
     keep(path, result)
     return path

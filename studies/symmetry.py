@@ -12,6 +12,7 @@ and show nothing. Rewrites the table of docs/zero-init.md; takes half a minute.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 from tables import put_tables, table
 from torch import Tensor, nn
 
-from diffusion.config import DataConfig
-from diffusion.data import ArrayDataset, batch_indices, open_dataset, to_x_start
+from diffusion.data.decode import to_x_start
+from diffusion.data.loader import batch_indices
+from diffusion.data.sources.digits import Digits
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "zero-init.md"
 CHANNELS, STEPS, BATCH_SIZE, RATE = 32, 300, 64, 1e-3
@@ -52,16 +54,19 @@ def network(convolutional: bool) -> nn.Sequential:
                          nn.Linear(CHANNELS, 10))  # fmt: skip
 
 
-def begin(net: nn.Sequential, start: Start) -> list[nn.Module]:
-    """Give the weights their start; the layers that have any."""
-    layers = [layer for layer in net if isinstance(layer, nn.Linear | nn.Conv2d)]
+def make_alike(layers: Iterable[nn.Module], start: Start) -> None:
+    """Make all channels of each layer the same: constant, scaled to keep the size of signals, or all zero."""
     for layer in layers:
-        if start == "constant":
-            nn.init.constant_(layer.weight, 1 / layer.weight[0].numel())
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        elif start == "all zero" or (start == "last layer zero" and layer is layers[-1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        nn.init.constant_(layer.weight, 1 / layer.weight[0].numel() if start == "constant" else 0.0)
+        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
+def begin(net: nn.Sequential, start: Start) -> list[nn.Module]:
+    """Initialise the weights. Returns the layers that have any."""
+    layers = [layer for layer in net if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if start != "random":
+        make_alike(layers[-1:] if start == "last layer zero" else layers, start)
     return list(layers)
 
 
@@ -77,8 +82,7 @@ def rank(weight: Tensor) -> int:
 
 
 def train(convolutional: bool, start: Start, steps: int = STEPS) -> Result:
-    dataset = open_dataset(DataConfig())
-    assert isinstance(dataset, ArrayDataset)
+    dataset = Digits().open()
     x, y = (to_x_start(dataset.images) + 1) / 2, dataset.labels
     held_out = torch.arange(len(x)) % 10 == 0
     train_x, train_y = x[~held_out], y[~held_out]

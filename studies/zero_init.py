@@ -27,24 +27,28 @@ from functools import lru_cache, partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
+from accelerate import Accelerator
 from scipy.stats import ttest_1samp
+from symmetry import make_alike
 from tables import interval, keep, put_tables, table
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion import GaussianDiffusion, Schedule, UNetModel
-from diffusion.config import DataConfig
-from diffusion.data import ArrayDataset, batch_indices, open_dataset, to_x_start
-from diffusion.ema import EMA
-from diffusion.initialisation import InitName, initialise
-from diffusion.launch import exit_code
+from diffusion.commands.terminal import exit_code
+from diffusion.data.decode import to_x_start
+from diffusion.data.loader import batch_indices
+from diffusion.data.sources.digits import Digits
+from diffusion.data.sources.torchvision import MNIST
 from diffusion.likelihood import bits_per_dim
 from diffusion.losses import training_losses
-from diffusion.randomness import generator_for, picture_noise, seed_for
+from diffusion.models.initialisation import InitName, initialise, layers
+from diffusion.randomness import generator_for, image_noise, seed_for
+from diffusion.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "zero-init.md"
@@ -57,7 +61,7 @@ TRAINS = 0.5
 
 
 class Arm(NamedTuple):
-    init: InitName
+    init: InitName | Literal["all_zero"]
     use_norm: bool = True
     clip: float = 1.0
 
@@ -147,15 +151,13 @@ def jobs(names: list[str]) -> list[Job]:
 def data(name: str, path: str | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training and held-out images in [-1, 1], each with its labels: of MNIST the first 20,000 and its test images."""
     setting = SETTINGS[name]
-    options: dict[str, Any] = dict(name="mnist", path=path, image_size=setting.size) if name == "mnist" else {}
-    dataset = open_dataset(DataConfig(**options))
-    assert isinstance(dataset, ArrayDataset)
+    source = MNIST(path=path, image_size=setting.size) if name == "mnist" else Digits()
+    dataset = source.open()
     x, y = to_x_start(dataset.images), dataset.labels
     if name != "mnist":
         held_out = torch.arange(len(x)) % (len(x) // setting.held_out) == 0
         return x[~held_out], y[~held_out], x[held_out], y[held_out]
-    test = open_dataset(DataConfig(**options), train=False)
-    assert isinstance(test, ArrayDataset)
+    test = source.open("test")
     return x[:20_000], y[:20_000], to_x_start(test.images)[: setting.held_out], test.labels[: setting.held_out]
 
 
@@ -164,7 +166,11 @@ def network(arm: Arm, seed: int) -> UNetModel:
     torch.manual_seed(seed_for(seed, "weights"))
     model = UNetModel(1, 32, 2, 1, (2,), channel_mult=(1, 2), num_heads=2, use_scale_shift_norm=True, num_classes=10,
                       use_norm=arm.use_norm)  # fmt: skip
-    initialise(model, arm.init)
+    if arm.init == "all_zero":
+        make_alike(layers(model), "all zero")
+        nn.init.zeros_(model.label_emb.weight)
+    else:
+        initialise(model, arm.init)
     return model
 
 
@@ -192,35 +198,29 @@ def run(job: Job, folder: Path, path: str | None) -> Path:
     torch.set_num_threads(1)
     setting = SETTINGS[job.setting]
     x_start, y, test_x, test_y = data(job.setting, path)
-    trained = process()
     model = network(ARMS[job.arm], job.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.rate, weight_decay=0.0, fused=True)
-    ema = EMA(model, [EMA_RATE], warmup=True)
+    step = TrainingStep(
+        model, process(), optimizer, ema_rates=[EMA_RATE], ema_warmup=True, seed=job.seed,
+        grad_clip=ARMS[job.arm].clip, accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
     norms: list[float] = []
     looks: dict[int, float] = {}
     began = time.process_time()
-    for step in range(setting.steps):
-        if step % LOOK_EVERY == 0:
-            looks[step] = held_out_loss(model, test_x, test_y)
-        batch = batch_indices(len(x_start), setting.batch_size, job.seed, step)
-        generator = generator_for("cpu", job.seed, "step", step)
-        t = torch.randint(T, (setting.batch_size,), generator=generator)
-        noise = torch.randn(setting.batch_size, *x_start.shape[1:], generator=generator)
-        denoiser = partial(model, y=y[batch])
-        loss = training_losses(trained, denoiser, x_start[batch], t, noise, "rescaled_mse")["loss"].mean()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), ARMS[job.arm].clip).item())
-        if not math.isfinite(norms[-1] + loss.item()):
+    for i in range(setting.steps):
+        if i % LOOK_EVERY == 0:
+            looks[i] = held_out_loss(model, test_x, test_y)
+        batch = batch_indices(len(x_start), setting.batch_size, job.seed, i)
+        done = step(x_start[batch], y[batch])
+        norms.append(done.grad_norm.item())
+        if done.skipped:
             break
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(step)
     result: dict[str, Any] = job._asdict() | {"norms": norms, "seconds": time.process_time() - began}
     finite = len(norms) == setting.steps and math.isfinite(norms[-1])
     result |= {"looks": looks, "loss": math.nan, "bits": math.nan}
     if finite:
-        noise_of = partial(picture_noise, range(len(test_x)), test_x.shape[1:], torch.device("cpu"), job.seed)
-        with ema.in_place(EMA_RATE), torch.no_grad():
+        noise_of = partial(image_noise, range(len(test_x)), test_x.shape[1:], torch.device("cpu"), job.seed)
+        with step.ema.in_place(EMA_RATE), torch.no_grad():
             result["loss"] = held_out_loss(model, test_x, test_y)
             bits = bits_per_dim(process(LIKELIHOOD_STEPS), partial(model, y=test_y), test_x, noise_of)
         result["bits"] = bits.total.mean().item()

@@ -6,7 +6,8 @@ import pytest
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # promises to the bit are those of one kind of device
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two tests at a time: threads that wait must not spin
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "studies")]
 
 
 @pytest.fixture(autouse=True)

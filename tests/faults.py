@@ -24,9 +24,9 @@ import torch._dynamo  # which the first optimizer would import, in every child
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sample
 from diffusion import checkpoint
+from diffusion.commands.terminal import exit_code
 from diffusion.config import Config
-from diffusion.launch import exit_code
-from diffusion.trainer import Trainer
+from diffusion.training.trainer import Trainer
 
 TO_END = 60
 """Seconds in which a process whose fellow died has to end."""
@@ -42,7 +42,9 @@ def changed(**sections):
 def configuration(steps):
     return changed(
         model=dict(dropout=0.1),
-        train=dict(steps=steps, batch_size=8, accumulation=2, log_every=1, timesteps="loss_second_moment"),
+        train=dict(
+            steps=steps, batch_size=8, gradient_accumulation=2, log_every=1, timestep_sampler="loss_second_moment"
+        ),
         sample=dict(every=7, n=2, steps=2),
         checkpoint=dict(every=2, keep_last=3),
     )
@@ -68,7 +70,7 @@ def _child(out, steps, processes, rank, port):
                                    OMP_NUM_THREADS="1")  # fmt: skip
             sys.stderr = open(out.with_suffix(".log"), "a", buffering=1)  # noqa: SIM115
             config = configuration(steps)
-            status = exit_code(lambda: Trainer(config, out, tell=lambda message: print(message, file=sys.stderr)).run())
+            status = exit_code(lambda: Trainer(config, out, warn=lambda message: print(message, file=sys.stderr)).run())
         except BaseException as error:
             print(f"traceback: {error!r}", file=sys.stderr, flush=True)
         finally:

@@ -9,8 +9,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from diffusion import trainer
-from diffusion.launch import exit_code
+from diffusion.commands.terminal import exit_code
+from diffusion.training import trainer
 
 
 def sharded(**options):

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from faults import changed
 
-from diffusion.trainer import Trainer
+from diffusion.training.trainer import Trainer
 
 MEGABYTES = 30
 """Growth that is noise: the allocator's, and what is cached at first use."""

@@ -10,13 +10,19 @@ from helpers import Trap
 
 from diffusion import UsageError, checkpoint
 from diffusion.config import Config
+from diffusion.training.step import TrainingStep
 
 
 def training(network):
     moments = {i: {"step": torch.tensor(10.0), "exp_avg": p * 2, "exp_avg_sq": p * 3}
                for i, p in enumerate(network.state_dict().values())}  # fmt: skip
-    meter = {"sums": torch.zeros(1, 2, 4), "bad": torch.zeros(3), "unreadable": []}
-    return {"optimizer": {"state": moments}, "scaler": None, "importance": None, "meter": meter}
+    return {"step": {"optimizer": moments, "scaler": None, "importance": None}}
+
+
+def step_of(network):
+    """A part that the state can be given to."""
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    return TrainingStep(network, Config().diffusion.process(), optimizer)
 
 
 def forge(folder, name, content):
@@ -52,7 +58,9 @@ def test_what_is_saved_comes_back(run):
     for name, value in network.state_dict().items():
         assert torch.equal(weights[name], value)
         assert torch.equal(average[name], value + 1)
-    moments = saved.training(list(network.parameters()))["optimizer"]["state"]
+    step = step_of(network)
+    saved.restore({"step": step})
+    moments = step.optimizer.state_dict()["state"]
     assert all(torch.equal(moments[i]["exp_avg"], p * 2) for i, p in enumerate(network.parameters()))
     loaded = saved.network(weights)
     y = torch.tensor([3, 4])
@@ -117,21 +125,21 @@ def test_where_there_is_no_checkpoint_it_says_so(tmp_path, path, says):
         checkpoint.open_checkpoint(tmp_path / path)
 
 
-@pytest.mark.parametrize("content", [{}, [1], {"optimizer": {"state": {}}, "scaler": None, "importance": None}])
+@pytest.mark.parametrize("content", [{}, [1], {"step": {"optimizer": {}, "scaler": None, "importance": None}}])
 def test_an_optimizer_without_its_state_is_damaged(run, content):
     path, network = run
     forge(path / "checkpoints/step_00000010", "training.pt", content)
     with pytest.raises(UsageError, match=r"training\.pt does not hold what a run of this network saves"):
-        checkpoint.open_checkpoint(path).training(list(network.parameters()))
+        checkpoint.open_checkpoint(path).restore({"step": step_of(network)})
 
 
 def test_an_optimizer_of_another_network_is_refused(run):
     path, network = run
     other = training(network)
-    other["optimizer"]["state"][3]["exp_avg"] = torch.zeros(5)
+    other["step"]["optimizer"][3]["exp_avg"] = torch.zeros(5)
     forge(path / "checkpoints/step_00000010", "training.pt", other)
     with pytest.raises(UsageError, match=r"a tensor is torch\.float32 \(5,\), not"):
-        checkpoint.open_checkpoint(path).training(list(network.parameters()))
+        checkpoint.open_checkpoint(path).restore({"step": step_of(network)})
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, "10", None, 9])
@@ -148,15 +156,15 @@ def test_a_format_from_the_future_is_refused(run):
     path, _ = run
     file = path / "checkpoints/step_00000010/state.json"
     forge(file.parent, file.name, json.dumps(json.loads(file.read_text()) | {"format": 99}).encode())
-    with pytest.raises(UsageError, match="has format 99; this version reads 4"):
+    with pytest.raises(UsageError, match="has format 99; this version reads 5"):
         checkpoint.open_checkpoint(file.parent)
 
 
 def test_nothing_in_a_checkpoint_is_run(run, tmp_path):
     path, network = run
-    forge(path / "checkpoints/step_00000010", "training.pt", {"optimizer": Trap(tmp_path / "sprung")})
+    forge(path / "checkpoints/step_00000010", "training.pt", {"step": Trap(tmp_path / "sprung")})
     with pytest.raises(UsageError, match=r"training\.pt cannot be read as plain tensors: it holds code or objects"):
-        checkpoint.open_checkpoint(path).training(list(network.parameters()))
+        checkpoint.open_checkpoint(path).restore({"step": step_of(network)})
     assert not (tmp_path / "sprung").exists()
 
 

@@ -7,8 +7,10 @@ import yaml
 from helpers import ROOT, golden
 
 from diffusion import UsageError
-from diffusion.command_line import parse_command_line
-from diffusion.config import Config, load_config
+from diffusion.commands.command_line import parse_command_line
+from diffusion.config import Config
+from diffusion.config_file import load_config, save_config
+from diffusion.data.sources import SOURCES
 
 FILES = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/published").glob("*.yaml")])
 
@@ -23,10 +25,11 @@ def test_the_default_is_the_digits_file():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_file_holds_what_differs_from_the_defaults_and_builds_its_network(path):
-    written, defaults = yaml.safe_load(path.read_text()), dataclasses.asdict(Config())
+    written = yaml.safe_load(path.read_text())
+    defaults = dataclasses.asdict(Config()) | {"data": dataclasses.asdict(SOURCES[written["data"]["source"]]())}
     same = [f"{section}.{key}" for section, values in written.items() for key, value in values.items()
             if value == defaults[section][key]]  # fmt: skip
-    assert same == (["data.name"] if path.stem == "digits" else [])
+    assert same == ["data.source"]
     config = load_config(path)
     with torch.device("meta"):
         config.network(1000)
@@ -77,7 +80,7 @@ def test_cifar10_is_the_published_run():
     assert (config.diffusion.steps, config.diffusion.schedule, config.model.dropout) == (4000, "cosine", 0.3)
     assert (config.train.lr, config.train.batch_size, config.train.ema_rates) == (1e-4, 128, (0.9999,))
     process = config.diffusion.process("")
-    assert (process.mean_type, process.variance_type) == ("epsilon", "learned_range")
+    assert (process.prediction, process.variance_type) == ("epsilon", "learned_range")
 
 
 def test_a_folder_may_have_the_name_of_a_section():
@@ -95,11 +98,51 @@ def test_overrides_beat_the_file_and_both_beat_the_defaults(tmp_path):
     assert parse_command_line(["--train.steps", "9", "--config", str(file)]).config == config
 
 
+def test_another_source_keeps_the_size_of_the_file_and_drops_its_own_fields(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("data:\n  source: cifar10\n  path: x\n  random_flip: true\n  workers: 1\n")
+    data = parse("--config", str(file), "--data.source", "folder").data
+    assert (data.shape, data.workers, data.path, data.random_flip) == ((3, 32, 32), 1, None, False)
+    assert parse("--data.source", "mnist").data.shape == (1, 28, 28)
+    assert parse("--config", str(file), "--data.source", "folder", "--data.path", "y").data.path == "y"
+    with pytest.raises(UsageError, match=r"data\.random_flip belongs to the sources cifar10, folder"):
+        parse("--config", str(file), "--data.source", "mnist", "--data.random_flip", "true")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--sample.options.eta", "0.5"], "sample.options.eta is not an option of ddpm: it has clip_denoised"),
+        (["--sample.sampler", "ddim", "--sample.options.eta", "2"], "sample.options.eta is 2; it must be from 0 to 1"),
+        (["--sample.sampler", "ddim", "--sample.options.eta", "yes"], "it must be of type float"),
+        (["--sample.options", "{clip_denoisd: true}"], "did you mean clip_denoised?"),
+        (["--sample.options", "3"], "sample.options is 3; it must be of type section"),
+        (["--config", "cifar1"], "did you mean cifar10?"),
+        (["--config", "cifar10", "--data.source", "cifar"], "did you mean cifar10?"),
+    ],
+)
+def test_what_a_sampler_or_the_package_does_not_have_gets_the_nearest_name(argv, says):
+    with pytest.raises(UsageError) as caught:
+        parse(*argv)
+    assert says in str(caught.value)
+
+
+def test_shipped_configurations_are_found_by_name():
+    assert parse("--config", "cifar10") == load_config(ROOT / "configs/cifar10.yaml")
+    assert parse("--config", "adm_lsun") == load_config(ROOT / "configs/published/adm_lsun.yaml")
+    assert parse_command_line(["--config", "mnist"]).out == Path("runs/mnist")
+
+
+def test_samplers_options_are_settings():
+    flags = ["--sample.sampler", "ddim", "--sample.options.eta", "0.5", "--sample.options.clip_denoised", "false"]
+    assert parse(*flags).sample.options == {"eta": 0.5, "clip_denoised": False}
+
+
 def test_what_is_saved_loads_as_the_same(tmp_path):
     config = parse(
         "--train.lr", "1e-5", "--train.ema_rates", "[0.9, 0.99]", "--train.grad_clip", "0.5", "--train.precision", "no"
     )
-    config.save(tmp_path / "config.yaml")
+    save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 
 
@@ -118,7 +161,7 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--train.ema_rates", "0.9"], "train.ema_rates is 0.9; it must be a list: [0.9]"),
         (["--train.ema_rates", "[1.0]"], "train.ema_rates is [1.0]"),
         (["--train.ema_rates", "[0.9,0.9]"], "each rate may stand there once"),
-        (["--train.accumulation", "3"], "train.accumulation 3 does not divide train.batch_size 64"),
+        (["--train.gradient_accumulation", "3"], "train.gradient_accumulation 3 does not divide train.batch_size 64"),
         (["--data.channels", "5"], "data.channels is 5; it must be at most 4"),
         (["--diffusion.steps", str(10**30)], "it must be at most 100000"),
         (["--train.grad_clip", "true"], "train.grad_clip is true; it must be of type float or null"),
@@ -130,10 +173,10 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--diffusion.schedule", "linear", "--diffusion.steps", "20", "--sample.steps", "5"], "beta of 1"),
         (["--diffusion.respacing", "2000"], "2000 steps are more than the schedule's 1000"),
         (["--sample.steps", "2000"], "sample.steps: respacing '2000': 2000 steps are more than the schedule's 1000"),
-        (["--data.image_size", "9"], "the nearest size that they do is 8"),
-        (["--data.image_size", "1"], "the nearest size that they do is 2"),
-        (["--data.name", "digit"], "it must be one of digits, mnist, cifar10, folder (did you mean digits?)"),
-        (["--data.path="], "data.path is empty"),
+        (["--data.image_size", "9"], "2 levels do not divide: the nearest that they do is 8x8"),
+        (["--data.image_size", "1"], "2 levels do not divide: the nearest that they do is 2x2"),
+        (["--data.source", "digit"], "it must be one of digits, mnist, cifar10, folder (did you mean digits?)"),
+        (["--data.source", "folder", "--data.path="], "data.path is empty"),
         (["--train", "{}"], "--train is a section"),
         (["--train={'steps': null}"], "--train is a section"),
         (["--conf", "configs/digits.yaml"], "unknown key conf: did you mean config?"),
@@ -143,10 +186,10 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--data.low_res_size", "8"], "data.low_res_size is 8; it must be at most 7"),
         (["--model.num_head_channels", "48"], "model.num_head_channels is 48, which does not divide 64 channels"),
         (["--model.channel_mult", "[1,1.5]"], "each of which makes a multiple of 32"),
-        (["--data.path", "x"], "data.name is digits, which ship with the package"),
-        (["--data.random_flip", "true"], "a mirrored digit is no digit"),
+        (["--data.path", "x"], "data.path belongs to the sources mnist, cifar10, folder, and data.source is digits"),
+        (["--data.random_flip", "true"], "belongs to the sources cifar10, folder, and data.source is digits"),
         (["--model.model_channels", "40"], "a multiple of 32, such as 32"),
-        (["--model.attention_resolutions", "[4]"], "no downsampling factor of 2 levels: choose from 1, 2"),
+        (["--model.attention_resolutions", "[4]"], "not a downsampling factor of 2 levels: choose from 1, 2"),
         (["--model.num_heads", "3"], "model.num_heads is 3, which does not divide 64 channels"),
         (["--model.num_heads_upsample", "5"], "model.num_heads_upsample is 5, which does not divide 64"),
         (["--model.channel_mult", "[]"], "model.channel_mult is []"),
@@ -206,7 +249,7 @@ def test_help_explains_every_field(capsys):
 
 
 def test_a_runs_own_configuration_continues_that_run(tmp_path):
-    Config().save(tmp_path / "config.yaml")
+    save_config(Config(), tmp_path / "config.yaml")
     assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).out == Path("runs/config")
     (tmp_path / "metrics.jsonl").touch()
     assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).out == tmp_path

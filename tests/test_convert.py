@@ -13,15 +13,16 @@ import torch
 from helpers import ROOT, Trap, fill, golden, tensor
 from safetensors.torch import load_file, save_file
 
-from diffusion import UNetModel, UsageError, checkpoint, convert
-from diffusion.command_line import parse_command_line
-from diffusion.config import load_config
-from diffusion.interop_openai import config_from_flags, parse_flags
-from diffusion.launch import exit_code
-from diffusion.randomness import picture_noise
+from diffusion import UNetModel, UsageError, checkpoint
+from diffusion.commands import convert
+from diffusion.commands.command_line import parse_command_line
+from diffusion.commands.terminal import exit_code
+from diffusion.config_file import load_config
+from diffusion.interop.openai import config_from_flags, parse_flags
+from diffusion.models.unet import SuperResModel
+from diffusion.randomness import image_noise
 from diffusion.samplers import ddim, ddpm
-from diffusion.trainer import Trainer
-from diffusion.unet import SuperResModel
+from diffusion.training.trainer import Trainer
 
 BASE = "--num_channels 32 --num_res_blocks 1 --learn_sigma True "
 GOLDEN = {
@@ -156,7 +157,8 @@ def test_flags_of_the_readmes_describe_the_published_networks(name):
     written = load_config(ROOT / "configs" / f"{file.get(name, f'published/{name}')}.yaml")
     model = dataclasses.replace(written.model, class_cond="uncond" not in name and written.model.class_cond)
     assert (config.model, config.diffusion) == (model, written.diffusion)
-    assert config.data == dataclasses.replace(written.data, name="folder", workers=0)
+    assert config.data.shape == written.data.shape
+    assert (config.data.random_flip, config.data.low_res_size) == (written.data.random_flip, written.data.low_res_size)
 
 
 def test_each_repository_has_its_own_defaults():
@@ -167,8 +169,7 @@ def test_each_repository_has_its_own_defaults():
 
 
 @pytest.mark.parametrize(
-    ("name", "most"),
-    [("cifar10_uncond", 60e6), pytest.param("adm_imagenet64_cond", 300e6, marks=pytest.mark.slow)],
+    ("name", "most"), [("cifar10_uncond", 60e6), pytest.param("adm_imagenet64_cond", 300e6, marks=pytest.mark.slow)]
 )
 def test_published_sizes_come_in(name, most, tmp_path, monkeypatch, capsys):
     flags = parse_flags(README[name])
@@ -187,7 +188,7 @@ def test_a_converted_model_is_trained_on(published, tmp_path, monkeypatch, capsy
     """A run begins with its weights, with data and batch of its own; its own folder stays as it is."""
     path, flags, _ = published
     run_convert(monkeypatch, capsys, "openai", path, "--flags", flags, "--out", tmp_path / "run")
-    overrides = ["--data.name", "digits", "--data.random_flip", "false", "--train.batch_size", "4",
+    overrides = ["--data.source", "digits", "--train.batch_size", "4",
                  "--train.steps", "2", "--train.ema_rates", "[0.5]", "--train.lr", "1e-30",
                  "--model.dropout", "0.1", "--diffusion.loss", "mse",
                  "--sample.n", "1", "--sample.steps", "1"]  # fmt: skip
@@ -323,7 +324,7 @@ EXPRESSIBLE = {
     "4000 steps": (*SMALL, "--diffusion.steps", "4000"),
     "fixed variance, linear": (*SMALL, "--diffusion.variance", "fixed_large", "--diffusion.schedule", "linear"),
     "added embedding": (*SMALL, "--model.use_scale_shift_norm", "false"),
-    "x_start": (*SMALL, "--diffusion.mean", "x_start", "--diffusion.loss", "mse"),
+    "x_start": (*SMALL, "--diffusion.prediction", "x_start", "--diffusion.loss", "mse"),
     "one head at two widths": (*SMALL, "--model.attention_resolutions", "[1,2]", "--model.num_heads", "1"),
     "sequel": (*SMALL, "--model.attention_resolutions", "[1,2]", "--model.num_head_channels", "16",
                "--model.resblock_updown", "true", "--model.use_new_attention_order", "true",
@@ -368,7 +369,7 @@ def test_their_scheduler_reaches_our_pictures(exported):
     shape = (config.data.channels, 16, 16)
 
     def noise(step):
-        return picture_noise(range(2), shape, torch.device("cpu"), 0, step)
+        return image_noise(range(2), shape, torch.device("cpu"), 0, step)
 
     ours = ddpm(config.diffusion.process("10"), lambda x, t: network(x, t, y), noise("x_T"), noise)
     scheduler, x, draws = pipeline.scheduler, noise("x_T"), iter(range(10))
@@ -465,7 +466,7 @@ def test_ddim_gets_the_mean_alone(tmp_path, monkeypatch, capsys):
         (("--model.channel_mult", "[2,4]"), "a first level of 2 times"),
         (("--data.low_res_size", "4"), "an upsampler's second input"),
         (("--diffusion.variance", "learned"), "variance learned"),
-        (("--diffusion.mean", "previous_x"), "mean previous_x"),
+        (("--diffusion.prediction", "previous_x"), "mean previous_x"),
         (("--diffusion.respacing", "100", "--sample.steps", "10"), "respaced process"),
         (("--model.use_norm", "false"), "without normalisation"),
         (("--model.use_norm", "false", "--model.init", "fixup"), "without normalisation"),

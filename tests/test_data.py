@@ -11,8 +11,13 @@ from helpers import golden
 from PIL import Image
 
 from diffusion import UsageError
-from diffusion.config import DataConfig
-from diffusion.data import FolderDataset, batch_indices, load, micro_batches, open_dataset, preprocess, read_image
+from diffusion.data.base import load
+from diffusion.data.decode import preprocess, read_image
+from diffusion.data.loader import batch_indices, step_batches
+from diffusion.data.sources import SOURCES
+from diffusion.data.sources.digits import Digits
+from diffusion.data.sources.folder import Folder, FolderDataset
+from diffusion.data.sources.torchvision import MNIST
 
 REAL_DATA = os.environ.get("DIFFUSION_TEST_DATA")
 """A folder that holds MNIST/raw as torchvision lays it out; tests that need it are skipped without."""
@@ -25,7 +30,7 @@ def picture(path, size=(40, 30), colour=(200, 30, 90), mode="RGB"):
 
 
 def folder(path, image_size=8, channels=3):
-    return open_dataset(DataConfig(name="folder", path=str(path), image_size=image_size, channels=channels))
+    return Folder(path=str(path), image_size=image_size, channels=channels).open()
 
 
 @pytest.mark.parametrize("name", ["48x40", "130x77", "33x32"])
@@ -36,7 +41,7 @@ def test_preprocessing_is_the_published_one(name):
 
 
 def test_digits_are_the_shipped_ones():
-    data = open_dataset(DataConfig())
+    data = Digits().open()
     images, labels = load(data, [0, 1796])
     assert (len(data), images.shape, images.dtype) == (1797, (2, 1, 8, 8), torch.uint8)
     assert labels.tolist() == [0, 8]
@@ -45,15 +50,15 @@ def test_digits_are_the_shipped_ones():
 
 
 def test_digits_come_in_any_size_and_colour():
-    data = open_dataset(DataConfig(image_size=16, channels=3))
+    data = Digits(image_size=16, channels=3).open()
     assert data.images.shape == (1797, 3, 16, 16)
     assert torch.equal(data.images[:, 0], data.images[:, 2])
 
 
 @pytest.mark.skipif(not REAL_DATA, reason="DIFFUSION_TEST_DATA is not set")
 def test_mnist_is_read_where_it_lies():
-    data = open_dataset(DataConfig(name="mnist", path=f"{REAL_DATA}/MNIST", image_size=28))
-    assert torch.equal(data.images, open_dataset(DataConfig(name="mnist", path=REAL_DATA, image_size=28)).images)
+    data = MNIST(path=f"{REAL_DATA}/MNIST", image_size=28).open()
+    assert torch.equal(data.images, MNIST(path=REAL_DATA, image_size=28).open().images)
     assert (len(data), data.images.shape[1:], data.labels[:5].tolist()) == (60000, (1, 28, 28), [5, 0, 4, 1, 9])
 
 
@@ -138,7 +143,7 @@ def test_a_file_that_breaks_later_is_named_too(tmp_path, workers):
     paths = [picture(tmp_path / f"{i}.png") for i in range(7)] + [broken(tmp_path / "bad.png", b"no")]
     lazy = FolderDataset(paths, torch.zeros(8, dtype=torch.int64), (), 8, 3)
     with pytest.raises(UsageError, match=r"bad\.png cannot be read as an image") as caught:
-        list(micro_batches(lazy, 4, 0, range(2), [slice(0, 4)], workers))
+        list(step_batches(lazy, 4, 0, range(2), [slice(0, 4)], workers))
     assert "\n" not in str(caught.value)
 
 
@@ -163,8 +168,8 @@ def test_where_there_is_no_data_it_says_so(tmp_path, make, says):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_a_path_without_the_data_set_says_so(tmp_path, name):
-    with pytest.raises(UsageError, match=f"{tmp_path} holds no {name}") as caught:
-        open_dataset(DataConfig(name=name, path=str(tmp_path)))
+    with pytest.raises(UsageError, match=f"{tmp_path} does not hold {name}") as caught:
+        SOURCES[name](path=str(tmp_path)).open()
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -191,16 +196,18 @@ def test_the_order_does_not_depend_on_how_one_got_there():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_and_micro_batches_share_out_the_same_images(workers):
-    data = open_dataset(DataConfig())
+    data = Digits().open()
 
     def of(parts):
-        return [images for images, _ in micro_batches(data, 8, 0, range(3, 6), parts, workers)]
+        return [images for images, _ in step_batches(data, 8, 0, range(3, 6), parts, workers)]
 
     whole = of([slice(0, 8)])
     halves = of([slice(0, 4), slice(4, 8)])
     ranks = [of([slice(0, 4)]), of([slice(4, 8)])]
+    swapped = of([slice(4, 8), slice(0, 4)])
     for step in range(3):
-        assert torch.equal(torch.cat(halves[2 * step : 2 * step + 2]), whole[step])
+        assert torch.equal(halves[step], whole[step])
+        assert torch.equal(swapped[step], torch.cat([whole[step][4:], whole[step][:4]]))
         assert torch.equal(torch.cat([rank[step] for rank in ranks]), whole[step])
 
 
@@ -208,7 +215,7 @@ def test_reading_data_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    list(micro_batches(open_dataset(DataConfig()), 8, 0, range(2), [slice(0, 8)]))
+    list(step_batches(Digits().open(), 8, 0, range(2), [slice(0, 8)]))
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -317,9 +324,9 @@ WRONG = {  # named, and why
     "an array of floats": (lambda d: array(d / "a.npy", 9, 9, 3, dtype=np.float32), "not .height, width, 3. uint8"),
     "an array of another shape": (lambda d: array(d / "a.npy", 3, 9, 9), "not .height, width, 3. uint8"),
     "an array cut off": (lambda d: broken(d / "a.npy", array(d / "a.npy", 9, 9, 3).read_bytes()[:-50]), "."),
-    "a link to nowhere": (lambda d: link(d / "a.png", d / "nowhere"), "a link to nowhere"),
-    "a link to itself": (lambda d: link(d / "a.png", d / "a.png"), "a link to nowhere"),
-    "a pipe": (lambda d: pipe(d / "a.png"), "no file"),
+    "a link to nowhere": (lambda d: link(d / "a.png", d / "nowhere"), "a broken link"),
+    "a link to itself": (lambda d: link(d / "a.png", d / "a.png"), "a broken link"),
+    "a pipe": (lambda d: pipe(d / "a.png"), "not a file"),
     "postscript": (lambda d: broken(d / "a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "cannot ident"),
     "svg": (lambda d: broken(d / "a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "cannot identify"),
 }  # fmt: skip
@@ -344,11 +351,11 @@ def test_odd_files_that_are_not_read_are_named_and_can_be_skipped(tmp_path, kind
     make, reason = WRONG[kind]
     good = picture(tmp_path / "good.png", colour=RED)
     path = make(tmp_path)
-    config = DataConfig(name="folder", path=str(tmp_path), image_size=8, channels=3)
+    config = Folder(path=str(tmp_path), image_size=8, channels=3)
     with pytest.raises(UsageError, match=rf"{path.name} cannot be read as an image \(.*({reason})") as caught:
-        open_dataset(config)
+        config.open()
     assert "\n" not in str(caught.value)
-    data = open_dataset(dataclasses.replace(config, on_error="skip"))
+    data = dataclasses.replace(config, on_error="skip").open()
     assert len(data) == len(data.labels) == 1
     assert data.left_out == (str(caught.value),)
     lazy = FolderDataset(sorted([path, good]), torch.tensor([1, 1]), (), 8, 3, "skip")
@@ -361,9 +368,9 @@ def test_odd_files_that_are_not_read_are_named_and_can_be_skipped(tmp_path, kind
 
 def test_where_nothing_can_be_read_skipping_ends(tmp_path):
     paths = [broken(tmp_path / f"{i}.png", b"no") for i in range(3)]
-    config = DataConfig(name="folder", path=str(tmp_path), image_size=8, channels=3, on_error="skip")
+    config = Folder(path=str(tmp_path), image_size=8, channels=3, on_error="skip")
     with pytest.raises(UsageError, match=r"0\.png cannot be read"):
-        open_dataset(config)
+        config.open()
     lazy = FolderDataset(paths, torch.zeros(3), (), 8, 3, "skip")
     with pytest.raises(UsageError, match="none of the 3 images can be read"):
         load(lazy, [1])

@@ -8,8 +8,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("kills", "processes"),
-    [(12, 1), (4, 2), pytest.param(200, 1, marks=SLOW), pytest.param(100, 2, marks=SLOW)],
+    ("kills", "processes"), [(12, 1), (4, 2), pytest.param(200, 1, marks=SLOW), pytest.param(100, 2, marks=SLOW)]
 )
 def test_a_run_that_is_killed_again_and_again_ends_with_the_right_bits(kills, processes):
     """The long versions are run by hand; docs/reliability.md has their results."""

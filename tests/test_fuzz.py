@@ -9,7 +9,6 @@ import signal
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -18,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train
-from diffusion.launch import exit_code
+from diffusion.commands.terminal import exit_code
+from diffusion.config import FIELDS
 
 CASES = os.environ.get("DIFFUSION_FUZZ_CASES")
 SECONDS = 120
@@ -32,6 +32,9 @@ junk = st.one_of(
                      "ddim5", "9" * 5000, "é\n", "\x00", "*x", "&a b", "--", "=", "%"]),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )  # fmt: skip
+options = st.dictionaries(
+    st.sampled_from(["eta", "clip_denoised", "x"]), st.sampled_from([0, 0.5, 2, True, "x"]), max_size=2
+)
 names = st.sampled_from(["digits", "mnist", "folder", "linear", "cosine", "epsilon", "x_start", "previous_x", "learned",
                          "learned_range", "fixed_small", "fixed_large", "mse", "rescaled_mse", "kl", "rescaled_kl",
                          "uniform", "loss_second_moment", "ddpm", "ddim", "bf16", "fp16", "no", "stop", "continue",
@@ -43,20 +46,23 @@ fitting: dict = {
     "model.channel_mult": st.lists(st.sampled_from([1, 2, 0.5]), max_size=3),
     "model.attention_resolutions": st.lists(st.sampled_from([1, 2, 4]), max_size=2),
     "model.num_heads": sizes, "model.num_heads_upsample": sizes, "model.num_head_channels": sizes,
-    "diffusion.steps": sizes, "diffusion.respacing": sizes, "train.batch_size": sizes, "train.accumulation": sizes,
+    "diffusion.steps": sizes, "diffusion.respacing": sizes, "train.batch_size": sizes,
+    "train.gradient_accumulation": sizes,
     "train.ema_rates": st.lists(rates, max_size=2), "train.warmup_steps": sizes, "train.log_every": sizes,
     "train.max_skipped": sizes, "train.steps": st.sampled_from([1, 2, 3]), "sample.n": sizes, "sample.every": sizes,
     "sample.steps": st.one_of(sizes, st.sampled_from(["ddim2", "1,1", ""])), "checkpoint.every": sizes,
     "checkpoint.keep_last": sizes, "checkpoint.keep_every": sizes, "data.path": st.sampled_from([".", "/nowhere", ""]),
-    "train.init_from": st.sampled_from([".", "/nowhere", ""]),
+    "sample.options": options, "train.init_from": st.sampled_from([".", "/nowhere", ""]),
 }  # fmt: skip
 fitting |= dict.fromkeys(
-    ["data.random_flip", "data.may_change", "model.use_new_attention_order", "model.conv_resample",
+    ["data.random_flip", "data.allow_change", "model.use_new_attention_order", "model.conv_resample",
      "model.resblock_updown", "model.use_scale_shift_norm", "model.use_checkpoint", "model.class_cond",
      "diffusion.rescale_timesteps", "train.ema_warmup", "model.use_norm"], st.booleans())  # fmt: skip
 fitting |= dict.fromkeys(
-    ["data.name", "data.on_error", "diffusion.schedule", "diffusion.mean", "diffusion.variance", "diffusion.loss",
-     "train.lr_schedule", "train.precision", "model.init", "train.timesteps", "sample.sampler", "checkpoint.on_error"],
+    ["data.source", "data.on_error", "diffusion.schedule", "diffusion.prediction", "diffusion.variance",
+     "diffusion.loss",
+     "train.lr_schedule", "train.precision", "model.init", "train.timestep_sampler", "sample.sampler",
+     "checkpoint.on_error"],
     names)  # fmt: skip
 fitting |= dict.fromkeys(
     ["model.dropout", "train.lr", "train.weight_decay", "train.grad_clip", "train.label_dropout",
@@ -146,6 +152,4 @@ def test_any_configuration_is_a_run_or_one_clear_line(case):
 
 
 def test_every_key_is_tried():
-    from diffusion.config import Config
-
-    assert set(fitting) == {f"{section}.{key}" for section, values in asdict(Config()).items() for key in values}
+    assert set(fitting) == set(FIELDS)

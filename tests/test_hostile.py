@@ -26,11 +26,14 @@ from test_trainer import metrics, small
 import evaluate
 import sample
 from diffusion import UsageError, checkpoint
-from diffusion.config import FIELDS, SECTIONS, config_of, load_config, types_of
-from diffusion.data import DataConfig, FolderDataset, load, open_dataset
+from diffusion.config import FIELDS, config_of, describe
+from diffusion.config_file import load_config, save_config
+from diffusion.data.base import load
+from diffusion.data.sources.folder import Folder, FolderDataset
+from diffusion.data.sources.torchvision import MNIST
 from diffusion.errors import Stopped
 from diffusion.files import replace_text
-from diffusion.trainer import Trainer
+from diffusion.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +55,24 @@ def newest(run):
 
 # --- tensors from files -----------------------------------------------------------------------------------------------
 
-MOMENT = ("optimizer", "state", 0, "exp_avg")
+MOMENT = ("step", "optimizer", 0, "exp_avg")
 TENSORS = {
     "stride 0": (MOMENT, lambda x: torch.zeros(1).expand(x.shape), "stores fewer"),
     "float64": (MOMENT, lambda x: x.double(), "torch.float64"),
     "another shape": (MOMENT, lambda x: x[:1].clone(), "a tensor is"),
     "sparse": (MOMENT, lambda x: x.to_sparse(), "not dense"),
     "a number": (MOMENT, lambda x: 3.0, "a tensor is float"),
-    "no step": (("optimizer", "state", 0, "step"), None, "does not hold"),
-    "a step of numbers": (("optimizer", "state", 0, "step"), lambda x: torch.ones(3), "a tensor is"),
-    "a step that is none": (("optimizer", "state", 0, "step"), lambda x: torch.tensor(float("nan")), "count of steps"),
-    "a state too many": (("optimizer", "state", 10**6), lambda x: {}, "of other parameters"),
-    "a moment too many": (("optimizer", "state", 0, "max_exp_avg_sq"), lambda x: torch.zeros(3), "another optimizer"),
+    "no step": (("step", "optimizer", 0, "step"), None, "does not hold"),
+    "a step of numbers": (("step", "optimizer", 0, "step"), lambda x: torch.ones(3), "a tensor is"),
+    "a step that is none": (("step", "optimizer", 0, "step"), lambda x: torch.tensor(float("nan")), "count of steps"),
+    "a state too many": (("step", "optimizer", 10**6), lambda x: {}, "of other parameters"),
+    "a moment too many": (("step", "optimizer", 0, "max_exp_avg_sq"), lambda x: torch.zeros(3), "another optimizer"),
     "a meter of another shape": (("meter", "sums"), lambda x: x[:, :1].clone(), "a tensor is"),
-    "a meter without numbers": (("meter", "bad"), lambda x: None, "a tensor is"),
-    "a meter with other names": (("meter", "unreadable"), lambda x: [1], "no texts"),
+    "a meter without numbers": (("meter", "steps"), lambda x: None, "a tensor is"),
+    "a meter with other names": (("meter", "unreadable"), lambda x: [1], "not strings"),
     "no meter": (("meter",), lambda x: None, "does not hold"),
-    "an importance that is not asked for": (("importance",), lambda x: {"losses": 3}, "does not hold"),
-    "a scaler of texts": (("scaler",), lambda x: {"scale": "big"}, "loss scale is none"),
+    "an importance that is not asked for": (("step", "importance"), lambda x: {"losses": 3}, "does not hold"),
+    "a scaler of texts": (("step", "scaler"), lambda x: {"scale": "big"}, "loss scale is invalid"),
     "10^10 elements": (("more",), lambda x: torch.zeros(1).expand(10**10), "stores fewer"),
 }
 
@@ -97,13 +100,13 @@ def test_every_tensor_of_a_training_state_is_checked(run, kind):
 def test_overlapping_memory_is_copied_before_it_is_written(run):
     """Each element has its own storage, but rows of the file share it: allowed, and taken apart."""
     training = torch.load(newest(run) / "training.pt", weights_only=True)
-    moment = training["optimizer"]["state"][0]["exp_avg"]
-    training["optimizer"]["state"][0]["exp_avg"] = torch.zeros(moment.numel()).as_strided(
+    moment = training["step"]["optimizer"][0]["exp_avg"]
+    training["step"]["optimizer"][0]["exp_avg"] = torch.zeros(moment.numel()).as_strided(
         moment.shape, [0] * moment.ndim
     )
     forge(newest(run), "training.pt", training)
     trainer = Trainer(small(train__steps=3), run)
-    mine = trainer.optimizer.state_dict()["state"][0]["exp_avg"]
+    mine = trainer.training_step.optimizer.state_dict()["state"][0]["exp_avg"]
     assert mine.untyped_storage().nbytes() == mine.numel() * 4
     assert mine.is_contiguous()
     trainer.run()
@@ -157,7 +160,7 @@ def test_a_file_that_cannot_be_read_now_is_not_damaged(run, monkeypatch, name, e
 def test_a_checkpoint_of_another_version_is_not_put_away(run):
     state_ = json.loads((newest(run) / "state.json").read_text()) | {"format": 99}
     forge(newest(run), "state.json", json.dumps(state_).encode())
-    with pytest.raises(UsageError, match="has format 99; this version reads 4"):
+    with pytest.raises(UsageError, match="has format 99; this version reads 5"):
         Trainer(small(train__steps=3), run)
     assert newest(run).name == "step_00000002"
 
@@ -179,11 +182,11 @@ PATHS = st.one_of(
 @settings(max_examples=300, deadline=None)
 def test_what_is_saved_is_read_back(tmp_path_factory, path, source, lr, seed, rates):
     config = config_of({
-        "data": {"name": "folder", "path": path}, "sample": {"steps": "10"}, "diffusion": {"respacing": "ddim50"},
+        "data": {"source": "folder", "path": path}, "sample": {"steps": "10"}, "diffusion": {"respacing": "ddim50"},
         "train": {"init_from": source, "lr": lr, "seed": seed, "ema_rates": rates},
     })  # fmt: skip
     file = tmp_path_factory.getbasetemp() / "config.yaml"
-    config.save(file)
+    save_config(config, file)
     again = load_config(file)
     assert again == config
     assert type(again.train.lr) is float
@@ -194,7 +197,7 @@ def test_what_is_saved_is_read_back(tmp_path_factory, path, source, lr, seed, ra
 @pytest.mark.parametrize("path", ["", "a\0b", "\ud800"])
 def test_a_path_that_cannot_be_is_refused(path):
     with pytest.raises(UsageError, match=r"^data\.path (is empty|has )"):
-        config_of({"data": {"name": "folder", "path": path}})
+        config_of({"data": {"source": "folder", "path": path}})
 
 
 def test_a_run_on_a_path_that_is_not_utf8_is_continued(tmp_path):
@@ -202,7 +205,7 @@ def test_a_run_on_a_path_that_is_not_utf8_is_continued(tmp_path):
     os.mkdir(folder)
     for i in range(4):
         Image.effect_noise((8, 8), 90 + i).save(os.path.join(folder, b"%d.png" % i))
-    flags = ["--data.name", "folder", "--model.class_cond", "false", "--train.batch_size", 4, "--sample.n", 1,
+    flags = ["--data.source", "folder", "--model.class_cond", "false", "--train.batch_size", 4, "--sample.n", 1,
              "--sample.steps", 1, "--out", tmp_path / "run"]  # fmt: skip
     argv = [os.fsencode(str(word)) for word in [sys.executable, "train.py", *flags, "--data.path"]] + [folder]
     for steps in (b"1", b"2"):
@@ -233,9 +236,9 @@ def test_a_file_that_would_fill_the_memory_gets_one_line(tmp_path, text, says):
 
 def test_every_field_has_a_type_and_a_description():
     for key in FIELDS:
-        section, name = key.split(".")
-        assert types_of(key), key
-        assert SECTIONS[section].__pydantic_fields__[name].description, key
+        description, types = describe(key)
+        assert description, key
+        assert types, key
 
 
 # --- waits ------------------------------------------------------------------------------------------------------------
@@ -251,8 +254,8 @@ def images(tmp_path):
 
 
 def on_disk(images, monkeypatch, **changes):
-    monkeypatch.setattr("diffusion.data.IN_MEMORY_BYTES", 0)
-    return small(data__name="folder", data__path=str(images), model__class_cond=False, train__batch_size=4,
+    monkeypatch.setattr("diffusion.data.sources.folder.IN_MEMORY_BYTES", 0)
+    return small(data__source="folder", data__path=str(images), model__class_cond=False, train__batch_size=4,
                  train__log_every=1, **changes)  # fmt: skip
 
 
@@ -269,7 +272,7 @@ def test_a_signal_is_obeyed_while_images_are_waited_for(images, tmp_path, monkey
         return works(self, path)
 
     monkeypatch.setattr(FolderDataset, "_read", read)
-    config = on_disk(images, monkeypatch, train__steps=6, data__workers=1, train__accumulation=2)
+    config = on_disk(images, monkeypatch, train__steps=6, data__workers=1, train__gradient_accumulation=2)
 
     def cut(step, _):
         if step == 2:
@@ -285,7 +288,7 @@ def test_a_signal_is_obeyed_while_images_are_waited_for(images, tmp_path, monkey
     stuck.unlink()
     saved = checkpoint.open_checkpoint(tmp_path / "run")
     assert 2 <= saved.step < 6
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=1))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation=1))
     resumed = Trainer(config, tmp_path / "run")
     resumed.run()
     lines = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("whole", "run")]
@@ -296,11 +299,11 @@ def test_workers_need_no_shared_memory(images, tmp_path):
     """Docker gives /dev/shm 64 MB, where torch would send batches through and lose them."""
     for i in range(8):
         Image.effect_noise((256, 256), 90 + i).save(images / f"large{i}.png")
-    argv = [sys.executable, "train.py", "--out", tmp_path / "run", "--data.name", "folder", "--data.path", images,
+    argv = [sys.executable, "train.py", "--out", tmp_path / "run", "--data.source", "folder", "--data.path", images,
             "--data.image_size", 256, "--data.channels", 3, "--data.workers", 2, "--model.class_cond", "false",
             "--model.channel_mult", "[1,1,1,1,1,1]", "--model.attention_resolutions", "[32]", "--train.steps", 2,
             "--train.batch_size", 4, "--sample.n", 1, "--sample.steps", 1]  # fmt: skip
-    code = "import diffusion.data, runpy, sys; diffusion.data.IN_MEMORY_BYTES = 0; sys.argv.pop(0); runpy.run_path('train.py', run_name='__main__')"  # noqa: E501
+    code = "import diffusion.data.sources.folder as f, runpy, sys; f.IN_MEMORY_BYTES = 0; sys.argv.pop(0); runpy.run_path('train.py', run_name='__main__')"  # noqa: E501
     inner = [sys.executable, "-c", code, *argv[1:]]
     words = " ".join(f"'{word}'" if "'" not in str(word) else f'"{word}"' for word in inner)
     mounted = f"mount -t tmpfs -o size=100k tmpfs /dev/shm && exec {words}"
@@ -404,7 +407,7 @@ def test_a_class_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UsageError, match="dog cannot be listed: Permission denied"):
-        open_dataset(DataConfig(name="folder", path=str(tmp_path)))
+        Folder(path=str(tmp_path)).open()
 
 
 def test_images_that_are_too_large_are_left_out_the_same_each_time(tmp_path):
@@ -412,8 +415,8 @@ def test_images_that_are_too_large_are_left_out_the_same_each_time(tmp_path):
     for i in range(40):
         large = i % 10 == 0
         Image.new("1", (9500, 9500) if large else (16, 16)).save(tmp_path / f"{i:02d}.png")
-    config = DataConfig(name="folder", path=str(tmp_path), on_error="skip")
-    found = {(len(data), data.fingerprint()) for data in (open_dataset(config) for _ in range(5))}
+    config = Folder(path=str(tmp_path), on_error="skip")
+    found = {(len(data), data.fingerprint()) for data in (config.open() for _ in range(5))}
     assert len(found) == 1
     assert found.pop()[0] == 36
 
@@ -429,20 +432,20 @@ def test_labels_that_no_class_has_are_named(tmp_path):
             (0x801).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes([1, 2, 46, 3, 4])
         )
     with pytest.raises(UsageError, match="5 images and 5 labels up to 46; mnist has 10 classes"):
-        open_dataset(DataConfig(name="mnist", path=str(tmp_path), image_size=28))
+        MNIST(path=str(tmp_path), image_size=28).open()
 
 
 def test_one_image_of_one_pixel_is_trained_on(tmp_path):
     for i in range(2):
         Image.new("L", (1, 1), 100 * i).save(tmp_path / f"{i}.png")
     config = small(model__attention_resolutions=(), model__channel_mult=(1,), model__class_cond=False,
-                   data__name="folder", data__path=str(tmp_path), data__image_size=1, train__batch_size=1,
+                   data__source="folder", data__path=str(tmp_path), data__image_size=1, train__batch_size=1,
                    train__steps=1, sample__n=1)  # fmt: skip
     Trainer(config, tmp_path / "run").run()
 
 
 def test_images_in_memory_are_those_of_the_loader(images):
-    data = open_dataset(DataConfig(name="folder", path=str(images)))
+    data = Folder(path=str(images), image_size=8, channels=1).open()
     read = FolderDataset(sorted(images.iterdir()), torch.zeros(20, dtype=torch.int64), (), 8, 1)
     assert torch.equal(load(data, range(20))[0], load(read, range(20))[0])
     assert load(read, [3])[0].dtype == torch.uint8

@@ -13,8 +13,8 @@ from test_trainer import assert_same_bits, small, state
 import train
 from diffusion import UsageError, checkpoint
 from diffusion.config import config_of
-from diffusion.launch import with_launchers_settings
-from diffusion.trainer import Trainer
+from diffusion.distributed import with_launchers_settings
+from diffusion.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ from diffusion.trainer import Trainer
         ({"ACCELERATE_MIXED_PRECISION": "no"}, {}, "precision", None),
         ({"ACCELERATE_MIXED_PRECISION": "no"}, {"precision": "bf16"}, "precision", "bf16"),  # its default says no
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"precision": "bf16"}, "precision", "bf16"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "accumulation", 4),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, {}, "accumulation", None),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "gradient_accumulation", 4),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, {}, "gradient_accumulation", None),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "grad_clip", 0.5),
         ({"ACCELERATE_GRADIENT_CLIPPING": "none"}, {"grad_clip": 2.0}, "grad_clip", 2.0),
     ],
@@ -49,8 +49,12 @@ def test_what_is_left_open_is_taken(monkeypatch, environment, mine, field, value
             {},
             "told --mixed_precision fp8; train.precision knows no, bf16 and fp16",
         ),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {"accumulation": 2}, "accumulation is 2, .*_steps 4"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, {}, "train.accumulation 3 does not divide"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            {"gradient_accumulation": 2},
+            "accumulation is 2, .*_steps 4",
+        ),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, {}, "train.gradient_accumulation 3 does not divide"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "many"}, {}, "steps many; it must be of type int"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {"grad_clip": 1.0}, "grad_clip is 1.0, .* 0.5"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, "tp_size 2"),
@@ -71,9 +75,9 @@ def test_the_flags_of_accelerate_launch_are_those_of_the_run(tmp_path):
     launch = ["accelerate", "launch", "--config_file", file, "--gradient_accumulation_steps", 2]
     command(*launch, "train.py", "--out", tmp_path / "told", *SMALL)
     command(sys.executable, "train.py", "--out", tmp_path / "set", *SMALL, "--train.precision", "bf16",
-            "--train.accumulation", 2)  # fmt: skip
+            "--train.gradient_accumulation", 2)  # fmt: skip
     told, alike = (checkpoint.open_checkpoint(tmp_path / name) for name in ("told", "set"))
-    assert (told.config.train.precision, told.config.train.accumulation) == ("bf16", 2)
+    assert (told.config.train.precision, told.config.train.gradient_accumulation) == ("bf16", 2)
     assert told.config == alike.config
     assert_same_bits(told.weights(), alike.weights())
     done = command(*launch, "train.py", "--out", tmp_path / "other", *SMALL, "--train.precision", "no", code=1)
@@ -106,7 +110,7 @@ def test_inductor_without_a_compiler_is_refused(monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    monkeypatch.setattr("diffusion.launch.on_cpu", lambda: True)
+    monkeypatch.setattr("diffusion.distributed.on_cpu", lambda: True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(UsageError, match="needs a C\\+\\+ compiler on a CPU"):
         with_launchers_settings(config_of({}))

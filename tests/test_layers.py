@@ -3,7 +3,7 @@ import pytest
 import torch
 from helpers import golden, tensor
 
-from diffusion.layers import timestep_embedding, zero_module
+from diffusion.models.layers import timestep_embedding, zero_module
 
 
 @pytest.mark.parametrize("dim", [32, 33])

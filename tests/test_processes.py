@@ -14,8 +14,8 @@ from PIL import Image
 from test_trainer import assert_same_bits, small
 
 from diffusion import checkpoint
-from diffusion.data import open_dataset
-from diffusion.trainer import Trainer, bound_loss_scale
+from diffusion.training.step import bound_loss_scale
+from diffusion.training.trainer import Trainer
 
 TWO = ["torchrun", "--nproc_per_node", "2"]
 ACCELERATE = ["accelerate", "launch", "--config_file"]
@@ -75,7 +75,7 @@ def test_one_process_two_and_accumulation_agree_after_50_steps_and_continue_each
     together(tmp_path / "two", 50)
     alone(tmp_path / "two, then one", 50)
     alone(tmp_path / "one", 50)
-    alone(tmp_path / "accumulated", 50, train__accumulation=2)
+    alone(tmp_path / "accumulated", 50, train__gradient_accumulation=2)
     for name in ("two", "accumulated", "one, then two", "two, then one"):
         assert_same_predictions(tmp_path / name, tmp_path / "one")
         for ours, theirs in zip(losses(tmp_path / name), losses(tmp_path / "one"), strict=True):
@@ -89,7 +89,7 @@ def test_one_process_two_and_accumulation_agree_after_50_steps_and_continue_each
 def images(tmp_path_factory):
     """300 digits as files, in a folder for each class, so that a batch reaches over the end of an epoch."""
     folder = tmp_path_factory.mktemp("images")
-    digits = open_dataset(small().data)
+    digits = small().data.open()
     for i in range(300):
         path = folder / str(int(digits.labels[i])) / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
@@ -99,9 +99,10 @@ def images(tmp_path_factory):
 
 def everything_random(images):
     """Flags of a run with dropout, flips, accumulation, workers, importance, and epochs of 9.4 batches."""
-    return ["--data.name", "folder", "--data.path", images, "--data.workers", "2", "--data.random_flip", "true",
-            "--model.dropout", "0.1", "--train.batch_size", "32", "--train.accumulation", "2", "--train.steps", "24",
-            "--train.log_every", "1", "--train.timesteps", "loss_second_moment", "--diffusion.steps", "20",
+    return ["--data.source", "folder", "--data.path", images, "--data.workers", "2", "--data.random_flip", "true",
+            "--model.dropout", "0.1", "--train.batch_size", "32", "--train.gradient_accumulation", "2",
+            "--train.steps", "24",
+            "--train.log_every", "1", "--train.timestep_sampler", "loss_second_moment", "--diffusion.steps", "20",
             "--checkpoint.every", "5", "--sample.every", "0", "--sample.n", "4", "--sample.steps", "2"]  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def test_machines_that_do_not_share_the_runs_folder_are_told(tmp_path):
 
 def test_a_network_that_fsdp2_cuts_up_trains_and_resumes_like_any_other(tmp_path):
     """Weights, averages, clipping, the grid and checkpoints; a run may change between this and other ways."""
-    flags = [*SMALL, "--train.grad_clip", "1", "--model.dropout", "0.1", "--train.accumulation", "2",
+    flags = [*SMALL, "--train.grad_clip", "1", "--model.dropout", "0.1", "--train.gradient_accumulation", "2",
              "--sample.every", "2", "--train.steps"]  # fmt: skip
     sharded = [*ACCELERATE, CONFIGS / "fsdp2.yaml", "tests/sharded.py"]
     command(*sharded, "--out", tmp_path / "whole", *flags, 6)

@@ -15,9 +15,10 @@ from test_trainer import assert_same_bits, metrics, small
 import evaluate
 import sample
 import train
-from diffusion import UsageError, checkpoint, convert
-from diffusion.run_folder import go_back, locate
-from diffusion.trainer import Trainer
+from diffusion import UsageError, checkpoint
+from diffusion.commands import convert
+from diffusion.training.run_folder import go_back, locate
+from diffusion.training.trainer import Trainer
 
 STEP = "step_00000003"
 
@@ -60,7 +61,7 @@ COMMANDS = {
     "train --out, with settings": (train, ["--out", "IT", "--train.steps", "3"]),
     "train --config": (train, ["--config", "IT"]),
     "train --config --out": (train, ["--config", "IT", "--out", "NEW", *ONE]),
-    "train --data.path": (train, ["--data.name", "folder", "--data.path", "IT", "--model.class_cond", "false",
+    "train --data.path": (train, ["--data.source", "folder", "--data.path", "IT", "--model.class_cond", "false",
                                   "--out", "NEW", *ONE]),
     "train --train.init_from": (train, ["--train.init_from", "IT", "--out", "NEW", *ONE]),
     "train --back_to": (train, ["--out", "IT", "--back_to", "3"]),
@@ -221,12 +222,12 @@ def test_a_run_begins_with_the_average_of_another(source, tmp_path):
     heard = []
     changes = dict(train__batch_size=8, train__seed=5, train__ema_rates=(0.9,), diffusion__loss="mse",
                    data__image_size=16, train__steps=2, train__init_from=str(source))  # fmt: skip
-    trainer = Trainer(small(**changes), tmp_path / "run", tell=heard.append)
+    trainer = Trainer(small(**changes), tmp_path / "run", warn=heard.append)
     saved = checkpoint.open_checkpoint(source)
     assert_same_bits(dict(trainer.network.state_dict()), saved.ema(0.5))
     assert_same_bits(trainer.ema.averages[0.9], saved.ema(0.5))
     assert trainer.step == 0
-    assert not trainer.optimizer.state_dict()["state"]
+    assert not trainer.training_step.optimizer.state_dict()["state"]
     assert heard == []
     trainer.run()
     origin = json.loads((tmp_path / "run/checkpoints/step_00000002/state.json").read_text())["origin"]
@@ -247,8 +248,8 @@ def test_a_run_begins_with_the_average_of_another(source, tmp_path):
 def test_classes_are_taken_over_by_name(source, tmp_path):
     heard = []
     data = named(tmp_path / "data", "7", "cat", "0")
-    trainer = Trainer(small(data__name="folder", data__path=str(data), train__batch_size=4,
-                            train__init_from=str(source)), tmp_path / "run", tell=heard.append)  # fmt: skip
+    trainer = Trainer(small(data__source="folder", data__path=str(data), train__batch_size=4,
+                            train__init_from=str(source)), tmp_path / "run", warn=heard.append)  # fmt: skip
     assert trainer.class_names == ("0", "7", "cat")
     theirs, mine = (
         x["label_emb.weight"] for x in (checkpoint.open_checkpoint(source).ema(0.5), trainer.network.state_dict())
@@ -264,14 +265,14 @@ def test_classes_are_taken_over_by_name(source, tmp_path):
     [
         ({"data__channels": 3}, "3 of 129 weights begin anew (0.3% of the parameters): input_blocks.0.0.weight is"),
         ({"model__class_cond": False}, "of it have no place here: label_emb.weight"),
-        ({"diffusion__mean": "x_start"}, "other settings: diffusion.mean was epsilon and is x_start"),
+        ({"diffusion__prediction": "x_start"}, "other settings: diffusion.prediction was epsilon and is x_start"),
         ({"model__num_heads": 4}, "other settings: model.num_heads was 2 and is 4"),
         ({"train__ema_warmup": False, "train__ema_rates": (0.9999,)}, "follows the weights within some 10000 steps"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(source, tmp_path, changes, says):
     heard = []
-    Trainer(small(train__init_from=str(source), **changes), tmp_path / "run", tell=heard.append).close()
+    Trainer(small(train__init_from=str(source), **changes), tmp_path / "run", warn=heard.append).close()
     assert says in "; ".join(heard)
 
 
@@ -306,7 +307,7 @@ def test_a_run_whose_checkpoints_are_gone_says_so_and_keeps_its_history(tmp_path
     history = (tmp_path / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "checkpoints")
     heard = []
-    Trainer(small(train__steps=2), tmp_path, tell=heard.append).run()
+    Trainer(small(train__steps=2), tmp_path, warn=heard.append).run()
     assert "no checkpoint is left of the run" in heard[0]
     assert "had reached step 4" in heard[0]
     assert (tmp_path / "metrics_superseded.jsonl").read_text() == history
@@ -321,7 +322,7 @@ def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatc
 
     monkeypatch.setattr(fcntl, "flock", none)
     heard = []
-    Trainer(small(train__steps=1), tmp_path / "run", tell=heard.append).run()
+    Trainer(small(train__steps=1), tmp_path / "run", warn=heard.append).run()
     assert "has no locks" in heard[0]
     assert checkpoint.open_checkpoint(tmp_path / "run").step == 1
 
@@ -374,7 +375,7 @@ def test_rounding_that_will_differ_is_said(tmp_path):
     heard = []
     torch.set_num_threads(threads + 1)
     try:
-        Trainer(small(train__steps=2), tmp_path / "run", tell=heard.append).close()
+        Trainer(small(train__steps=2), tmp_path / "run", warn=heard.append).close()
     finally:
         torch.set_num_threads(threads)
     assert f"threads {threads} then, {threads + 1} now" in "; ".join(heard)

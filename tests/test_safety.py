@@ -15,8 +15,9 @@ from test_trainer import small
 import evaluate
 import sample
 import train
-from diffusion import UsageError, checkpoint, convert
-from diffusion.trainer import Trainer
+from diffusion import UsageError, checkpoint
+from diffusion.commands import convert
+from diffusion.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ TRAIN = ["--out", "{run}/../other", *SMALL]
 CONTINUE = ["--out", "{run}", "--train.steps", "3", "--train.batch_size", "16", "--data.low_res_size", "4"]
 SAMPLE = ["--ckpt", "{run}", "--n", "1", "--steps", "1"]
 ENLARGE = [*SAMPLE, "--low_res", "{run}/samples"]
-FOLDER = [*TRAIN, "--data.name", "folder", "--data.path", "{run}/../images"]
+FOLDER = [*TRAIN, "--data.source", "folder", "--data.path", "{run}/../images"]
 PLACES = {
     "the optimizer's state": (in_a_checkpoint("training.pt"), train, CONTINUE),
     "weights, in training on": (in_a_checkpoint("model.safetensors"), train, CONTINUE),
@@ -82,9 +83,8 @@ PLACES = {
     "config.yaml of a checkpoint": (in_a_checkpoint("config.yaml"), sample, ENLARGE),
     "checksums": (in_a_checkpoint("SHA256SUMS"), sample, ENLARGE),
     "the configuration": (as_file("c.yaml"), train, ["--config", "{run}/../c.yaml", "--out", "{run}/../other"]),
-    "CIFAR-10": (in_cifar10, train, [*TRAIN, "--data.name", "cifar10", "--data.path", "{run}/..",
-                                     "--data.image_size", "32", "--data.channels", "3"]),
-    "MNIST": (in_mnist, train, [*TRAIN, "--data.name", "mnist", "--data.path", "{run}/..", "--data.image_size", "28"]),
+    "CIFAR-10": (in_cifar10, train, [*TRAIN, "--data.source", "cifar10", "--data.path", "{run}/.."]),
+    "MNIST": (in_mnist, train, [*TRAIN, "--data.source", "mnist", "--data.path", "{run}/.."]),
     "an image": (as_file("images/a.png"), train, FOLDER),
     "an image that is an array": (as_file("images/a.npy"), train, FOLDER),
     "small images": (in_an_array, sample, [*SAMPLE, "--low_res", "{run}/../small.npz"]),

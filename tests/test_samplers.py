@@ -4,7 +4,8 @@ import torch
 from helpers import fill, golden, process, small_unet, tensor
 
 from diffusion import UNetModel
-from diffusion.samplers import batches, ddim, ddim_reverse, ddpm, draw, guided
+from diffusion.samplers import ddim, ddim_reverse, ddpm, guided
+from diffusion.sampling import batches, sample_batch
 
 FIGURES = golden("sampling.npz")
 CASES = [key for key in FIGURES if key.startswith(("ddpm|", "ddim|"))]
@@ -97,9 +98,10 @@ def test_a_guided_upsampler_sees_the_small_image_both_times():
 
     low_res = torch.randn(3, 3, 4, 4)
     labels = torch.tensor([1, 2, 3])
-    for batch, here in batches(range(3), 2):
-        draw("ddpm", process("cosine", 1000, "2"), model, (3, 8, 8), batch=batch, labels=labels[here],
-             low_res=low_res[here], guidance=2.0, seed=0, device=torch.device("cpu"))  # fmt: skip
+    for batch in batches(range(3), 2):
+        here = slice(batch.start, batch.stop)
+        sample_batch(process("cosine", 1000, "2"), model, (3, 8, 8), batch, labels=labels[here], low_res=low_res[here],
+                     guidance=2.0)  # fmt: skip
     assert [y.tolist() for y, _ in seen] == [[-1, -1, 1, 2]] * 2 + [[-1, 3]] * 2
     assert torch.equal(seen[0][1], torch.cat([low_res[:2], low_res[:2]]))
     assert torch.equal(seen[2][1], torch.cat([low_res[2:], low_res[2:]]))

@@ -17,9 +17,9 @@ from test_scripts import script
 from test_trainer import small
 
 import sample
-from diffusion.data import open_dataset
-from diffusion.sampling import Samples
-from diffusion.trainer import Trainer
+from diffusion.data.sources.folder import Folder
+from diffusion.sample_store import SampleStore
+from diffusion.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +45,18 @@ def test_the_same_command_goes_on_where_it_was_cut_off(run, tmp_path, monkeypatc
     whole, parts = (tmp_path / f"{name}{suffix}" for name in ("whole", "parts"))
     flags = ["--n", 11] + [form] * (form is not None)
     drawn(run, monkeypatch, capsys, *flags, "--out", whole)
-    works, calls = Samples.write, []
+    works, calls = SampleStore.write, []
 
     def cut_off(self, batch, images):
         works(self, batch, images)
         calls.append(batch)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Samples, "write", cut_off)
+    monkeypatch.setattr(SampleStore, "write", cut_off)
     err = drawn(run, monkeypatch, capsys, *flags, "--out", parts, code=143)
-    assert f"stopped by SIGTERM with 4 of 11 images drawn, which lie in {parts}" in err
+    assert f"stopped by SIGTERM with 4 of 11 images done, in {parts}" in err
     assert calls == [range(4)]
-    monkeypatch.setattr(Samples, "write", lambda *args: calls.append(args[1]) or works(*args))
+    monkeypatch.setattr(SampleStore, "write", lambda *args: calls.append(args[1]) or works(*args))
     drawn(run, monkeypatch, capsys, *flags, "--out", parts)
     assert calls == [range(4), range(4, 8), range(8, 11)]
     if form == "--images":
@@ -138,20 +138,20 @@ def test_five_channels_have_a_form_and_are_read_back(tmp_path, monkeypatch, caps
     (tmp_path / "data").mkdir()
     for i in range(4):
         np.save(tmp_path / f"data/{i}.npy", np.full((8, 8, 5), 50 * i, np.uint8))
-    data = dict(data__name="folder", data__path=str(tmp_path / "data"), data__channels=5, model__class_cond=False)
+    data = dict(data__source="folder", data__path=str(tmp_path / "data"), data__channels=5, model__class_cond=False)
     trainer = Trainer(small(train__steps=1, train__batch_size=4, **data), tmp_path / "run")
     trainer.run()
     for form, name in ((["--images"], "a"), (["--npz"], "a.npz"), ([], "a.png")):
         drawn(tmp_path / "run", monkeypatch, capsys, "--n", 3, *form, "--out", tmp_path / name)
     with np.load(tmp_path / "a.npz") as arrays:
         images = arrays["arr_0"]
-    back = open_dataset(trainer.config.data.__class__(name="folder", path=str(tmp_path / "a"), channels=5))
+    back = Folder(path=str(tmp_path / "a"), image_size=8, channels=5).open()
     assert torch.equal(back.images, torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 MEMORY = """
-import resource, sys, torch, diffusion.samplers, sample
-diffusion.samplers.draw = lambda shape, batch, **options: torch.zeros(len(batch), *shape)
+import resource, sys, torch, diffusion.sampling, sample
+diffusion.sampling.sample_batch = lambda process, model, shape, batch, **options: torch.zeros(len(batch), *shape)
 sys.argv[1:] = ["--ckpt", {run!r}, "--n", "{n}", "--batch_size", "500", "--npz", "--out", {out!r}]
 sample.main()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -201,7 +201,7 @@ def test_a_long_sampling_writes_as_it_draws(run, tmp_path):
         process.terminate()
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 143
-    assert "of 100000 images drawn" in err.splitlines()[-1]
+    assert "of 100000 images done" in err.splitlines()[-1]
     settings = json.loads((tmp_path / "a/samples.json").read_text())
     assert (settings["steps"], settings["seed"], settings["classes"]) == ("20", 0, list(range(10)))
 
@@ -221,15 +221,15 @@ def test_an_image_that_a_power_cut_emptied_is_drawn_again(run, tmp_path, monkeyp
 )
 def test_a_part_that_is_not_ours_is_drawn_again(run, tmp_path, monkeypatch, capsys, part):
     drawn(run, monkeypatch, capsys, "--n", 8, "--npz", "--out", tmp_path / "whole.npz")
-    works = Samples.write
+    works = SampleStore.write
 
     def cut_off(self, batch, images):
         works(self, batch, images)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Samples, "write", cut_off)
+    monkeypatch.setattr(SampleStore, "write", cut_off)
     drawn(run, monkeypatch, capsys, "--n", 8, "--npz", "--out", tmp_path / "a.npz", code=143)
-    monkeypatch.setattr(Samples, "write", works)
+    monkeypatch.setattr(SampleStore, "write", works)
     parts = tmp_path / "a.npz.parts"
     (parts / "notes.txt").write_text("mine")
     path = next(parts.glob("*.npy"))
@@ -260,10 +260,10 @@ def test_settings_that_are_no_file_are_refused(run, tmp_path, monkeypatch, capsy
 
 
 def test_a_command_that_fails_before_it_draws_leaves_nothing(run, tmp_path, monkeypatch, capsys):
-    def fails(**options):
+    def fails(*args, **options):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("diffusion.samplers.draw", fails)
+    monkeypatch.setattr("diffusion.sampling.sample_batch", fails)
     drawn(run, monkeypatch, capsys, "--n", 2, "--out", tmp_path / "a.png", code=2)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: whole commands, and what they say to bad input."""
 
+import ast
 import json
 import os
 import re
@@ -23,10 +24,10 @@ import evaluate
 import sample
 import train
 from diffusion import checkpoint
+from diffusion.commands.terminal import exit_code
 from diffusion.ema import EMA
-from diffusion.interop_openai import config_from_flags, parse_flags
-from diffusion.launch import exit_code
-from diffusion.trainer import Trainer
+from diffusion.interop.openai import config_from_flags, parse_flags
+from diffusion.training.trainer import Trainer
 
 
 def script(module, monkeypatch, capsys, *argv):
@@ -55,38 +56,48 @@ def unconditional(tmp_path_factory):
     return out
 
 
-def readme_commands():
-    """Every command of the README's shell blocks that trains, samples, scores or converts."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+PAGES = ["README.md", "docs/training.md", "docs/sampling.md", "docs/formats.md"]
+SHORT = "--train.steps 3 --train.batch_size 16 --sample.steps 2 --sample.n 6"
+
+
+def commands_of(page):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
     lines = [line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    ours = r"(accelerate launch.*|python|torchrun\b.*) ?(\S*(train|sample|evaluate)\.py|-m diffusion\.convert)"
-    return [line for line in lines if re.match(ours, line)]
+    ours = r"(accelerate launch.*|python|torchrun\b.*) ?\S*(train|sample|evaluate)\.py|diffusion convert"
+    return [line.split(" #")[0] for line in lines if re.match(ours, line)]
 
 
-def test_the_readme_shows_the_commands_that_this_file_runs():
-    assert len(readme_commands()) >= 18
+def test_the_pages_show_the_commands_that_this_file_runs():
+    assert [len(commands_of(page)) for page in PAGES] == [4, 12, 10, 5]
 
 
-def test_the_commands_of_the_readme_work(tmp_path):
-    """All of them, in their order, in one folder, with the training cut short."""
-    short = "--train.steps 3 --train.batch_size 16 --sample.steps 2 --sample.n 6"
+def test_the_commands_of_the_documentation_work(tmp_path):
+    """All of them, in their order, in one folder, with the training cut short; then the Python of each page."""
     flags = "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True"  # weights that need no download
     network = config_from_flags(parse_flags(flags), upsampler=False).network(0)
     torch.save(network.state_dict(), tmp_path / "cifar10_uncond_50M_500K.pt")
-    for line in readme_commands():
-        if "--data.path" in line or "--data.name cifar10" in line:
-            continue  # needs the reader's own images, or a download
-        if "evaluate.py" in line or ("runs/published " in line and "sample.py" in line):
-            line = re.sub(r"--steps \d+", "--n 2 --steps 2", line)
-        if "train.py" in line:
-            line = re.sub(r"--train.steps \d+", "", line) + " " + short
-        line = line.replace("step_00000300", "step_00000003").replace("--back_to 300", "--back_to 3").split(" #")[0]
-        for name in ("train.py", "sample.py", "evaluate.py", "configs/"):
-            line = line.replace(name, f"{ROOT}/{name}")
-        command(*shlex.split(re.sub(r"^python", sys.executable, line)), cwd=tmp_path)
+    for page in PAGES:
+        for line in commands_of(page):
+            if "--data.path" in line or "runs/mine" in line or "--data.source cifar10" in line:
+                continue  # needs the reader's own images, or a download
+            if "evaluate.py" in line or ("runs/published " in line and "sample.py" in line):
+                line = re.sub(r"--steps \d+", "--n 2 --steps 2", line)
+            if "train.py" in line:
+                line = f"{re.sub(r'--train.steps [0-9]+', '', line)} {SHORT}"
+            line = line.replace("step_00000300", "step_00000003").replace("--back_to 300", "--back_to 3")
+            for name in ("train.py", "sample.py", "evaluate.py", "configs/"):
+                line = line.replace(name, f"{ROOT}/{name}")
+            command(*shlex.split(re.sub(r"^python", sys.executable, line)), cwd=tmp_path)
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+            command(sys.executable, "-c", block, cwd=tmp_path)
     assert list(tmp_path.rglob("*.png"))
-    python = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
-    command(sys.executable, "-c", python, cwd=tmp_path)
+
+
+def test_the_python_example_of_the_readme_is_short():
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    statements = ast.parse(block).body
+    assert len([line for line in block.splitlines() if line.strip()]) <= 15
+    assert len(statements) < 15
 
 
 def test_accelerate_launch_does_what_python_does(run, tmp_path):
@@ -99,7 +110,7 @@ def test_the_same_command_continues(run, monkeypatch, capsys):
     code, out, _ = script(train, monkeypatch, capsys, "--out", run, *SMALL)
     assert code == 0
     assert "continues after step 3" in out
-    assert "it has done 3 steps, and train.steps is 3: nothing is left to do" in out
+    assert "all 3 steps are done (train.steps is 3)" in out
 
 
 def test_a_last_grid_that_a_signal_cut_off_is_drawn_by_the_same_command(run, tmp_path, monkeypatch, capsys):
@@ -140,11 +151,11 @@ def test_two_processes_train_save_resume_and_sample(run, tmp_path):
 
 def test_two_processes_share_importance_dropped_classes_and_small_images(tmp_path):
     """Each learns of the losses of all: the history, the losses and the timesteps drawn are those of one process."""
-    flags = ["train.py", *SMALL, "--train.steps", "6", "--train.timesteps", "loss_second_moment",
+    flags = ["train.py", *SMALL, "--train.steps", "6", "--train.timestep_sampler", "loss_second_moment",
              "--diffusion.steps", "3", "--train.label_dropout", "0.3", "--data.low_res_size", "4"]  # fmt: skip
     command(sys.executable, *flags, "--out", tmp_path / "one")
     command("torchrun", "--nproc_per_node", "2", *flags, "--out", tmp_path / "two")
-    one, two = (checkpoint.load_plain(checkpoint.folders(tmp_path / name)[0] / "training.pt")["importance"]
+    one, two = (checkpoint.load_plain(checkpoint.folders(tmp_path / name)[0] / "training.pt")["step"]["importance"]
                 for name in ("one", "two"))  # fmt: skip
     assert torch.equal(one["counts"], two["counts"])
     assert (one["counts"] == 10).all()  # full: the last steps were drawn by importance
@@ -152,7 +163,15 @@ def test_two_processes_share_importance_dropped_classes_and_small_images(tmp_pat
 
 
 def test_users_can_verify_that_their_runs_resume(tmp_path):
-    flags = ["--verify_resume", "--train.batch_size", "16", "--model.dropout", "0.1", "--train.accumulation", "2"]
+    flags = [
+        "--verify_resume",
+        "--train.batch_size",
+        "16",
+        "--model.dropout",
+        "0.1",
+        "--train.gradient_accumulation",
+        "2",
+    ]
     for launcher in ((sys.executable,), ("torchrun", "--nproc_per_node", "2")):
         out = command(*launcher, ROOT / "train.py", *flags, "--data.workers", "1", cwd=tmp_path).stdout
         assert "4 steps, broken off and continued, end with the same bits as at one go" in out
@@ -165,7 +184,7 @@ def test_a_resume_that_is_not_exact_is_found(tmp_path, monkeypatch, capsys):
 
     def without_averages(self, saved):
         restore(self, saved)
-        self.ema = EMA(self.network, self.config.train.ema_rates, self.config.train.ema_warmup)
+        self.ema = self.training_step.ema = EMA(self.network, self.config.train.ema_rates, self.config.train.ema_warmup)
 
     monkeypatch.setattr(Trainer, "_restore", without_averages)
     code, out, err = script(train, monkeypatch, capsys, "--verify_resume", "--train.batch_size", "16")
@@ -273,26 +292,25 @@ def cascade(tmp_path_factory):
 
 
 def test_a_cascade_is_the_same_by_every_way(cascade, monkeypatch, capsys, tmp_path):
-    """The small images of a run, drawn at once or handed over as an array, a grid or a folder of images."""
+    """The small images of a run, drawn at once or handed over as an array or a folder of images."""
     base, upsampler = cascade / "base", cascade / "upsampler"
     chosen = ["--classes", "3,1"]
-    for form, out in ((["--npz"], "a.npz"), ([], "a.png"), (["--images"], "images")):
+    for form, out in ((["--npz"], "a.npz"), (["--images"], "images")):
         flags = ["--ckpt", base, "--n", 5, *form, *chosen, "--out", tmp_path / out]
         assert script(sample, monkeypatch, capsys, *flags)[0] == 0
     drawn = {}
-    for source in (base, tmp_path / "a.npz", tmp_path / "a.png", tmp_path / "images"):
+    for source in (base, tmp_path / "a.npz", tmp_path / "images"):
         drawn[source.name] = draw(upsampler, monkeypatch, capsys, tmp_path, "--low_res", source, *chosen, n=5)
     assert drawn["base"]["arr_0"].shape == (5, 8, 8, 1)
     assert drawn["base"]["arr_1"].tolist() == [3, 1, 3, 1, 3]
     for arrays in drawn.values():
         np.testing.assert_array_equal(arrays["arr_0"], drawn["base"]["arr_0"])
-    # An array and a grid bring their classes along, and their number.
-    for source in ("a.npz", "a.png"):
-        whole = tmp_path / f"whole_{source}.npz"
-        assert script(sample, monkeypatch, capsys, "--ckpt", upsampler, "--low_res", tmp_path / source, "--npz",
-                      "--steps", 3, "--out", whole)[0] == 0  # fmt: skip
-        np.testing.assert_array_equal(np.load(whole)["arr_0"], drawn["base"]["arr_0"])
-        assert np.load(whole)["arr_1"].tolist() == [3, 1, 3, 1, 3]
+    # An array brings its classes along, and their number.
+    whole = tmp_path / "whole.npz"
+    assert script(sample, monkeypatch, capsys, "--ckpt", upsampler, "--low_res", tmp_path / "a.npz", "--npz",
+                  "--steps", 3, "--out", whole)[0] == 0  # fmt: skip
+    np.testing.assert_array_equal(np.load(whole)["arr_0"], drawn["base"]["arr_0"])
+    assert np.load(whole)["arr_1"].tolist() == [3, 1, 3, 1, 3]
 
 
 def test_the_first_stage_alone_may_know_classes(cascade, monkeypatch, capsys, tmp_path):
@@ -320,19 +338,19 @@ def test_guidance_changes_the_pictures_of_a_run_that_was_trained_for_it(cascade,
     ("flags", "says"),
     [
         (["--ckpt", "upsampler"], "is an upsampler: name the small images"),
-        (["--ckpt", "base", "--low_res", "base"], "is no upsampler"),
-        (["--ckpt", "upsampler", "--low_res", "upsampler"], "is an upsampler of 1 channels at 8x8"),
+        (["--ckpt", "base", "--low_res", "base"], "is not an upsampler"),
+        (["--ckpt", "upsampler", "--low_res", "upsampler"], "is an upsampler of (channels, height, width) (1, 8, 8)"),
         (["--ckpt", "upsampler", "--low_res", "a.npz", "--n", "3"], "--n is 3, and --low_res a.npz holds 2 images"),
         (["--ckpt", "upsampler", "--low_res", "wide.npz"], "(1, 4, 5); "),
-        (["--ckpt", "upsampler", "--low_res", "bad.npz"], "bad.npz is no array that --npz wrote"),
-        (["--ckpt", "upsampler", "--low_res", "bad.png", "--classes", "1"], "bad.png cannot be read as an image"),
+        (["--ckpt", "upsampler", "--low_res", "bad.npz"], "bad.npz is not an array that --npz wrote"),
+        (["--ckpt", "upsampler", "--low_res", "bad.png", "--classes", "1"], "must be a run, a folder"),
         (["--ckpt", "upsampler", "--low_res", "nowhere"], "nowhere is not there"),
         (["--ckpt", "upsampler", "--low_res", ""], "argument --low_res: it is empty"),
         (["--ckpt", "upsampler", "--low_res", "few.npz"], "arr_1 is (1,) int64, not a class below 10 for each"),
         (["--ckpt", "upsampler", "--low_res", "float.npz"], "arr_1 is (2,) float64"),
         (["--ckpt", "upsampler", "--low_res", "high.npz"], "arr_1 is (2,) int64, not a class below 10 for each"),
         (["--ckpt", "upsampler", "--low_res", "empty"], "data.path empty holds no images"),
-        (["--ckpt", "upsampler", "--low_res", "a.png"], "a.png does not say the classes"),
+        (["--ckpt", "upsampler", "--low_res", "plain"], "plain does not say the classes"),
         (["--ckpt", "base", "--guidance", "nan"], "--guidance is nan"),
         (["--ckpt", "base", "--guidance", "-1"], "--guidance is -1.0; it must be at least 0"),
         (["--ckpt", "upsampler", "--low_res", "base", "--guidance", "2"], "trained with train.label_dropout above 0"),
@@ -345,7 +363,8 @@ def test_cascades_answer_bad_input_in_one_line(cascade, monkeypatch, capsys, tmp
     for name, labels in (("few", [1]), ("float", [1.0, 2.0]), ("high", [1, 10])):
         np.savez(f"{name}.npz", np.zeros((2, 4, 4, 1), np.uint8), np.array(labels))
     np.savez("wide.npz", np.zeros((2, 4, 5, 1), np.uint8))
-    Image.new("L", (4, 4)).save("a.png")
+    Path("plain").mkdir()
+    Image.new("L", (4, 4)).save("plain/a.png")
     for name in ("bad.npz", "bad.png"):
         Path(name).write_text("nothing")
     Path("empty").mkdir()
@@ -368,11 +387,11 @@ def test_cascades_answer_bad_input_in_one_line(cascade, monkeypatch, capsys, tmp
         (["--ckpt", "RUN", "--seed", "-1"], "--seed is -1"),
         (["--ckpt", "RUN", "--steps", "1001"], "1001 steps are more than the schedule's 1000"),
         (["--ckpt", "RUN", "--steps", "fast"], "'fast' is not understood"),
-        (["--ckpt", "RUN", "--eta", "0.5"], "it belongs to ddim"),
+        (["--ckpt", "RUN", "--eta", "0.5"], "--eta is not an option of ddpm: it has clip_denoised"),
         (["--ckpt", "RUN", "--sampler", "ddim", "--eta", "2"], "from 0 to 1"),
         (["--ckpt", "RUN", "--sampler", "plms"], "invalid choice: 'plms'"),
-        (["--ckpt", "RUN", "--classes", "10"], "'10', which is no class name and no number from 0 to 9"),
-        (["--ckpt", "RUN", "--classes", "cat"], "'cat', which is no class name"),
+        (["--ckpt", "RUN", "--classes", "10"], "'10', which is not a class name or a number from 0 to 9"),
+        (["--ckpt", "RUN", "--classes", "cat"], "'cat', which is not a class name"),
         (["--ckpt", "UNCONDITIONAL", "--classes", "1"], "has no classes"),
         (["--ckpt", "RUN", "--ema", "0.5"], "--ema is 0.5; "),
         (["--ckpt", "RUN", "--out", "/proc/x/grid.png"], "--out /proc/x/grid.png cannot be written"),
@@ -399,12 +418,12 @@ def test_sample_answers_bad_input_in_one_line(run, unconditional, monkeypatch, c
     ("flags", "says"),
     [
         (["--train.stps", "3"], "did you mean train.steps?"),
-        (["--data.name", "folder", "--data.path", "nowhere"], "data.path nowhere is not there"),
-        (["--data.name", "folder"], "say which with --data.path"),
+        (["--data.source", "folder", "--data.path", "nowhere"], "data.path nowhere is not there"),
+        (["--data.source", "folder"], "name the folder with --data.path FOLDER"),
         (["--out", "a" * 300], "File name too long"),
         (["--train.steps", "9" * 5000], "Exceeds the limit"),
         (["--config", "/dev/null"], "--config /dev/null is no file"),
-        (["--data.image_size", "9"], "the nearest size that they do is 8"),
+        (["--data.image_size", "9"], "2 levels do not divide: the nearest that they do is 8x8"),
         (["--out", "/proc/x"], "--out /proc/x cannot be written"),
         (["--out", ""], "--out is empty"),
         (["--out", "README.md"], "--out README.md cannot be written"),
@@ -504,9 +523,9 @@ def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_pa
         (["--n", "0"], "--n is 0"),
         (["--steps", "2000"], "2000 steps are more than"),
         (["--split", "test"], "digits has no such part"),
-        (["--data.path", "x"], "data.path is x, but data.name is digits"),
-        (["--data.name", "mnist"], "mnist, whose images are of (size, channels) (28, 1); the model's are (8, 1)"),
-        (["--data.name", "folder"], "say which with --data.path"),
+        (["--data.path", "x"], "--data.path is x, but data.source is digits, which has no path"),
+        (["--data.source", "mnist"], "mnist, whose images are of (channels, height, width) (1, 28, 28); the"),
+        (["--data.source", "folder"], "name the folder with --data.path FOLDER"),
         (["--ema", "0.1"], "--ema is 0.1"),
         (["--out", "tests"], "--out tests is a folder"),
         (["--out", "/proc/x/y.json"], "--out /proc/x/y.json cannot be written"),

@@ -14,7 +14,7 @@ signals = StopSignals(1)
 with signals:
     os.kill(os.getpid(), signal.{name})
     os.kill(os.getpid(), signal.{name})  # the launcher's echo
-    assert signals.asked()
+    assert signals.stop_requested()
     time.sleep(1.2)
     print("still here", flush=True)
     os.kill(os.getpid(), signal.{name})
@@ -32,12 +32,12 @@ def test_a_second_signal_ends_the_process_at_once():
 CHILD = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from diffusion.launch import launcher
+from diffusion.distributed import launcher
 from diffusion.signals import StopSignals
 signals = StopSignals(1, launcher())
 print("ready", flush=True)
 for _ in range(300):
-    if signals.asked():
+    if signals.stop_requested():
         print(signals.stopped("after step 7"), flush=True)
         break
     time.sleep(0.1)
@@ -68,5 +68,5 @@ def test_a_signal_that_comes_while_processes_agree_is_left_to_the_next_time(monk
     signals = StopSignals(1)
     signals._group = "another process, which has heard nothing"
     monkeypatch.setattr("torch.distributed.all_reduce", lambda number, op, group: signals._hear(signal.SIGTERM, None))
-    assert not signals.asked()
-    assert signals.asked()
+    assert not signals.stop_requested()
+    assert signals.stop_requested()

@@ -1,18 +1,14 @@
 """The studies run, and what they calculate with is right; their findings are run by hand and stand in docs/."""
 
 import json
-import sys
 
-import numpy as np
-import pytest
-import torch
-from helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "studies"))
 import depth
 import fixup_resnet as resnet
 import improved_ddpm as study
+import numpy as np
+import pytest
 import symmetry
+import torch
 import zero_init
 
 

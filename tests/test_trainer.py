@@ -9,27 +9,30 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import GaussianDiffusion, UsageError, checkpoint, pictures
-from diffusion import trainer as trainer_module
-from diffusion.config import Config
-from diffusion.data import shrink, to_x_start
+from diffusion import GaussianDiffusion, UsageError, checkpoint
+from diffusion.config import Config, config_of
+from diffusion.data.decode import shrink, to_x_start
+from diffusion.data.sources.folder import Folder
 from diffusion.errors import Stopped
 from diffusion.losses import training_losses
-from diffusion.samplers import draw
-from diffusion.trainer import Trainer, learning_rate
+from diffusion.sampling import sample_batch
+from diffusion.training import step as step_module
+from diffusion.training import trainer as trainer_module
+from diffusion.training.optimizer import learning_rate
+from diffusion.training.trainer import Trainer
 
 
 def small(**sections):
     """Six steps of digits; `train__lr=1` and the like change a field."""
     values = {"train__steps": 6, "train__batch_size": 16, "train__log_every": 2, "sample__every": 0, "sample__n": 4,
               "sample__steps": 2, "checkpoint__every": 0} | sections  # fmt: skip
-    config = Config()
+    nested = {}
     for key, value in values.items():
         section, name = key.split("__")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
-        )
-    return config
+        nested.setdefault(section, {})[name] = value
+    if nested.get("data", {}).get("source") == "folder":
+        nested["data"] = {"image_size": 8, "channels": 1} | nested["data"]
+    return config_of(nested)
 
 
 def train(config, out):
@@ -43,7 +46,7 @@ def state(trainer):
     tensors = dict(trainer.network.state_dict())
     for rate, average in trainer.ema.averages.items():
         tensors |= {f"ema {rate} {name}": value for name, value in average.items()}
-    for i, moments in trainer.optimizer.state_dict()["state"].items():
+    for i, moments in trainer.training_step.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer {i} {name}": value for name, value in moments.items()}
     return tensors
 
@@ -96,13 +99,13 @@ def test_training_learns(tmp_path):
 
 
 BY_IMPORTANCE = dict(
-    train__timesteps="loss_second_moment", diffusion__steps=2, diffusion__loss="rescaled_kl", train__steps=8
+    train__timestep_sampler="loss_second_moment", diffusion__steps=2, diffusion__loss="rescaled_kl", train__steps=8
 )
 
 
 @pytest.mark.parametrize(("stop", "changes"), [(1, {}), (4, {}), (2, BY_IMPORTANCE), (4, BY_IMPORTANCE)])
 def test_a_continued_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, stop, changes):
-    config = small(model__dropout=0.3, train__accumulation=2, train__ema_rates=(0.9, 0.99), **changes)
+    config = small(model__dropout=0.3, train__gradient_accumulation=2, train__ema_rates=(0.9, 0.99), **changes)
     whole = train(config, tmp_path / "whole")
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=stop)), tmp_path / "parts")
     resumed = Trainer(config, tmp_path / "parts")
@@ -110,8 +113,10 @@ def test_a_continued_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, st
     resumed.run()
     assert_same_bits(state(resumed), state(whole))
     if changes:
-        assert whole.importance.probabilities()[0] != 0.5  # it has seen enough to choose
-        assert (whole.importance.probabilities() == resumed.importance.probabilities()).all()
+        assert whole.training_step.importance.probabilities()[0] != 0.5  # it has seen enough to choose
+        assert (
+            whole.training_step.importance.probabilities() == resumed.training_step.importance.probabilities()
+        ).all()
     last = [metrics(tmp_path / name)[-1] for name in ("whole", "parts")]
     if stop == 4:  # the last line then speaks of the same steps
         assert last[0] | {"images_per_second": 0} == last[1] | {"images_per_second": 0}
@@ -128,7 +133,7 @@ def test_metrics_of_steps_that_are_done_again_are_taken_back(tmp_path):
 def test_accumulation_is_the_whole_batch_in_parts(tmp_path, accumulation, changes):
     changes = changes | {"train__grad_clip": 0.1}
     whole = train(small(**changes), tmp_path / "whole")
-    parts = train(small(train__accumulation=accumulation, **changes), tmp_path / "parts")
+    parts = train(small(train__gradient_accumulation=accumulation, **changes), tmp_path / "parts")
     # What they compute is compared, not their weights: a bias before a normalisation of one channel a group has a
     # gradient of nothing but rounding, which Adam blows up to full steps.
     x, t, y = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 10.0, 500.0, 999.0]), torch.tensor([1, 2, 3, 4])
@@ -141,8 +146,11 @@ def test_accumulation_is_the_whole_batch_in_parts(tmp_path, accumulation, change
 def test_clipping_bounds_the_step_of_plain_gradient_descent(tmp_path):
     trainer = Trainer(small(train__steps=1, train__grad_clip=1e-3), tmp_path)
     seen = []
-    step = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (seen.append([p.grad.clone() for p in trainer.network.parameters()]), step())
+    step = trainer.training_step.optimizer.step
+    trainer.training_step.optimizer.step = lambda: (
+        seen.append([p.grad.clone() for p in trainer.network.parameters()]),
+        step(),
+    )
     trainer.run()
     assert torch.nn.utils.get_total_norm(seen[0]).item() == pytest.approx(1e-3, rel=1e-3)
     assert metrics(tmp_path)[0]["grad_norm"] > 0.1  # what is logged is the norm before clipping
@@ -216,9 +224,10 @@ def test_flips_mirror_half_of_the_images(tmp_path, monkeypatch, random_flip):
         seen.append(x_start)
         return training_losses(process, model, x_start, *rest)
 
-    monkeypatch.setattr("diffusion.trainer.training_losses", spy)
-    data = dataclasses.replace(Config().data, name="folder", path=str(tmp_path), random_flip=random_flip)
-    train(dataclasses.replace(small(model__class_cond=False), data=data), tmp_path / "run")
+    monkeypatch.setattr("diffusion.training.step.training_losses", spy)
+    config = small(model__class_cond=False, data__source="folder", data__path=str(tmp_path),
+                   data__random_flip=random_flip)  # fmt: skip
+    train(config, tmp_path / "run")
     images = torch.cat(seen)
     mirrored = (images[:, 0, :, 0] == -1).all(1) & (images[:, 0, :, 7] == 1).all(1)
     straight = (images[:, 0, :, 0] == 1).all(1) & (images[:, 0, :, 7] == -1).all(1)
@@ -275,7 +284,7 @@ def test_a_run_that_never_comes_back_ends_and_says_where(tmp_path):
     """A learning rate that no network bears: the weights of such steps are not saved as good ones."""
     config = small(train__lr=1e30, train__steps=100, train__max_skipped=5, train__log_every=1, checkpoint__every=1)
     heard = []
-    trainer = Trainer(config, tmp_path, tell=heard.append)
+    trainer = Trainer(config, tmp_path, warn=heard.append)
     with pytest.raises(
         UsageError, match=r"5 steps in a row .* was step (\d), with t \d+, .* images number \d+, "
     ) as caught:
@@ -285,13 +294,13 @@ def test_a_run_that_never_comes_back_ends_and_says_where(tmp_path):
     assert len(heard) == 5
     assert checkpoint.open_checkpoint(tmp_path).step == last - 5
     t = [int(word) for word in re.search(r"with t ([\d, ]+), \.\.\.", str(caught.value))[1].split(",")]
-    assert t == trainer._random(last - 1)[0][:8].tolist()
+    assert t == trainer.training_step.draws(last - 1, 16, (1, 8, 8)).t[:8].tolist()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_touches_nothing(tmp_path, monkeypatch, where):
     """Weights, averages, moments and the optimizer's own count are those of a run in which it was not."""
-    works, states = trainer_module.training_losses, {}
+    works, states = step_module.training_losses, {}
 
     def broken(process, model, x_start, t, noise, loss_type):
         terms = works(process, model, x_start, t, noise, loss_type)
@@ -300,7 +309,7 @@ def test_a_step_that_is_not_finite_touches_nothing(tmp_path, monkeypatch, where)
             terms["loss"] = spoilt + (0 * terms["loss"] if where == "loss" else 0)
         return terms
 
-    monkeypatch.setattr(trainer_module, "training_losses", broken)
+    monkeypatch.setattr(step_module, "training_losses", broken)
     trainer = Trainer(small(train__log_every=1), tmp_path / "run")
     trainer.run(lambda step, _: states.update({step: {name: value.clone() for name, value in state(trainer).items()}}))
     assert_same_bits(states[4], states[3])
@@ -313,10 +322,12 @@ def test_a_step_that_is_not_finite_touches_nothing(tmp_path, monkeypatch, where)
 
 def test_what_may_change_may_change(tmp_path):
     train(small(), tmp_path)
-    changes = dict(train__steps=8, train__lr=1e-4, train__weight_decay=0.1, train__accumulation=2, sample__steps=3)
+    changes = dict(
+        train__steps=8, train__lr=1e-4, train__weight_decay=0.1, train__gradient_accumulation=2, sample__steps=3
+    )
     trainer = train(small(**changes), tmp_path)
     assert trainer.step == 8
-    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert trainer.training_step.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert metrics(tmp_path)[-1]["lr"] == 1e-4
     assert checkpoint.open_checkpoint(tmp_path).step == 8
 
@@ -355,7 +366,9 @@ def test_a_share_of_the_images_loses_its_class(tmp_path):
     options = dict(train__batch_size=64, train__steps=12)
     dropped = inputs_of(Trainer(small(train__label_dropout=0.25, **options), tmp_path / "a"))
     plain = inputs_of(Trainer(small(**options), tmp_path / "b"))
-    again = inputs_of(Trainer(small(train__label_dropout=0.25, train__accumulation=2, **options), tmp_path / "c"))
+    again = inputs_of(
+        Trainer(small(train__label_dropout=0.25, train__gradient_accumulation=2, **options), tmp_path / "c")
+    )
     y, kept, accumulated = (torch.cat([inputs["y"] for _, inputs in seen]) for seen in (dropped, plain, again))
     assert 130 < (y == -1).sum() < 260  # of 768: 192 expected, five standard deviations either way
     assert torch.equal(y[y >= 0], kept[y >= 0])
@@ -371,9 +384,9 @@ def test_an_upsampler_is_given_the_mean_of_each_area(tmp_path, class_cond):
         (folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
         Image.effect_noise((8, 8), 100).save(folder / str(i % 2) / f"{i}.png")
     config = small(model__class_cond=class_cond, train__batch_size=4, train__steps=20, diffusion__steps=1,
-                   sample__steps=1)  # fmt: skip
-    data = dataclasses.replace(config.data, name="folder", path=str(folder), random_flip=True, low_res_size=4)
-    trainer = Trainer(dataclasses.replace(config, data=data), tmp_path / "run")
+                   sample__steps=1, data__source="folder", data__path=str(folder), data__random_flip=True,
+                   data__low_res_size=4)  # fmt: skip
+    trainer = Trainer(config, tmp_path / "run")
     clean = trainer.dataset.images.float().view(4, 1, 4, 2, 4, 2).mean((3, 5)) / 127.5 - 1
     flips = 0
     for _, inputs in inputs_of(trainer):
@@ -394,9 +407,8 @@ def test_an_upsampler_learns_to_use_the_small_image(tmp_path):
     saved = checkpoint.open_checkpoint(tmp_path / "run")
     network = saved.network(saved.chosen_weights()).eval()
     low_res = shrink(to_x_start(trainer.dataset.images[:32]), 4)
-    drawn = draw("ddim", config.diffusion.process("10"), network, (1, 8, 8), batch=range(32),
-                 labels=trainer.dataset.labels[:32], low_res=low_res, seed=0,
-                 device=torch.device("cpu"))  # fmt: skip
+    drawn = sample_batch(config.diffusion.process("10"), network, (1, 8, 8), range(32), sampler="ddim",
+                         labels=trainer.dataset.labels[:32], low_res=low_res)  # fmt: skip
     error = ((shrink(drawn, 4) - low_res) ** 2).mean()
     elsewhere = ((shrink(drawn, 4) - low_res.roll(1, 0)) ** 2).mean()
     assert error < 0.2 * elsewhere  # 0.09 when this was written, (error, elsewhere)
@@ -412,7 +424,7 @@ def test_a_damaged_newest_checkpoint_is_put_away_and_the_run_ends_with_the_same_
     (damaged / "model.safetensors").write_bytes(b"")
     (tmp_path / "run/checkpoints/.step_00000003.tmp").mkdir()  # of a kill
     heard = []
-    trainer = Trainer(small(train__steps=6, checkpoint__every=2), tmp_path / "run", tell=heard.append)
+    trainer = Trainer(small(train__steps=6, checkpoint__every=2), tmp_path / "run", warn=heard.append)
     assert trainer.step == 2
     assert len(heard) == 2
     assert heard[1] == "changed since step 2: train.steps was 4 and is 6"
@@ -437,7 +449,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
 def test_a_full_disk(tmp_path, monkeypatch, broken, on_error):
     """The run stops with what was saved before, or says so and goes on, as configured; either way it can continue."""
     config = small(train__steps=6, checkpoint__every=2, sample__every=2, checkpoint__on_error=on_error)
-    module, name = (checkpoint, "save_file") if broken == "checkpoint" else (pictures, "save_grid")
+    module, name = (checkpoint, "save_file") if broken == "checkpoint" else (trainer_module, "save_grid")
     works, calls, heard = getattr(module, name), [], []
 
     def full(*args, **kwargs):
@@ -447,7 +459,7 @@ def test_a_full_disk(tmp_path, monkeypatch, broken, on_error):
         return works(*args, **kwargs)
 
     monkeypatch.setattr(module, name, full)
-    trainer = Trainer(config, tmp_path / "run", tell=heard.append)
+    trainer = Trainer(config, tmp_path / "run", warn=heard.append)
     if on_error == "stop":
         left = "no checkpoint was saved" if broken == "checkpoint" else "the checkpoints up to step 4 are whole"
         with pytest.raises(UsageError, match=rf"cannot be written: .*No space left on device; {left}"):
@@ -523,13 +535,13 @@ def noise_images(folder, count):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_run_does_not_go_on_with_other_images_unless_that_is_meant(tmp_path, monkeypatch, in_memory):
     if not in_memory:
-        monkeypatch.setattr("diffusion.data.IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr("diffusion.data.sources.folder.IN_MEMORY_BYTES", 0)
     folder = noise_images(tmp_path / "images", 5)
 
     def config(**changes):
         values = dict(train__steps=2, train__batch_size=4, model__class_cond=False) | changes
         plain = small(**values)
-        data = dataclasses.replace(plain.data, name="folder", path=str(folder), may_change="train__lr" in changes)
+        data = Folder(image_size=8, channels=1, path=str(folder), allow_change="train__lr" in changes)
         return dataclasses.replace(plain, data=data)
 
     train(config(), tmp_path / "run")
@@ -537,7 +549,7 @@ def test_a_run_does_not_go_on_with_other_images_unless_that_is_meant(tmp_path, m
     (tmp_path / "moved").rename(folder)
     train(config(train__steps=3), tmp_path / "run")  # the same images
     Image.effect_noise((30, 30), 50).save(folder / "3.png")
-    with pytest.raises(UsageError, match=r"the data are not those .* with --data\.may_change true"):
+    with pytest.raises(UsageError, match=r"the data are not those .* with --data\.allow_change true"):
         Trainer(config(train__steps=4), tmp_path / "run")
     assert train(config(train__steps=4, train__lr=1e-4), tmp_path / "run").step == 4
 
@@ -547,23 +559,22 @@ def test_images_that_cannot_be_read_are_counted_and_the_run_still_resumes_exactl
     tmp_path, monkeypatch, in_memory, workers
 ):
     if not in_memory:
-        monkeypatch.setattr("diffusion.data.IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr("diffusion.data.sources.folder.IN_MEMORY_BYTES", 0)
     folder = noise_images(tmp_path / "images", 9)
     (folder / "4.png").write_bytes(b"not this one")
 
     def config(steps):
         plain = small(train__steps=steps, train__batch_size=4, train__log_every=4, model__class_cond=False,
                       model__dropout=0.1)  # fmt: skip
-        data = dataclasses.replace(plain.data, name="folder", path=str(folder), on_error="skip", workers=workers,
-                                   random_flip=True)  # fmt: skip
+        data = Folder(image_size=8, channels=1, path=str(folder), on_error="skip", workers=workers, random_flip=True)
         return dataclasses.replace(plain, data=data)
 
     heard = []
-    whole = Trainer(config(9), tmp_path / "whole", tell=heard.append)
+    whole = Trainer(config(9), tmp_path / "whole", warn=heard.append)
     whole.run()
     assert all("4.png cannot be read as an image" in message for message in heard)
     if in_memory:
-        assert "1 of the image files left out, since they cannot be read" in heard[0]
+        assert "1 image files left out, since they cannot be read" in heard[0]
     assert sum(line["unreadable"] for line in metrics(tmp_path / "whole")) == (0 if in_memory else 4)  # 36 of 9 images
     trainer = Trainer(config(9), tmp_path / "run")
     with pytest.raises(Stopped):  # between two lines of the log

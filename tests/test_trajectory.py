@@ -6,9 +6,9 @@ from helpers import fill, golden, process
 
 from diffusion import UNetModel
 from diffusion.ema import EMA
-from diffusion.layers import zero_module
 from diffusion.losses import training_losses
-from diffusion.unet import AttentionBlock, ResBlock
+from diffusion.models.layers import zero_module
+from diffusion.models.unet import AttentionBlock, ResBlock
 
 
 @pytest.fixture(scope="module")

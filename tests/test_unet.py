@@ -8,7 +8,7 @@ from helpers import fill, golden, process, small_unet, tensor
 
 from diffusion import UNetModel, UsageError
 from diffusion.losses import training_losses
-from diffusion.unet import AttentionBlock, ResBlock, SuperResModel
+from diffusion.models.unet import AttentionBlock, ResBlock, SuperResModel
 
 NETWORKS = golden("unet.json")
 CLASSES = {"UNetModel": UNetModel, "SuperResModel": SuperResModel}
@@ -232,11 +232,11 @@ def test_normalisation_stays_in_float32_under_autocast():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: small_unet()(torch.zeros(1, 3, 7, 8), torch.zeros(1)), "7x8 .* multiple of 2"),
+        (lambda: small_unet()(torch.zeros(1, 3, 7, 8), torch.zeros(1)), "input's size is 7x8, which 2 levels .* 8x8"),
         (lambda: small_unet()(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1).long()), "no classes"),
         (lambda: small_unet(num_classes=3)(torch.zeros(1, 3, 8, 8), torch.zeros(1)), "3 classes"),
         (lambda: small_unet(model_channels=40), "40.*multiple of 32"),
-        (lambda: small_unet(num_heads=5), "num_heads 5 does not divide the 64"),
+        (lambda: small_unet(num_heads=5), "num_heads is 5, which does not divide 64"),
     ],
 )
 def test_what_does_not_fit_says_so(call, says):

@@ -1,4 +1,4 @@
-"""Weights of other codebases, in and out: `python -m diffusion.convert openai|diffusers SOURCE --out TARGET`.
+"""Weights of other codebases, in and out: `diffusion convert openai|diffusers SOURCE --out TARGET`.
 
 A run becomes the other's format; anything else becomes a run, whose step is 0 and which `sample.py`, `evaluate.py` and
 `train.py` (fine-tuning) take as their own. `openai` is the format of improved-diffusion and guided-diffusion;
@@ -19,25 +19,26 @@ import torch
 from safetensors import SafetensorError
 
 from diffusion import checkpoint
-from diffusion.errors import UsageError, in_short
-from diffusion.interop_diffusers import pipeline_writer, read_pipeline
-from diffusion.interop_openai import flags_from_config, from_openai
-from diffusion.launch import Parser, a_path, check_writable, exit_code, opened, say
-from diffusion.run_folder import check_writable_file
+from diffusion.commands.terminal import Parser, check_writable, non_empty_path, open_run, print_line
+from diffusion.config_file import save_config
+from diffusion.errors import UsageError, one_line
+from diffusion.interop.diffusers import pipeline_writer, read_pipeline
+from diffusion.interop.openai import flags_from_config, from_openai
+from diffusion.training.run_folder import check_writable_file
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="diffusion.convert", description="Weights of other codebases, in and out.", allow_abbrev=False,
+        prog="diffusion.commands.convert", description="Weights of other codebases, in and out.", allow_abbrev=False,
         epilog="A run becomes the other's format; anything else becomes a run.",
     )  # fmt: skip
     parser.add_argument("format", choices=["openai", "diffusers"])
     parser.add_argument(
-        "source", type=a_path, help="a run's folder, a .pt file (openai), a pipeline's folder (diffusers)"
+        "source", type=non_empty_path, help="a run's folder, a .pt file (openai), a pipeline's folder (diffusers)"
     )
-    parser.add_argument("--out", type=a_path, required=True, help="a new folder, or a new .pt file")
+    parser.add_argument("--out", type=non_empty_path, required=True, help="a new folder, or a new .pt file")
     parser.add_argument("--flags", help="openai, to a run: the flags of their README for this checkpoint")
-    parser.add_argument("--class_names", type=a_path, help="to a run: a text file with a class's name a line, in order")
+    parser.add_argument("--class_names", type=non_empty_path, help="to a run: a text file, one class name per line")
     parser.add_argument("--ema", help="from a run: which moving average, or none for the weights in training")
     parser.add_argument("--ddim", action="store_true", help="diffusers, from a run: a DDIMPipeline, of the mean only")
     return parser.parse_args(argv)
@@ -65,15 +66,15 @@ def main() -> None:
         write(temporary)
         temporary.replace(args.out)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
-        raise UsageError(f"--out {args.out} cannot be written: {in_short(error)}") from None
+        raise UsageError(f"--out {args.out} cannot be written: {one_line(error)}") from None
     finally:
         _remove(temporary)
-    say(f"{args.out.resolve()}: {says}")
+    print_line(f"{args.out.resolve()}: {says}")
 
 
 def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     """A run to the other's format: what writes it, and what to say then."""
-    saved, weights = opened(args.source, args.ema)
+    saved, weights = open_run(args.source, args.ema)
     _check(saved.network(weights).state_dict(), args.source)
     if args.format == "diffusers":
         kind = "DDIMPipeline" if args.ddim else "DDPMPipeline"
@@ -109,9 +110,9 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
         out.mkdir()
         checkpoint.save(
             checkpoint.checkpoint_folder(out, 0), step=0, config=config, class_names=names, weights=weights,
-            averages={}, training={"optimizer": {"state": {}}, "scaler": None, "importance": None, "meter": None},
+            averages={}, training={},
         )  # fmt: skip
-        config.save(out / "config.yaml")
+        save_config(config, out / "config.yaml")
         (out / "metrics.jsonl").touch()
 
     scale = "rescaled to 1000" if config.diffusion.rescale_timesteps else "as they are"
@@ -146,7 +147,3 @@ def _read_names(path: Path, wanted: int) -> tuple[str, ...]:
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))

@@ -23,7 +23,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.errors import UsageError
-from diffusion.layers import Downsample, Upsample, conv_nd, folded, normalization, timestep_embedding, zero_module
+from diffusion.models.layers import (
+    Conv1d,
+    Downsample,
+    Linear,
+    SiLU,
+    Upsample,
+    conv_nd,
+    folded,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)  # fmt: skip
+from diffusion.models.rules import check_sizes, check_widths
 
 
 class ResBlock(nn.Module):
@@ -58,16 +70,15 @@ class ResBlock(nn.Module):
         self.resample = resample
         self.in_layers = nn.Sequential(
             normalization(channels) if use_norm else nn.Identity(),
-            nn.SiLU(),
+            SiLU(),
             conv_nd(dims, channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(
-            nn.SiLU(),
-            nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels),
+            SiLU(), Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
         self.out_layers = nn.Sequential(
             normalization(out_channels) if use_norm else nn.Identity(),
-            nn.SiLU(),
+            SiLU(),
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
@@ -113,15 +124,15 @@ class AttentionBlock(nn.Module):
     ):
         super().__init__()
         if channels % num_heads:
-            raise UsageError(f"num_heads {num_heads} does not divide the {channels} channels of an attention block")
+            raise UsageError(f"num_heads is {num_heads}, which does not divide {channels} channels")
         self.num_heads = num_heads
         self.use_checkpoint = use_checkpoint
         self.split = (
             "b n (three heads c) -> three b heads n c" if new_order else "b n (heads three c) -> three b heads n c"
         )
         self.norm = normalization(channels) if use_norm else nn.Identity()
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+        self.qkv = Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> the same shape."""
@@ -171,11 +182,12 @@ class UNetModel(nn.Module):
         resblock_updown: down- and upsample inside residual blocks.
         use_new_attention_order: split q, k and v across heads.
         image_size: of no effect, since the network runs at any size; the sequel's class has it.
-        use_norm: normalise; without, `diffusion.initialisation` has weights that bear it.
+        use_norm: normalise; without normalisation, see `diffusion.models.initialisation`.
 
-    Raises UsageError where a width is not a multiple of 32 or of the heads.
+    Raises UsageError where `check_widths` does.
     """
 
+    # Long, so that the whole network can be read in one place.
     def __init__(
         self,
         in_channels: int,
@@ -199,15 +211,14 @@ class UNetModel(nn.Module):
         use_norm: bool = True,
     ):
         super().__init__()
-        if model_channels % 32:
-            raise UsageError(f"model_channels is {model_channels}; it must be a multiple of 32, with or without "
-                             "normalisation, which is in 32 groups")  # fmt: skip
+        check_widths(model_channels, channel_mult, attention_resolutions, num_heads, num_heads_upsample,
+                     num_head_channels)  # fmt: skip
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.model_channels = model_channels
         self.num_classes = num_classes
         self.dims = dims
-        self.size_divisor = 2 ** (len(channel_mult) - 1)
+        self.levels = len(channel_mult)
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         emb_channels = 4 * model_channels
 
@@ -227,9 +238,7 @@ class UNetModel(nn.Module):
             return kind(channels, conv_resample, dims)
 
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels),
-            nn.SiLU(),
-            nn.Linear(emb_channels, emb_channels),
+            Linear(model_channels, emb_channels), SiLU(), Linear(emb_channels, emb_channels)
         )
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
@@ -250,11 +259,7 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(TimestepEmbedSequential(resample(Downsample, ch)))
                 skip_channels.append(ch)
 
-        self.middle_block = TimestepEmbedSequential(
-            res_block(ch, ch),
-            attention(ch, num_heads),
-            res_block(ch, ch),
-        )
+        self.middle_block = TimestepEmbedSequential(res_block(ch, ch), attention(ch, num_heads), res_block(ch, ch))
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -269,7 +274,7 @@ class UNetModel(nn.Module):
 
         self.out = nn.Sequential(
             normalization(ch) if use_norm else nn.Identity(),
-            nn.SiLU(),
+            SiLU(),
             zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
         )
 
@@ -301,13 +306,10 @@ class UNetModel(nn.Module):
         if (y is not None) != (self.num_classes is not None):
             has = "no classes" if self.num_classes is None else f"{self.num_classes} classes"
             raise UsageError(f"the model has {has}, and the call {'no' if y is None else 'gives'} labels y")
-        sizes = x.shape[2:] if self.dims < 3 else x.shape[3:]
-        if any(size % self.size_divisor for size in sizes):
-            raise UsageError(
-                f"an input of size {'x'.join(map(str, sizes))} does not fit: "
-                f"the levels halve it {self.size_divisor.bit_length() - 1} times, "
-                f"so each must be a multiple of {self.size_divisor}"
-            )
+        try:
+            check_sizes(x.shape[2:], self.levels)
+        except UsageError as error:
+            raise UsageError(f"the input's {error}") from None
 
 
 class SuperResModel(UNetModel):

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion import run_folder
-from diffusion.config import FIELDS, SECTIONS, Config, config_of, parse_value, read_yaml, types_of, unknown
+from diffusion.commands.terminal import Parser
+from diffusion.config import (
+    CLASSES,
+    FIELDS,
+    SECTIONS,
+    Config,
+    classes_with,
+    config_of,
+    describe,
+    override,
+    plain,
+    unknown,
+)
+from diffusion.config_file import find_config, parse_value, read_yaml
 from diffusion.errors import UsageError
-from diffusion.launch import Parser
+from diffusion.samplers import SAMPLERS, sampler_options
+from diffusion.training import run_folder
 
 CONTINUING = {"resume", "resume_from", "resume_from_checkpoint", "ckpt", "checkpoint", "continue", "load", "restore"}
 """What other codebases call continuing a run."""
+
+
+OPTIONS = {option: [name for name in SAMPLERS if option in sampler_options(name)]
+           for sampler in SAMPLERS for option in sampler_options(sampler)}  # fmt: skip
+"""The samplers that have each option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +47,14 @@ class Command:
     verify_resume: bool = False
 
 
-def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> Command:
+def parse_command_line(argv: Sequence[str]) -> Command:
     """Read the command line of a run.
 
     Later files and flags override earlier ones. Without `--config`, the settings of the run in `--out`, if there is
     one, are the base. Raises UsageError, in one line, for an unknown key, a wrong value, and for paths into a run that
     would not do what they look like.
     """
-    parser = _parser(prog)
+    parser = _parser()
     args, rest = parser.parse_known_args(list(argv))
     if rest:
         _refuse(rest, [action.dest for action in parser._actions])
@@ -46,17 +63,23 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> Command:
         raise UsageError("--out is empty: name the run's folder")
     out = Path(args.out) if args.out is not None else None
     sections: dict[str, dict[str, Any]] = {}
-    files = [Path(file) for file in args.config or ()]
+    files = [find_config(file) for file in args.config or ()]
     if not files and out is not None:
         files = run_folder.settings_of(out)
     for file in files:
         run_folder.check_config_file(file, out)
-        for name, values in read_yaml(file).items():
-            sections.setdefault(name, {}).update(values)
+        override(sections, read_yaml(file))
+    flags: dict[str, dict[str, Any]] = {}
     for key in FIELDS:
         if given[key] is not None:
             section, name = key.split(".")
-            sections.setdefault(section, {})[name] = _from_text(given[key], key)
+            flags.setdefault(section, {})[name] = _from_text(given[key], key)
+    override(sections, flags)
+    options = {name: given[f"sample.options.{name}"] for name in OPTIONS}
+    if any(value is not None for value in options.values()):
+        sample = sections.setdefault("sample", {})
+        chosen = {name: parse_value(value) for name, value in options.items() if value is not None}
+        sample["options"] = sample.get("options", {}) | chosen
     config = config_of(sections)
     if out is None and args.back_to is not None:
         raise UsageError(f"--back_to is {args.back_to}: add --out with the run that is to go back")
@@ -65,11 +88,10 @@ def parse_command_line(argv: Sequence[str], prog: str = "train.py") -> Command:
     return Command(config, out, args.back_to, args.verify_resume)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog=prog,
         allow_abbrev=False,
-        usage=f"{prog} [--config FILE] [--out FOLDER] [--SECTION.KEY VALUE ...]",
+        usage="%(prog)s [--config FILE] [--out FOLDER] [--SECTION.KEY VALUE ...]",
         description="Train a diffusion model. The same command again continues the run.",
     )
     add = parser.add_argument
@@ -93,17 +115,24 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="train a few steps, break them off, continue, and say whether that ends with the same bits as at one go; "
         "nothing is kept",
     )
-    for name, section in SECTIONS.items():
-        group = parser.add_argument_group(f"{name}: {section.__doc__.lower().rstrip('.')}")
-        for f in dataclasses.fields(section):
-            text = section.__pydantic_fields__[f.name].description
-            default = json.dumps(f.default) if not isinstance(f.default, str) else f.default or "empty"
-            words = next((words for words in types_of(f"{name}.{f.name}").values() if words), [])
-            metavar = "{" + ",".join(words) + "}" if words else f.name.upper()
+    for name in SECTIONS:
+        group = parser.add_argument_group(name)
+        for key in (key for key in FIELDS if key.startswith(f"{name}.")):
+            text, types = describe(key)
+            having = classes_with(key)
+            only = f"{', '.join(kind().source for kind in having)}: " if len(having) < len(CLASSES[name]) else ""
+            words = next((words for words in types.values() if words), [])
+            defaults = list(dict.fromkeys(plain(getattr(kind(), key.split(".")[1])) or "empty" for kind in having))
             group.add_argument(
-                f"--{name}.{f.name}", metavar=metavar, help=f"{' '.join(text.split())} (default: {default})"
-                .replace("%", "%%")
-            )  # fmt: skip
+                f"--{key}",
+                metavar="{" + ",".join(words) + "}" if words else key.partition(".")[2].upper(),
+                help=f"{only}{text} (default: {' or '.join(defaults)})".replace("%", "%%"),
+            )
+        if name == "sample":
+            for option, samplers in OPTIONS.items():
+                default = plain(sampler_options(samplers[0])[option])
+                group.add_argument(f"--sample.options.{option}", metavar=option.upper(),
+                                   help=f"option of {', '.join(samplers)} (default: {default})")  # fmt: skip
     return parser
 
 
@@ -117,7 +146,7 @@ def _step(text: str) -> int:
 
 def _from_text(text: str, key: str) -> Any:
     """The value of a flag, read as its field's type asks for."""
-    types = types_of(key)
+    types = describe(key)[1]
     if text == "" or (text != "null" and types.keys() <= {"string", "null"}):
         return text
     value = parse_value(text)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import torch
 
 from diffusion.checkpoint import Checkpoint, Weights
-from diffusion.config import Config
+from diffusion.config import Config, plain
 from diffusion.errors import UsageError
-from diffusion.unet import UNetModel
+from diffusion.models.unet import UNetModel
 
 CLASSES = "label_emb.weight"
 MEANING = {
     "model": ("model_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads",
               "num_heads_upsample", "num_head_channels", "use_new_attention_order", "use_norm", "use_scale_shift_norm",
               "conv_resample", "resblock_updown"),
-    "diffusion": ("steps", "schedule", "mean", "variance", "rescale_timesteps"),
+    "diffusion": ("steps", "schedule", "prediction", "variance", "rescale_timesteps"),
 }  # fmt: skip
 """Settings that give weights another shape, place or meaning."""
 
@@ -83,11 +82,6 @@ def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], 
     new = [name for name in names if name not in rows]
     more = f", and {len(new) - 10} more" if len(new) > 10 else ""
     return [f"train.init_from: {len(new)} of {len(names)} classes are new and begin anew: {', '.join(new[:10])}{more}"]
-
-
-def plain(value: object) -> str:
-    """A setting as it stands in a file."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def origin_of(saved: Checkpoint) -> dict[str, object]:

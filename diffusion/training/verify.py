@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion import checkpoint
 from diffusion.config import Config
-from diffusion.trainer import Trainer, parameter_groups
+from diffusion.training.trainer import Trainer, parameter_groups
 
 STEPS = 4
 
@@ -62,8 +62,8 @@ def _tensors(run: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     model = saved.network(weights)
     named = {id(p): name for name, p in model.named_parameters()}
     names = [named[id(p)] for group in parameter_groups(model, 1.0) for p in group["params"]]
-    for i, moments in training["optimizer"]["state"].items():
+    for i, moments in training["step"]["optimizer"].items():
         yield from ((f"the optimizer's {kind} of {names[i]}", value) for kind, value in moments.items())
     for part in ("scaler", "importance"):
-        values = (training[part] or {}).items()
+        values = (training["step"][part] or {}).items()
         yield from ((f"{part} {name}", torch.as_tensor(value)) for name, value in values if value is not None)

@@ -1,4 +1,4 @@
-"""How a U-Net's weights begin: the paper's way, Fixup's, and those that show why these work.
+"""Initialisation of the U-Net: the paper's, Fixup's, and two that show why these work.
 
 Fixup (Zhang, Dauphin & Ma 2019, "Fixup Initialization: Residual Learning Without Normalization", section 3) has three
 rules. In this U-Net:
@@ -26,30 +26,32 @@ import torch
 from torch import nn
 
 from diffusion.errors import UsageError
-from diffusion.layers import Layer, add_scalars
-from diffusion.unet import AttentionBlock, ResBlock, UNetModel
+from diffusion.models.layers import Layer, add_scalars
+from diffusion.models.unet import AttentionBlock, ResBlock, UNetModel
 
-InitName = Literal["zero", "default", "small", "fixup", "constant", "all_zero"]
-NEVER_LEARN = ("constant", "all_zero")
-"""Channels that begin alike stay alike."""
+InitName = Literal["zero", "default", "small", "fixup"]
 SMALL = 1e-5
 """What the DDPM++ network of EDM (Karras et al. 2022) scales last layers by, in place of zero."""
 
 
-def initialise(model: UNetModel, init: InitName) -> None:
-    """Give a fresh model the weights, and with fixup the scalars, that `init` asks for.
-
-    zero: as it was built, last layers zero (the paper). default: last layers as torch draws any layer. small: the same
-    times 1e-5, without bias. fixup: see above; the model must be without normalisation. constant: every weight of a
-    tensor the same, scaled to keep the size of signals. all_zero: every weight zero. Raises UsageError for another
-    `init`, fixup with normalisation, and a model that has scalars already.
-    """
+def check_init(init: str, use_norm: bool) -> None:
+    """Raise UsageError, which begins with the argument's name, where `init` is unknown or not for such a network."""
     if init not in get_args(InitName):
         raise UsageError(f"init is {init!r}; it must be one of {', '.join(get_args(InitName))}")
+    if init == "fixup" and use_norm:
+        raise UsageError("init is fixup, which is for networks without normalisation: set use_norm to false")
+
+
+def initialise(model: UNetModel, init: InitName) -> None:
+    """Give a newly built model the weights, and with fixup the scalars, that `init` names.
+
+    zero: as built, last layers zero (the paper). default: last layers as torch initialises any layer. small: the same
+    times 1e-5, without bias. fixup: see above; the model must be without normalisation. Raises UsageError for another
+    `init`, fixup with normalisation, and a model that has scalars already.
+    """
+    check_init(init, any(isinstance(module, nn.GroupNorm) for module in model.modules()))
     if scalars(model):
-        raise UsageError(f"init {init} is for a fresh model, and this one has Fixup's scalars: build another")
-    if init == "fixup" and any(isinstance(module, nn.GroupNorm) for module in model.modules()):
-        raise UsageError("init fixup is for a model without normalisation: build it with use_norm=False")
+        raise UsageError(f"init {init} is for a new model, and this one has Fixup's scalars: build another")
     if init in ("default", "small"):
         for layer in last_layers(model):
             layer.reset_parameters()
@@ -57,12 +59,6 @@ def initialise(model: UNetModel, init: InitName) -> None:
                 with torch.no_grad():
                     layer.weight.mul_(SMALL)
                     layer.bias.zero_()  # type: ignore[union-attr]
-    elif init in NEVER_LEARN:
-        for layer in layers(model):
-            nn.init.constant_(layer.weight, 1 / layer.weight[0].numel() if init == "constant" else 0.0)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        if model.num_classes is not None:
-            nn.init.constant_(model.label_emb.weight, 0.0)
     elif init == "fixup":
         _fixup(model)
 

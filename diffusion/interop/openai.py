@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion import checkpoint
 from diffusion.config import Config, config_of
 from diffusion.errors import UsageError
+from diffusion.tensor_files import load_plain
 
 IMPROVED: dict[str, Any] = dict(
     image_size=64, num_channels=128, num_res_blocks=2, num_heads=4, num_heads_upsample=-1, dropout=0.0,
@@ -87,7 +87,7 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
     accumulation = flags["batch_size"] // flags["microbatch"] if flags["microbatch"] > 0 else 1
     fixed = "fixed_small" if flags["sigma_small"] else "fixed_large"
     return config_of(dict(
-        data=dict(name="folder", image_size=size, channels=3, random_flip=guided,
+        data=dict(source="folder", image_size=size, channels=3, random_flip=guided,
                   low_res_size=flags["small_size"] if upsampler else None),
         model=dict(model_channels=flags["num_channels"], channel_mult=channel_mult,
                    attention_resolutions=tuple(f for f in factors if f < 2 ** len(channel_mult)),
@@ -97,13 +97,13 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
                    **{name: flags[name] for name in ONLY_GUIDED - {"channel_mult"} if guided}),
         diffusion=dict(
             steps=flags["diffusion_steps"], schedule=flags["noise_schedule"],
-            mean="x_start" if flags["predict_xstart"] else "epsilon",
+            prediction="x_start" if flags["predict_xstart"] else "epsilon",
             variance="learned_range" if flags["learn_sigma"] else fixed,
             loss="rescaled_kl" if flags["use_kl"] else "rescaled_mse" if flags["rescale_learned_sigmas"] else "mse",
             rescale_timesteps=flags["rescale_timesteps"]),
         train=dict(steps=500_000, lr=flags["lr"], batch_size=flags["batch_size"], ema_rates=rates, ema_warmup=False,
-                   accumulation=accumulation, weight_decay=flags["weight_decay"],
-                   timesteps=flags["schedule_sampler"].replace("-", "_"), log_every=100),
+                   gradient_accumulation=accumulation, weight_decay=flags["weight_decay"],
+                   timestep_sampler=flags["schedule_sampler"].replace("-", "_"), log_every=100),
         sample=dict(every=10_000, n=flags["num_samples"], sampler="ddim" if flags["use_ddim"] else "ddpm",
                     steps=flags["timestep_respacing"] or min(250, flags["diffusion_steps"])),
         checkpoint=dict(every=10_000),
@@ -116,7 +116,7 @@ def flags_from_config(config: Config, num_classes: int) -> str:
     if data.channels != 3 or num_classes not in (0, 1000):
         raise UsageError("their scripts build networks for 3 channels and 1000 classes or none, and this has "
                          f"{data.channels} and {num_classes}")  # fmt: skip
-    if not model.conv_resample or diffusion.mean == "previous_x" or diffusion.variance == "learned":
+    if not model.conv_resample or diffusion.prediction == "previous_x" or diffusion.variance == "learned":
         raise UsageError("their scripts have no flag for conv_resample false, mean previous_x and variance learned")
     resolutions = [data.image_size // factor for factor in model.attention_resolutions]
     pairs = dict(
@@ -127,7 +127,7 @@ def flags_from_config(config: Config, num_classes: int) -> str:
             "resblock_updown", "use_new_attention_order", "use_scale_shift_norm")},
         learn_sigma=diffusion.variance == "learned_range", sigma_small=diffusion.variance == "fixed_small",
         diffusion_steps=diffusion.steps, noise_schedule=diffusion.schedule,
-        predict_xstart=diffusion.mean == "x_start", rescale_timesteps=diffusion.rescale_timesteps,
+        predict_xstart=diffusion.prediction == "x_start", rescale_timesteps=diffusion.rescale_timesteps,
         use_kl=diffusion.loss in ("kl", "rescaled_kl"), rescale_learned_sigmas=diffusion.loss == "rescaled_mse",
     )  # fmt: skip
     if data.low_res_size is None:
@@ -144,7 +144,7 @@ def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tens
     """
     flags = parse_flags(flag_text)
     _check_crcs(path)
-    loaded = checkpoint.load_plain(path)
+    loaded = load_plain(path)
     if (
         not isinstance(loaded, dict)
         or not loaded

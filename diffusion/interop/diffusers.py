@@ -13,10 +13,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from diffusion.checkpoint import Checkpoint, Weights, checked_names, load_tensors
-from diffusion.config import Config, ModelConfig, config_of, load_config
-from diffusion.errors import UsageError, in_short
-from diffusion.layers import timestep_embedding
+from diffusion.checkpoint import Checkpoint, Weights, checked_names
+from diffusion.config import Config, ModelConfig, config_of
+from diffusion.config_file import load_config, save_config
+from diffusion.errors import UsageError, one_line
+from diffusion.models.layers import timestep_embedding
+from diffusion.tensor_files import load_tensors
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample"}
@@ -40,7 +42,7 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
         raise _not_in_diffusers(f"a first level of {model.channel_mult[0]} times the timestep embedding's width")
     if data.low_res_size is not None:
         raise _not_in_diffusers("an upsampler's second input: its pipeline gives the network noise alone")
-    if diffusion.mean not in PREDICTIONS or diffusion.variance == "learned" or diffusion.respacing:
+    if diffusion.prediction not in PREDICTIONS or diffusion.variance == "learned" or diffusion.respacing:
         raise _not_in_diffusers("mean previous_x, variance learned and a respaced process")
     heads = None if model.num_head_channels == -1 and model.num_heads == 1 else widths[-1] // model.num_heads
     down, up = ("ResnetDown", "ResnetUp") if model.resblock_updown else ("Down", "Up")
@@ -72,7 +74,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
     return dict(
         num_train_timesteps=diffusion.steps, beta_schedule=SCHEDULES[diffusion.schedule], trained_betas=None,
         beta_start=1e-4 * 1000 / diffusion.steps, beta_end=0.02 * 1000 / diffusion.steps,
-        variance_type=diffusion.variance, prediction_type=PREDICTIONS[diffusion.mean], clip_sample=True,
+        variance_type=diffusion.variance, prediction_type=PREDICTIONS[diffusion.prediction], clip_sample=True,
         clip_sample_range=1.0, thresholding=False, rescale_betas_zero_snr=False,
         timestep_spacing="linspace",  # as ours spaces a count of steps
     )  # fmt: skip
@@ -88,7 +90,7 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
         attention = tuple(2**i for i, block in enumerate(unet["down_block_types"]) if block == "AttnDownBlock2D")
         schedules, predictions = ({v: k for k, v in names.items()} for names in (SCHEDULES, PREDICTIONS))
         config = config_of(dict(
-            data=dict(name="folder", image_size=unet["sample_size"], channels=channels),
+            data=dict(source="folder", image_size=unet["sample_size"], channels=channels),
             model=dict(model_channels=widths[0], num_res_blocks=unet["layers_per_block"],
                        channel_mult=tuple(int(m) if m == int(m) else m for m in mult),
                        attention_resolutions=attention, dropout=unet["dropout"] or 0.0,
@@ -97,7 +99,7 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
                        use_scale_shift_norm=unet["resnet_time_scale_shift"] == "scale_shift",
                        class_cond=unet["num_class_embeds"] is not None),
             diffusion=dict(steps=steps, schedule=schedules[scheduler["beta_schedule"]],
-                           mean=predictions[scheduler["prediction_type"]], variance=scheduler["variance_type"],
+                           prediction=predictions[scheduler["prediction_type"]], variance=scheduler["variance_type"],
                            rescale_timesteps=unet["time_embedding_type"] == "learned" or steps == 1000),
             train=dict(steps=500_000, lr=1e-4, batch_size=128, ema_rates=(0.9999,), ema_warmup=False, log_every=100),
             sample=dict(every=10_000, n=16, steps=min(250, steps)), checkpoint=dict(every=10_000),
@@ -107,7 +109,7 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
     except UsageError:
         raise
     except (LookupError, TypeError, ArithmeticError, AttributeError, ValueError) as error:  # any value may stand there
-        raise UsageError(f"the pipeline has a setting without counterpart here: {in_short(error)}") from None
+        raise UsageError(f"the pipeline has a setting without counterpart here: {one_line(error)}") from None
     return config
 
 
@@ -242,7 +244,7 @@ def pipeline_writer(saved: Checkpoint, weights: Weights, ddim: bool) -> Callable
     def write(out: Path) -> None:
         kind(unet=unet, scheduler=scheduler).save_pretrained(out, safe_serialization=True)
         if not ddim:  # diffusers passes them over; they make the way back exact
-            config.save(out / "run.yaml")
+            save_config(config, out / "run.yaml")
             (out / "class_names.json").write_text(json.dumps(saved.class_names))
 
     return write

@@ -1,4 +1,4 @@
-"""The parts that the U-Net is made of, in 1, 2 or 3 dimensions."""
+"""The layers of the U-Net, in 1, 2 or 3 dimensions."""
 
 from __future__ import annotations
 
@@ -16,24 +16,19 @@ M = TypeVar("M", bound=nn.Module)
 def zero_module(module: M) -> M:
     """Set every parameter of `module` to zero and return it.
 
-    The last layer of each residual branch is treated so (Zhang et al. 2019, "Fixup Initialization", rule 1):
-    the branch adds nothing at first, so every block starts as the identity on its skip path.
+    This is done to the last layer of each residual branch (Zhang et al. 2019, "Fixup Initialization", rule 1). The
+    branch adds nothing at first, so every block starts as the identity on its skip path.
     """
     for parameter in module.parameters():
         parameter.detach().zero_()
     return module
 
 
-def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """A convolution over `dims` axes (1, 2 or 3), with the arguments of `nn.Conv2d`."""
-    return {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims](*args, **kwargs)
-
-
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation that computes in float32 whatever the input's type, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # `F.group_norm` refuses one image of one pixel with one channel a group, of which the bias is left.
+        # Unlike `F.group_norm`, this accepts one value per group, which normalises to the bias.
         out = torch.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
         return out.to(x.dtype)
 
@@ -43,77 +38,86 @@ def normalization(channels: int) -> GroupNorm32:
     return GroupNorm32(32, channels)
 
 
-class ShiftedSiLU(nn.SiLU):
-    """SiLU behind a scalar bias."""
+class _Scalable(nn.Module):
+    """A layer that may carry Fixup's scalars: a bias on all of its input, padding included, and a multiplier.
 
-    bias_before: nn.Parameter
+    Both are folded into the weights, which have fewer elements than the activations.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x + self.bias_before)
-
-
-class _Scaled:
-    """A layer with Fixup's scalars: a bias on everything that it sees, padding included, and if it ends a branch a
-    multiplier. Both are folded into the weights, since those are fewer than what they are multiplied with."""
-
-    bias_before: nn.Parameter
+    bias_before: nn.Parameter | None
     multiplier: nn.Parameter | None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_parameter("bias_before", None)
+        self.register_parameter("multiplier", None)
 
-class ScaledLinear(_Scaled, nn.Linear):
+
+class SiLU(nn.SiLU):
+    """SiLU, with Fixup behind a scalar bias."""
+
+    bias_before: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("bias_before", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x if self.bias_before is None else x + self.bias_before)
+
+
+class Linear(_Scalable, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, *folded(self))
 
 
-class _ScaledConv(_Scaled):
+class _Conv(_Scalable):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *folded(self))  # type: ignore[attr-defined, arg-type]
+        return self._conv_forward(x, *folded(self))  # type: ignore[operator, arg-type]
 
 
-class ScaledConv1d(_ScaledConv, nn.Conv1d): ...
+class Conv1d(_Conv, nn.Conv1d): ...
 
 
-class ScaledConv2d(_ScaledConv, nn.Conv2d): ...
+class Conv2d(_Conv, nn.Conv2d): ...
 
 
-class ScaledConv3d(_ScaledConv, nn.Conv3d): ...
+class Conv3d(_Conv, nn.Conv3d): ...
 
 
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-SCALED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: ScaledLinear, nn.Conv1d: ScaledConv1d, nn.Conv2d: ScaledConv2d, nn.Conv3d: ScaledConv3d,
-}  # fmt: skip
+Layer = Conv1d | Conv2d | Conv3d | Linear
 
 
 def folded(layer: Layer) -> tuple[Tensor, Tensor]:
-    """What the layer multiplies with and adds, its scalars, if any, included."""
+    """The weight and bias of `layer` with its scalars, if any, folded in."""
     weight, bias = layer.weight, layer.bias
     assert bias is not None
-    if isinstance(layer, _Scaled):
+    if layer.bias_before is not None:
         bias = bias + layer.bias_before * weight.flatten(1).sum(1)
-        if layer.multiplier is not None:
-            weight, bias = layer.multiplier * weight, layer.multiplier * bias
+    if layer.multiplier is not None:
+        weight, bias = layer.multiplier * weight, layer.multiplier * bias
     return weight, bias
 
 
 def add_scalars(model: nn.Module, ends: Sequence[Layer]) -> None:
-    """Fixup's third rule: a bias (0) before every layer and activation, a multiplier (1) for the `ends` of branches."""
-    one = next(model.parameters()).detach().new_ones(1)  # of one element, since FSDP2 takes none of no axis
-    for module in list(model.modules()):
-        if isinstance(module, nn.SiLU):
-            module.__class__ = ShiftedSiLU
-        elif isinstance(module, Layer):
-            module.__class__ = SCALED[type(module)]  # type: ignore[assignment]
-            module.register_parameter("multiplier", None)
-        else:
-            continue
-        module.bias_before = nn.Parameter(torch.zeros_like(one))
+    """Add the scalars of Fixup's third rule: a bias (0) before every layer and activation, and a multiplier (1) for the
+    layers `ends`, each the last one of a branch."""
+    one = next(model.parameters()).detach().new_ones(1)  # one element, since FSDP2 rejects tensors without an axis
+    for module in model.modules():
+        if isinstance(module, SiLU | Layer):
+            module.bias_before = nn.Parameter(torch.zeros_like(one))
     for layer in ends:
         layer.multiplier = nn.Parameter(one.clone())
 
 
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> Conv1d | Conv2d | Conv3d:
+    """A convolution over `dims` axes (1, 2 or 3), with the arguments of `nn.Conv2d`."""
+    kinds: dict[int, Any] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
+    return kinds[dims](*args, **kwargs)
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """Sinusoids of `timesteps` (B,), which need not be whole: (B, dim), float32, cosines first.
+    """Sinusoids of `timesteps` (B,), which may be fractional: (B, dim), float32, cosines first.
 
     An odd `dim` ends in a column of zeros.
     """

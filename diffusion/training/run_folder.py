@@ -28,8 +28,9 @@ from typing import Any
 import yaml
 
 from diffusion import checkpoint
-from diffusion.config import SECTIONS, Config, load_config
-from diffusion.errors import UsageError, in_short
+from diffusion.config import SECTIONS, Config
+from diffusion.config_file import load_config, save_config
+from diffusion.errors import UsageError, one_line
 from diffusion.files import check_no_dangling_link, lock, replace_text, unlock
 
 OWN = {"config.yaml": Path.is_file, "metrics.jsonl": Path.is_file, "metrics_superseded.jsonl": Path.is_file,
@@ -202,7 +203,7 @@ class RunFolder:
             for left in (self.path / "checkpoints").glob(".step_*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)  # by a kill in the middle of a save
             last = _truncate_metrics(self.path, step)
-            config.save(self.path / "config.yaml")
+            save_config(config, self.path / "config.yaml")
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._begun = True
@@ -225,7 +226,7 @@ def _told(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {in_short(error)}") from None
+        raise UsageError(f"--out {out} cannot be written: {one_line(error)}") from None
 
 
 def _check_ours(out: Path) -> None:

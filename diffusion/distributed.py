@@ -1,48 +1,29 @@
-"""What the launchers get wrong on a CPU, and the scripts' way to end."""
+"""Processes: what launchers pass on or get wrong, and agreement between processes."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from diffusion.checkpoint import Checkpoint, open_weights
 from diffusion.config import Config
-from diffusion.errors import Died, Stopped, UsageError, in_short, printable
-from diffusion.files import check_no_dangling_link
-from diffusion.run_folder import check_is_run
+from diffusion.errors import UsageError, one_line
+
+if TYPE_CHECKING:  # accelerate takes long to import, and is only needed once a run begins
+    from accelerate import Accelerator
 
 SWITCHES = [f"ACCELERATE_{name}" for name in (
     "USE_CPU", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_SAGEMAKER", "USE_PARALLELISM_CONFIG", "DEBUG_MODE",
     "CPU_AFFINITY", "DYNAMO_USE_FULLGRAPH", "DYNAMO_USE_DYNAMIC")] + ["FORK_LAUNCHED"]  # fmt: skip
 """What accelerate reads as true or false, some of it only in the first step."""
-
-
-def a_path(text: str) -> Path:
-    """The type of an argument that is a path: an empty one, such as an unset shell variable, is an error."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return Path(text)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def check_launcher() -> None:
@@ -119,7 +100,7 @@ def _launchers_settings() -> dict[str, tuple[str, Any]]:
             )
         told["precision"] = "--mixed_precision", precision
     for field, flag, kind in (
-        ("accumulation", "gradient_accumulation_steps", int),
+        ("gradient_accumulation", "gradient_accumulation_steps", int),
         ("grad_clip", "gradient_clipping", float),
     ):
         given = environment.get(f"ACCELERATE_{flag.upper()}", getattr(arguments, flag, None))
@@ -193,115 +174,30 @@ def accelerate_starts() -> Iterator[None]:
             if name.startswith("ACCELERATE_") or name in ("FORK_LAUNCHED", "LOCAL_RANK", "WORLD_SIZE")
         ]
         said = f"; it reads {', '.join(names)} from the environment" if names else ""
-        raise UsageError(f"accelerate cannot start: {in_short(error)}{said}") from None
+        raise UsageError(f"accelerate cannot start: {one_line(error)}{said}") from None
 
 
-def opened(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """`open_weights`, which says on stderr what it passed over. Raises UsageError, with the run's or checkpoint's path,
-    where `path` only lies in one."""
-    check_is_run(path)
-    saved, weights = open_weights(path, ema)
-    for _, damage in saved.passed_over:
-        say(f"{os.path.basename(sys.argv[0])}: {damage}; {saved.path.name} is used", error=True)
-    return saved, weights
+def check_known(accelerator: Accelerator) -> None:
+    """Raise UsageError where accelerate is set up to share the work in a way that saving and averaging do not know."""
+    from accelerate.utils import DistributedType
+
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        name = "FSDP 1" if kind == DistributedType.FSDP else kind.value
+        raise UsageError(
+            f"accelerate is set up for {name}, which this trainer does not know: to cut a network up over GPUs, "
+            "use accelerate launch --config_file configs/accelerate/fsdp2.yaml"
+        )
 
 
-def check_writable(folder: Path, flag: str) -> None:
-    """Make `folder`, and raise UsageError, naming the flag, where no file can be written into it."""
-    try:
-        check_no_dangling_link(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"{flag} cannot be written: {in_short(error)}") from None
+def check_agreed(*claims: tuple[str, str, str]) -> None:
+    """Raise UsageError, in every process, where one of (what, mine, hint) is not the same in all of them."""
+    from accelerate.utils import gather_object
 
-
-class _Unbreakable:
-    """A stream for what a run says by the way: a full disk or a reader that has gone does not end the run."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def say(text: str, error: bool = False) -> None:
-    """Print a line to stdout, or to stderr beside a bar. It does not end the run where nobody can read it."""
-    tqdm.write(
-        "\n" * text.startswith("\n") + printable(text.lstrip("\n")),
-        file=_Unbreakable(sys.stderr if error else sys.stdout),
-    )
-
-
-def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
-    """A bar of `total` steps on stderr, where `shown`."""
-    interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs no second-by-second account
-    return tqdm(total=total, initial=done, unit="step", disable=not shown, dynamic_ncols=True, mininterval=interval,
-                file=_Unbreakable(sys.stderr))  # fmt: skip
-
-
-def counted(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
-    """The steps, each counted on the bar when it is done; with the bar bound, a sampler's `progress`."""
-    for step in steps:
-        yield step
-        bar.update()
-
-
-def _open_standard_streams() -> None:
-    """Open what was closed (`>&-`): else the next file that is opened would get what is printed."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
-
-
-def exit_code(main: Callable[[], None]) -> int:
-    """Run `main`: 0, or after a line on stderr 2 where the user can put it right, and 128 + its number for a signal."""
-    name = os.path.basename(sys.argv[0])
-    _open_standard_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may have names that the terminal has not
-    try:
-        main()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Its threads would end the interpreter with an abort now and then.
-            torch.distributed.destroy_process_group()
-    except UsageError as error:
-        rank = f" [rank {os.environ['RANK']}]" if torch.distributed.is_initialized() else ""
-        say(f"{name}{rank}: {error}", error=True)
-        return 2
-    except Stopped as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
-            say(f"\n{name}: {stopped}", error=True)
-        return stopped.code
-    except OSError as error:
-        where = "" if error.filename is None else f": {error.filename}"
-        say(f"{name}: {error.strerror or error}{where}", error=True)
-        return 2
-    except Died as error:
-        say(f"{name}: {error}", error=True)
-        return 1
-    except RuntimeError as error:
-        others = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if not torch.distributed.is_initialized() or not others:
-            raise
-        print(f"{name} [rank {os.environ['RANK']}]: another process of this run ended: its own message, if it had time "
-              f"for one, says why ({in_short(error)})", file=sys.stderr, flush=True)  # fmt: skip
-        os._exit(1)  # at the interpreter's end, the group would wait for those that are gone
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    said = gather_object([[mine for _, mine, _ in claims]])
+    for (what, _, hint), answers in zip(claims, zip(*said, strict=True), strict=True):
+        for i, theirs in enumerate(answers):
+            if theirs != answers[0]:
+                raise UsageError(f"{what}: {answers[0]} in process 0, and {theirs} in process {i}: {hint}")

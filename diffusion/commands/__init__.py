@@ -1,0 +1,34 @@
+"""The commands of `diffusion`: each parses its flags, calls the library, and prints."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train a model, or continue a run",
+    "sample": "generate images with a trained model",
+    "evaluate": "score a trained model",
+    "convert": "take in or write weights of improved-diffusion, guided-diffusion and diffusers",
+    "schema": "print the JSON schema of configuration files",
+}
+
+
+def main() -> int:
+    """Run `diffusion COMMAND ...`, and return the exit code."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: diffusion COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
+        print("\ndiffusion COMMAND --help lists the flags of a command.")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"diffusion: unknown command {name}: {hint}", file=sys.stderr)
+        return 2
+    sys.argv = [f"diffusion {name}", *sys.argv[2:]]  # what messages and --help begin with
+
+    from diffusion.commands.terminal import exit_code
+
+    return exit_code(importlib.import_module(f"diffusion.commands.{name}").main)

@@ -1,0 +1,308 @@
+"""`diffusion sample`: generate images with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.checkpoint import Checkpoint, Weights, is_run_or_checkpoint
+from diffusion.commands.command_line import OPTIONS
+from diffusion.commands.terminal import (
+    Parser,
+    advance,
+    check_range,
+    check_writable,
+    non_empty_path,
+    open_run,
+    print_line,
+    progress_bar,
+)  # fmt: skip
+from diffusion.config import Config, plain
+from diffusion.config_file import parse_value
+from diffusion.data.base import load
+from diffusion.data.decode import to_uint8, to_x_start
+from diffusion.data.sources.folder import Folder
+from diffusion.distributed import accelerate_starts, check_launcher, launcher, on_cpu
+from diffusion.errors import UsageError
+from diffusion.files import check_no_dangling_link
+from diffusion.sample_store import SUFFIXES, Form, SampleStore, begin_unused
+from diffusion.samplers import SAMPLERS, sampler_options
+from diffusion.sampling import batches, generate
+from diffusion.signals import SamplingInterrupted, StopSignals
+from diffusion.training.run_folder import check_writable_file, locate
+
+MAX_IN_GRID = 10_000
+
+
+class LowRes(NamedTuple):
+    """What an upsampler enlarges: small images and their labels, if known, or a run that generates them."""
+
+    images: Tensor | None = None
+    labels: list[int] | None = None
+    base: tuple[Checkpoint, Weights] | None = None
+
+    def fingerprint(self) -> str | None:
+        """What distinguishes these images, or the run, from others."""
+        if self.base is not None:
+            return self.base[0].sums[self.base[0].chosen_file()]
+        return None if self.images is None else hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(description="Generate images with a trained model.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--ckpt", type=non_empty_path, required=True, help="a run's folder (its newest checkpoint), or a checkpoint's")
+    add("--n", type=int, help="how many images (default: as in the run's grids)")
+    add("--classes", help="class numbers or names, separated by commas, taken in turn (default: all of them, or those "
+                          "of --low_res)")  # fmt: skip
+    add("--sampler", choices=SAMPLERS, help="default: as in the run's grids")
+    add("--steps", help="sampling steps: a count, sections like 10,15,20, or ddim50 (default: as in the run's grids)")
+    for option, samplers in OPTIONS.items():
+        default = sampler_options(samplers[0])[option]
+        add(f"--{option}", metavar=type(default).__name__.upper(), help=f"option of {', '.join(samplers)} (default: as "
+            f"in the run's grids, else {plain(default)})")  # fmt: skip
+    add("--seed", type=int, default=0, help="image i of a seed is the same at any --n and --batch_size (default: 0)")
+    add("--guidance", type=float, help="classifier-free guidance: 1 none, above 1 clearer classes and less variety, "
+                                       "0 no class at all (default: as in the run's grids)")  # fmt: skip
+    add("--low_res", type=non_empty_path, help="for an upsampler: a folder or an .npz of small images (files of other "
+        "sizes are resized as for training), or a run that generates them with its own sampler")  # fmt: skip
+    add("--batch_size", type=int, default=64, help="images generated at once (default: 64)")
+    add("--ema", help="which moving average of the weights: a rate, or none for the weights in training "
+                      "(default: the run's first)")  # fmt: skip
+    add("--out", type=non_empty_path, help="where to write (default: RUN/samples/...)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--images", action="store_true", help="a folder with a PNG each (.npy above 4 channels)")
+    form.add_argument("--npz", action="store_true", help="write arr_0 (N, H, W, C), uint8, and arr_1, the classes")
+    parser.epilog = "Each batch is written when it is done; the same command continues after an interruption."
+    args = parser.parse_args(argv)
+    args.options = {
+        option: parse_value(getattr(args, option)) for option in OPTIONS if getattr(args, option) is not None
+    }
+    return args
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    check_launcher()
+    for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
+        if value is not None:
+            check_range(name, value, least)
+    form: Form = "images" if args.images else "npz" if args.npz else "grid"
+    if args.out is not None:
+        check_out(args.out, form)
+    saved, weights = open_run(args.ckpt, args.ema)
+    config = with_flags(saved.config, args)
+    low_res = open_low_res(saved, args.low_res, args.classes is not None)
+    labels = choose_labels(low_res.base[0] if low_res.base and not saved.class_names else saved, args.classes)
+    n = args.n or (config.sample.n if low_res.images is None else len(low_res.images))
+    if low_res.images is not None:
+        if n > len(low_res.images):
+            raise UsageError(f"--n is {n}, and --low_res {args.low_res} holds {len(low_res.images)} images")
+        if labels and args.classes is None:
+            labels = low_res.labels
+    if form == "grid" and n > MAX_IN_GRID:
+        raise UsageError(f"--n is {n}, and a grid shows up to {MAX_IN_GRID}: add --images or --npz")
+
+    from accelerate import PartialState
+
+    with accelerate_starts():
+        state = PartialState(cpu=on_cpu())
+    store = open_store(args, form, saved, config, n, labels, low_res, state)
+    network, passes = saved.network(weights).eval().to(state.device), process_length(config)
+    if low_res.base is not None:
+        first = low_res.base[0].config
+        first_network = low_res.base[0].network(low_res.base[1]).eval().to(state.device)
+        passes += process_length(first)
+    todo = batches(range(n), args.batch_size)
+    mine = [batch for batch in todo[state.process_index :: state.num_processes] if not store.is_done(batch)]
+    signals = StopSignals(1, launcher())
+    with closing(store), progress_bar(len(mine) * passes, state.is_main_process and bool(mine)) as bar, signals:
+        common: dict[str, Any] = dict(seed=args.seed, device=state.device,
+                                      progress=lambda steps: signals.interruptible(advance(bar, steps)))  # fmt: skip
+
+        def small(batch: range) -> Tensor:
+            if low_res.base is None:
+                assert low_res.images is not None
+                return to_x_start(low_res.images[batch.start : batch.stop])
+            classes = labels if low_res.base[0].class_names else None
+            [(_, images)] = generate(first, first_network, [batch], labels=classes, **common)
+            return to_x_start(to_uint8(images))
+
+        try:
+            for batch, images in generate(config, network, mine, labels=labels if saved.class_names else None,
+                                          low_res=None if args.low_res is None else small, **common):  # fmt: skip
+                store.write(batch, images)
+        except SamplingInterrupted:
+            done = sum(len(batch) for batch in todo if store.is_done(batch))
+            raise signals.stopped(f"with {done} of {n} images done, in {store.folder.resolve()}: "
+                                  "the same command continues") from None  # fmt: skip
+        state.wait_for_everyone()
+        if state.is_main_process:
+            store.finish(todo)
+            print_line(f"{n} images: {store.out.resolve()}")
+
+
+def process_length(config: Config) -> int:
+    """The number of sampling steps."""
+    return config.diffusion.process(config.sample.steps).num_timesteps
+
+
+def with_flags(config: Config, args: argparse.Namespace) -> Config:
+    """The run's configuration with the flags of this command in its section `sample`. Raises UsageError where they do
+    not fit, with the flag's name."""
+    given = {name: getattr(args, name) for name in ("sampler", "steps", "guidance") if getattr(args, name) is not None}
+    options = {} if args.sampler not in (None, config.sample.sampler) else config.sample.options
+    try:
+        sample = dataclasses.replace(config.sample, **given, options=options | args.options)
+        config = dataclasses.replace(config, sample=sample)
+        config.diffusion.process(sample.steps)
+        return config
+    except UsageError as error:
+        raise UsageError(str(error).replace("sample.options.", "--").replace("sample.", "--")) from None
+
+
+def open_store(
+    args: argparse.Namespace, form: Form, saved: Checkpoint, config: Config, n: int, labels: list[int] | None,
+    low_res: LowRes, state: Any,
+) -> SampleStore:  # fmt: skip
+    """The store that all processes write to, begun or continued. Raises UsageError where it cannot be written."""
+    from accelerate.utils import broadcast_object_list
+
+    sample = config.sample
+    settings = dict(
+        checkpoint=saved.path.name, weights=saved.sums[saved.chosen_file(args.ema)], sampler=sample.sampler,
+        steps=str(sample.steps), options=sample.options, guidance=sample.guidance, seed=args.seed,
+        batch_size=args.batch_size, device=state.device.type, low_res=low_res.fingerprint(),
+    )  # fmt: skip
+
+    def at(out: Path) -> SampleStore:
+        return SampleStore(out, form, n, config.data.shape, labels, settings)
+
+    guided = f"_guidance{sample.guidance:g}" if sample.guidance != 1 else ""
+    name = f"{saved.path.name}_{sample.sampler}{process_length(config)}_seed{args.seed}{guided}{SUFFIXES[form]}"
+    default = (locate(saved.path).run or Path()) / "samples" / name
+    where = [args.out]
+    if state.is_main_process:
+        try:
+            check_writable((args.out or default).parent, f"--out {args.out or default}")
+            store = at(args.out) if args.out else begin_unused(default, at)
+            if args.out:
+                store.begin()
+        except BlockingIOError:
+            raise UsageError(f"--out {args.out} is in use by another process that writes there") from None
+        except FileExistsError as error:
+            raise UsageError(f"--out {error}") from None
+        where = [store.out]
+    broadcast_object_list(where)
+    return store if state.is_main_process else at(where[0])
+
+
+def check_out(out: Path, form: Form) -> None:
+    """Raise UsageError where `--out` cannot be what is to be written."""
+    suffix = SUFFIXES[form]
+    check_writable_file(out)
+    check_no_dangling_link(out)
+    if form != "images":
+        if out.is_dir():
+            raise UsageError(f"--out {out} is a folder: name a {suffix} file, or add --images")
+        if out.suffix != suffix:
+            raise UsageError(f"--out {out} must end in {suffix}")
+        if out.exists():
+            raise UsageError(f"--out {out} is there already: name another, or remove it")
+    elif out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: name a folder")
+
+
+def open_low_res(saved: Checkpoint, path: Path | None, classes_given: bool) -> LowRes:
+    """What `--low_res` names. Raises UsageError where it is missing or does not fit."""
+    data, size = saved.config.data, saved.config.data.low_res_size
+    if (path is None) != (size is None):
+        raise UsageError(
+            f"{saved.path} is an upsampler: name the small images, or a run that generates them, with --low_res"
+            if path is None
+            else f"--low_res is {path}, but {saved.path} is not an upsampler"
+        )
+    if path is None or size is None:
+        return LowRes()
+    if not path.exists():
+        raise UsageError(f"--low_res {path} is not there")
+    small = (data.channels, *[size] * (len(data.shape) - 1))
+    if is_run_or_checkpoint(path):
+        base, weights = open_run(path)
+        if (base.config.data.shape, base.config.data.low_res_size) != (small, None):
+            kind = "an upsampler" if base.config.data.low_res_size is not None else "a run"
+            raise UsageError(f"--low_res {path} is {kind} of (channels, height, width) {base.config.data.shape}; "
+                             f"{saved.path} enlarges {small}")  # fmt: skip
+        if base.class_names and saved.class_names not in ((), base.class_names):
+            raise UsageError(f"--low_res {path} has other classes than {saved.path}")
+        return LowRes(base=(base, weights))
+    if path.is_dir():
+        folder = Folder(path=str(path), image_size=size, channels=data.channels).open()
+        images, y = load(folder, range(len(folder)))
+        known = folder.class_names and set(folder.class_names) <= set(saved.class_names)
+        labels = [saved.class_names.index(folder.class_names[i]) for i in y] if known else None
+    elif path.suffix == ".npz":
+        images, labels = read_npz(path, len(saved.class_names))
+    else:
+        raise UsageError(f"--low_res is {path}; it must be a run, a folder of images, or an .npz that --npz wrote")
+    if images.shape[1:] != small:
+        raise UsageError(f"--low_res {path} holds images of (channels, height, width) {tuple(images.shape[1:])}; "
+                         f"{saved.path} enlarges {small}")  # fmt: skip
+    if saved.class_names and labels is None and not classes_given:
+        raise UsageError(f"--low_res {path} does not say the classes, which {saved.path} needs: add --classes")
+    return LowRes(images, labels)
+
+
+def read_npz(path: Path, num_classes: int) -> tuple[Tensor, list[int] | None]:
+    """The images (N, C, *sizes), uint8, of a file that `--npz` wrote, and their labels, if it has any."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays and num_classes else None
+        if images.ndim < 3 or images.dtype != np.uint8 or len(images) == 0:
+            raise ValueError(f"arr_0 is {images.shape} {images.dtype}, not (N, H, W, C) uint8")
+        if labels is not None and (
+            labels.shape != images.shape[:1]
+            or labels.dtype.kind not in "iu"
+            or not ((labels >= 0) & (labels < num_classes)).all()
+        ):
+            raise ValueError(f"arr_1 is {labels.shape} {labels.dtype}, not a class below {num_classes} for each")
+    except Exception as error:  # numpy raises OSError, KeyError, ValueError, BadZipFile, ...
+        raise UsageError(f"--low_res {path} is not an array that --npz wrote: {error}") from None
+    return torch.from_numpy(np.moveaxis(images, -1, 1).copy()), None if labels is None else labels.tolist()
+
+
+def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:
+    """The class numbers to generate in turn; None for a model without classes."""
+    names = saved.class_names
+    if not names:
+        if wanted is not None:
+            raise UsageError(f"--classes is {wanted}, but the model of {saved.path} has no classes")
+        return None
+    if wanted is None:
+        return list(range(len(names)))
+    labels = []
+    for word in wanted.split(","):
+        if word in names:
+            labels.append(names.index(word))
+        elif word.isdecimal() and word.isascii() and len(word) < 10 and int(word) < len(names):
+            labels.append(int(word))
+        else:
+            near = difflib.get_close_matches(word, names, n=3)
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:10])}{more}"
+            raise UsageError(
+                f"--classes has {word!r}, which is not a class name or a number from 0 to {len(names) - 1}: {hint}"
+            )
+    return labels

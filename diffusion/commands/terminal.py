@@ -1,0 +1,155 @@
+"""What the commands share: the parser, lines and bars on a terminal, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion.checkpoint import Checkpoint, open_weights
+from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line
+from diffusion.files import check_no_dangling_link
+from diffusion.training.run_folder import check_is_run
+
+
+def non_empty_path(text: str) -> Path:
+    """The type of an argument that is a path: an empty one, such as an unset shell variable, is an error."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
+
+
+def check_range(name: str, value: float, least: int, most: int = 10**9) -> None:
+    """Raise UsageError, with the flag's name, where its value is out of range."""
+    if not value >= least:
+        raise UsageError(f"{name} is {value}; it must be at least {least}")
+    if value > most:
+        raise UsageError(f"{name} is {value}; it must be at most {most}")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def open_run(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """`open_weights`, which says on stderr what it passed over. Raises UsageError, with the run's or checkpoint's path,
+    where `path` only lies in one."""
+    check_is_run(path)
+    saved, weights = open_weights(path, ema)
+    for _, damage in saved.passed_over:
+        print_line(f"{os.path.basename(sys.argv[0])}: {damage}; {saved.path.name} is used", error=True)
+    return saved, weights
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make `folder`, and raise UsageError, naming the flag, where no file can be written into it."""
+    try:
+        check_no_dangling_link(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{flag} cannot be written: {one_line(error)}") from None
+
+
+class _Unbreakable:
+    """A stream for what a run says by the way: a full disk or a reader that has gone does not end the run."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def print_line(text: str, error: bool = False) -> None:
+    """Print a line to stdout, or to stderr beside a bar. It does not end the run where nobody can read it."""
+    tqdm.write(
+        "\n" * text.startswith("\n") + escape_control(text.lstrip("\n")),
+        file=_Unbreakable(sys.stderr if error else sys.stdout),
+    )
+
+
+def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
+    """A bar of `total` steps on stderr, where `shown`."""
+    interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs no second-by-second account
+    return tqdm(total=total, initial=done, unit="step", disable=not shown, dynamic_ncols=True, mininterval=interval,
+                file=_Unbreakable(sys.stderr))  # fmt: skip
+
+
+def advance(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
+    """The steps, each counted on the bar when it is done; with the bar bound, a sampler's `progress`."""
+    for step in steps:
+        yield step
+        bar.update()
+
+
+def _open_standard_streams() -> None:
+    """Open what was closed (`>&-`): else the next file that is opened would get what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run `main`: 0, or after a line on stderr 2 where the user can put it right, and 128 + its number for a signal."""
+    name = os.path.basename(sys.argv[0])
+    _open_standard_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have names that the terminal has not
+    try:
+        main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Its threads would end the interpreter with an abort now and then.
+            torch.distributed.destroy_process_group()
+    except UsageError as error:
+        rank = f" [rank {os.environ['RANK']}]" if torch.distributed.is_initialized() else ""
+        print_line(f"{name}{rank}: {error}", error=True)
+        return 2
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print_line(f"\n{name}: {stopped}", error=True)
+        return stopped.code
+    except OSError as error:
+        where = "" if error.filename is None else f": {error.filename}"
+        print_line(f"{name}: {error.strerror or error}{where}", error=True)
+        return 2
+    except WorkerDied as error:
+        print_line(f"{name}: {error}", error=True)
+        return 1
+    except RuntimeError as error:
+        others = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if not torch.distributed.is_initialized() or not others:
+            raise
+        print(f"{name} [rank {os.environ['RANK']}]: another process of this run ended: its own message, if it had time "
+              f"for one, says why ({one_line(error)})", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)  # at the interpreter's end, the group would wait for those that are gone
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130
+    return 0

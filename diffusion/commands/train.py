@@ -1,0 +1,92 @@
+"""`diffusion train`: train a model, or continue a run."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusion.commands.command_line import parse_command_line
+from diffusion.commands.terminal import print_line, progress_bar
+from diffusion.config import Config
+from diffusion.distributed import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
+from diffusion.errors import UsageError
+from diffusion.training import run_folder
+
+
+def verify_resume(config: Config) -> None:
+    """Say whether a few steps of this configuration end with the same bits when they are broken off and continued."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from diffusion.training import verify
+
+    with accelerate_starts():
+        state = PartialState(cpu=on_cpu())
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]  # the first process's is for all
+        broadcast_object_list(shared)
+        differs = verify.verify_resume(config, Path(shared[0]))
+        state.wait_for_everyone()
+    if differs:
+        raise UsageError(f"a continued run is not the uninterrupted one: {differs}")
+    if state.is_main_process:
+        print_line(f"{verify.STEPS} steps, broken off and continued, end with the same bits as at one go")
+
+
+def go_back(out: Path, step: int) -> None:
+    """Let the run continue from an earlier checkpoint, and say where the later ones are."""
+    aside = run_folder.go_back(out, step)
+    later = f"; what came later is in {aside}" if aside else ", and has nothing later"
+    print_line(
+        f"run {out.resolve()} is back at step {step}{later}: the same command without --back_to continues from there"
+    )
+
+
+def main() -> None:
+    command = parse_command_line(sys.argv[1:])
+    config, out = command.config, command.out
+    check_launcher()
+    if command.back_to is not None:
+        go_back(out, command.back_to)
+        return
+    config = with_launchers_settings(config)
+    if command.verify_resume:
+        verify_resume(config)
+        return
+
+    from diffusion.training.trainer import Trainer  # after the parser, so that --help and a mistyped key answer at once
+
+    trainer = Trainer(config, out, warn=lambda message: print_line(f"{Path(sys.argv[0]).name}: {message}", error=True))
+    config = trainer.config
+    main_process = trainer.accelerator.is_main_process
+    if main_process:
+        begun = f"continues after step {trainer.step}" if trainer.step else "begins"
+        if trainer.origin and not trainer.step:
+            begun = f"begins with the weights of {trainer.origin['path']}"
+        precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
+        where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
+        print_line(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}{precision}")
+    if trainer.step >= config.train.steps:
+        if main_process:
+            print_line(f"all {trainer.step} steps are done (train.steps is {config.train.steps})")
+        if not trainer.last_grid.exists():  # a signal cut it off
+            trainer.sample()
+            if main_process:
+                print_line(f"images: {trainer.last_grid.resolve()}")
+        trainer.close()
+        return
+    bar = progress_bar(config.train.steps, main_process, done=trainer.step)
+
+    def on_step(step: int, metrics: dict[str, Any] | None) -> None:
+        if metrics:
+            loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+            bar.set_postfix_str(f"loss {loss}, {metrics['images_per_second']:.0f} images/s", refresh=False)
+        bar.update()
+
+    with bar:
+        trainer.run(on_step)
+    if main_process:
+        print_line(f"run {out.resolve()} is done: {config.train.steps} steps")
+        print_line(f"images: {trainer.last_grid.resolve()}")

@@ -1,0 +1,139 @@
+"""The order of images as a function of (seed, step), and the processes that read them ahead."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from diffusion.data.base import Batch, DataSet
+from diffusion.errors import UsageError, one_line
+from diffusion.randomness import generator_for
+from diffusion.signals import STOP_SIGNALS
+
+POLL_SECONDS = 1
+"""How often a process that waits for a worker's batch checks whether to stop."""
+
+
+def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Which images make up the global batch of `step`.
+
+    Epochs are concatenated, each shuffled anew, and split into batches: every image is seen once an epoch, none is
+    dropped, and a batch may span two epochs.
+    """
+    indices: list[int] = []
+    position = step * batch_size
+    while len(indices) < batch_size:
+        epoch, start = divmod(position + len(indices), num_images)
+        order = _epoch_order(num_images, seed, epoch)
+        indices += order[start : start + batch_size - len(indices)].tolist()
+    return indices
+
+
+_last_order: tuple[tuple[int, int, int], Tensor] | None = None
+
+
+def _epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    """The shuffled epoch. The last one is cached, since every step of an epoch uses it."""
+    global _last_order
+    key = (num_images, seed, epoch)
+    if _last_order is None or _last_order[0] != key:
+        _last_order = key, torch.randperm(num_images, generator=generator_for("cpu", seed, "epoch", epoch))
+    return _last_order[1]
+
+
+@dataclass
+class _Order(Sampler[list[int]]):
+    """This process's share of each step's global batch: its `slices`, concatenated."""
+
+    num_images: int
+    batch_size: int
+    seed: int
+    steps: range
+    slices: list[slice]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            indices = batch_indices(self.num_images, self.batch_size, self.seed, step)
+            yield [index for part in self.slices for index in indices[part]]
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A terminal, torchrun and schedulers signal workers too, which have to read on until the run is saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def step_batches(
+    dataset: DataSet,
+    batch_size: int,
+    seed: int,
+    steps: range,
+    slices: list[slice],
+    workers: int = 0,
+    replaced: Callable[[list[str]], None] = lambda errors: None,
+    waiting: Callable[[], None] = lambda: None,
+) -> Generator[Batch]:
+    """This process's images of each of `steps`: its `slices` of the global batch, concatenated.
+
+    `replaced` is called with the errors of images that others replace. `waiting` is called each second while a worker's
+    batch is waited for, and may raise. The generator has to be closed or exhausted, so that its workers end.
+    Raises UsageError with the name of a file that cannot be read.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=_Order(len(dataset), batch_size, seed, steps, slices),
+        collate_fn=lambda batch: batch,
+        num_workers=workers,
+        generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
+        worker_init_fn=_ignore_stop_signals,
+        timeout=POLL_SECONDS if workers else 0,
+    )
+    others = set(multiprocessing.active_children())
+    try:
+        batches = iter(loader)
+        while (batch := _next(batches, waiting)) is not None:
+            if isinstance(batch, UsageError):
+                raise batch
+            images, labels = torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
+            if batch[2]:
+                replaced(batch[2])
+            yield (images.pin_memory(), labels.pin_memory()) if torch.cuda.is_available() else (images, labels)
+    except OSError as error:
+        _kill(set(multiprocessing.active_children()) - others)  # else torch waits 5 seconds for each
+        # torch's half-made iterator complains when it is freed, which is now.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+        error.with_traceback(None)
+        sys.unraisablehook = hook
+        raise UsageError(f"data.workers is {workers}, and they cannot be started: {one_line(error)}") from None
+    finally:
+        _kill(set(multiprocessing.active_children()) - others)
+
+
+def _next(batches: Iterator[Any], waiting: Callable[[], None]) -> Any:
+    """The next batch, or None at the end."""
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:  # torch has no exception type for this
+            if "timed out" not in str(error):
+                raise
+            waiting()
+
+
+def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:
+    """Kill workers: they ignore SIGTERM, so Python's atexit would hang."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if workers else None  # torch would take it for a crash
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)

@@ -1,0 +1,30 @@
+"""The 8x8 handwritten digits that ship with the package (UCI; see DIGITS.md)."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic.dataclasses import dataclass
+
+from diffusion.data.base import ArrayDataset, DataConfig
+from diffusion.data.decode import preprocess
+from diffusion.fields import SCHEMA, Channels, ImageSize
+
+
+@dataclass(frozen=True, config=SCHEMA)
+class Digits(DataConfig):
+    """Handwritten digits, 8x8."""
+
+    source: Literal["digits"] = "digits"
+    image_size: ImageSize = 8
+    channels: Channels = 1
+
+    def open(self, split: str = "train") -> ArrayDataset:
+        with (files("diffusion.data") / "digits.npz").open("rb") as file, np.load(file) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+        images = np.stack([preprocess(Image.fromarray(image), self.image_size, self.channels) for image in images])
+        return ArrayDataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), tuple("0123456789"))

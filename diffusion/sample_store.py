@@ -1,0 +1,205 @@
+"""Samples on disk: each batch is written when it is done, and the same command continues where it stopped.
+
+A folder of images is its own store. A grid and an array are assembled at the end from parts beside them:
+
+samples.npz.parts/
+    samples.json     how the images are drawn; another command's parts are not taken for one's own
+    00000000.npy     images of the batch that begins at 0, (N, H, W, C), uint8
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion.data.decode import PIL_MODES, to_uint8
+from diffusion.errors import UsageError
+from diffusion.files import lock, replace_bytes, unlock
+from diffusion.images import grid_columns, png, save_grid
+
+Form = Literal["grid", "images", "npz"]
+SETTINGS = "samples.json"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+SUFFIXES = {"grid": ".png", "images": "", "npz": ".npz"}
+
+
+class SampleStore:
+    """Images that are drawn batch by batch into `out`: a grid (.png), a folder of images, or an array (.npz).
+
+    Args:
+        out: the file or folder.
+        form: what it is to be.
+        n: how many images.
+        shape: of one, (C, H, W).
+        labels: the class numbers, taken in turn; None without classes.
+        settings: all that the images depend on; samples of others are not continued.
+
+    `begin` is called by one process, `is_done` and `write` by any, and `finish` by one when all are done.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        form: Form,
+        n: int,
+        shape: Sequence[int],
+        labels: Sequence[int] | None,
+        settings: dict[str, Any],
+    ):
+        out = Path(os.path.realpath(out)) if out.is_symlink() else out  # a link is written through
+        self.out, self.form, self.n, self.shape, self.labels = out, form, n, tuple(shape), labels
+        self.settings = settings | {"classes": None if labels is None else list(labels)}
+        self.folder = out if form == "images" else out.with_name(f"{out.name}.parts")
+        self._lock: int | None = None
+
+    def begin(self) -> None:
+        """Make the folder, or take over what the same command left there.
+
+        Raises BlockingIOError if another process draws there, and FileExistsError if it holds something else.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder / SETTINGS
+        if (os.path.lexists(self.folder) and not self.folder.is_dir()) or (path.exists() and not path.is_file()):
+            raise FileExistsError(f"{self.folder} is there, and holds no samples: name another")
+        if self.folder.exists() and not path.exists() and any(self.folder.iterdir()):
+            raise FileExistsError(f"{self.folder} is not empty: name a new folder")
+        self.folder.mkdir(exist_ok=True)
+        self._lock = lock(self.folder / ".lock")
+        if not path.exists():
+            self._write_settings()
+        try:
+            found = json.loads(path.read_bytes())
+            differ = {key for key in found.keys() | self.settings.keys() if found.get(key) != self.settings.get(key)}
+        except (ValueError, AttributeError, RecursionError):
+            self.close()
+            raise FileExistsError(f"{path} cannot be read: name another folder, or remove it") from None
+        if differ:
+            self.close()
+            key = min(differ)
+            raise FileExistsError(f"{self.folder} holds samples of other settings ({key} was {found.get(key)}, and is "
+                                  f"{self.settings.get(key)}): name another, or remove it")  # fmt: skip
+
+    def _write_settings(self) -> None:
+        replace_bytes(self.folder / SETTINGS, json.dumps(self.settings, indent=1).encode())
+
+    def close(self) -> None:
+        """Let other processes draw there. A folder in which nothing was drawn is removed."""
+        if self._lock is not None:
+            (self.folder / ".lock").unlink(missing_ok=True)
+            unlock(self._lock)
+            self._lock = None
+            if self.folder.exists() and [path.name for path in self.folder.iterdir()] == [SETTINGS]:
+                (self.folder / SETTINGS).unlink()
+                self.folder.rmdir()
+
+    def is_done(self, batch: range) -> bool:
+        """Whether a batch is on the disk."""
+        return all(self._is_whole(path, batch) for path in self._files(batch))
+
+    def _is_whole(self, path: Path, batch: range) -> bool:
+        """Whether a file is what is written there, as far as can be seen from its ends: a power cut may empty one."""
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            if path.suffix == ".png":
+                file.seek(max(0, path.stat().st_size - len(PNG_END)))
+                return file.read() == PNG_END
+        channels, *size = self.shape
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            return False
+        one = (*size, channels)
+        return array.dtype == np.uint8 and array.shape == (one if self.form == "images" else (len(batch), *one))
+
+    def write(self, batch: range, images: Tensor) -> None:
+        """Write a batch of images in [-1, 1], each file atomically."""
+        arrays = rearrange(to_uint8(images).cpu(), "n c h w -> n h w c").numpy()
+        if self.form != "images":
+            replace_bytes(self._files(batch)[0], _npy(arrays), sync=False)
+            return
+        for path, array in zip(self._files(batch), arrays, strict=True):
+            if not self._is_whole(path, batch):
+                content = _npy(array) if path.suffix == ".npy" else png(rearrange(array, "h w c -> c h w"))
+                replace_bytes(path, content, sync=False)
+
+    def finish(self, batches: Sequence[range]) -> None:
+        """Put the parts together, and remove them. Raises UsageError where one is missing."""
+        missing = next((batch for batch in batches if not self.is_done(batch)), None)
+        if missing is not None:
+            raise UsageError(
+                f"image {missing.start} is not in {self.folder}, although all are drawn: --out must lie in a folder "
+                "that all processes share"
+            )
+        for left in self.folder.glob(".*.tmp"):  # by a kill in the middle of a file
+            left.unlink(missing_ok=True)
+        labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in range(self.n)]
+        if self.form == "grid":
+            images = torch.from_numpy(np.concatenate(list(self._arrays(batches))))
+            images = rearrange(images, "n h w c -> n c h w")
+            save_grid(images, self.out, grid_columns(self.n, len(self.labels or ())))
+        elif self.form == "npz":
+            temporary = self.folder / ".whole.tmp"
+            self._save_npz(temporary, batches, labels)
+            temporary.replace(self.out)
+        if self.form == "images":
+            if not (self.folder / SETTINGS).exists():
+                self._write_settings()
+        else:
+            for batch in batches:
+                self._files(batch)[0].unlink(missing_ok=True)
+        self.close()
+
+    def _files(self, batch: range) -> list[Path]:
+        if self.form != "images":
+            return [self.folder / f"{batch.start:08d}-{batch.stop:08d}.npy"]
+        suffix = ".png" if self.shape[0] in PIL_MODES else ".npy"
+        return [self.folder / f"{i:06d}{suffix}" for i in batch]
+
+    def _arrays(self, batches: Sequence[range]) -> Iterator[NDArray[np.uint8]]:
+        for batch in batches:
+            yield np.load(self._files(batch)[0], allow_pickle=False)
+
+    def _save_npz(self, path: Path, batches: Sequence[range], labels: list[int] | None) -> None:
+        """`np.savez` of arr_0 and arr_1, of which only one batch at a time is in memory."""
+        channels, *size = self.shape
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.n, *size, channels)}
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(cast(BinaryIO, file), header)
+                for array in self._arrays(batches):
+                    file.write(array.tobytes())
+            if labels is not None:
+                archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(np.array(labels, dtype=np.int64)))
+
+
+def begin_unused(path: Path, make: Callable[[Path], SampleStore]) -> SampleStore:
+    """Begin samples at `path`, or with a number if that is taken: each of several commands has its own."""
+    for i in count(1):
+        samples = make(path.with_stem(f"{path.stem}_{i}") if i > 1 else path)
+        if samples.form != "images" and samples.out.exists():
+            continue
+        try:
+            samples.begin()
+        except (BlockingIOError, FileExistsError):
+            continue
+        return samples
+    raise AssertionError
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    buffer = BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

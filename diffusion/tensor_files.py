@@ -1,0 +1,70 @@
+"""Reading tensors from files without running anything that is in them."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffusion.errors import UsageError, one_line
+
+
+def load_plain(path: Path) -> Any:
+    """What `torch.save` wrote, if it is plain data and dense tensors. Nothing in the file is run, and nothing takes
+    more memory than the file. Raises UsageError else."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save does not do")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what it then refuses
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        _check_dense(loaded)
+        return loaded
+    except Exception as error:  # torch raises whatever the broken part gave
+        unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
+        reason = "it holds code or objects, of which nothing was run" if unsafe else one_line(error)
+        raise UsageError(f"{path} cannot be read as plain tensors: {reason}") from None
+
+
+def _check_dense(value: object, name: str = "a tensor") -> None:
+    """Raise ValueError where a tensor is sparse, nested or quantized, or claims more elements than it stores."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
+            raise ValueError(f"{name} is not dense ({value.layout}, {value.dtype}, {value.device})")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{name} has {value.numel()} elements, and stores fewer")
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_dense(part, str(key))
+    elif isinstance(value, list | tuple | set):
+        for part in value:
+            _check_dense(part, name)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds. Raises UsageError where it is damaged."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def checked_tensor(value: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A dense copy of a tensor from a file. Raises ValueError where it is of another shape or type."""
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (shape, dtype):
+        kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"a tensor is {kind}, not {dtype} {tuple(shape)}")
+    return value.detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,1 @@
+"""Training: the step, the run around it, and the run's folder."""

@@ -1,0 +1,239 @@
+"""The training step: from a batch of images to updated weights and averages.
+
+Timesteps, noise, flips and dropped labels are functions of (seed, step, position in the global batch), so the same
+images give the same update on one process or many, with any gradient accumulation, and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffusion.data.decode import shrink
+from diffusion.distributed import on_cpu
+from diffusion.ema import EMA
+from diffusion.losses import LossType, training_losses
+from diffusion.process import GaussianDiffusion
+from diffusion.randomness import generator_for, seed_for
+from diffusion.sharding import shard_like, to_full
+from diffusion.tensor_files import checked_tensor
+from diffusion.timesteps import LossSecondMoment, TimestepSamplerName
+
+LOSS_SCALES = 1.0, 2.0**24
+"""Bounds of fp16's loss scale. Below, gradients vanish unnoticed; above, torch loses steps to it."""
+
+
+class Draws(NamedTuple):
+    """The random numbers of a step, for the whole global batch: the same in every process."""
+
+    t: Tensor
+    weights: Tensor
+    noise: Tensor
+    flip: Tensor
+    unlabelled: Tensor
+
+
+class StepResult(NamedTuple):
+    """What a step computed, on the device: reading it waits for the device."""
+
+    losses: Tensor
+    """(B,), of this process's images, unweighted."""
+    t: Tensor
+    """(B,), their timesteps."""
+    grad_norm: Tensor
+    skipped: Tensor
+    """1.0 where a loss or gradient was not finite, and no weight was changed; else 0.0."""
+
+
+class TrainingStep:
+    """A callable that trains `network` on one batch.
+
+    Args:
+        network: moved to the accelerator's device, and wrapped by it.
+        optimizer: over the network's parameters. With torch's fused ones, a step never waits for the device.
+        ema_rates: moving averages to keep, in `ema`.
+        loss: see `training_losses`.
+        timestep_sampler: uniform, or by importance (`LossSecondMoment`).
+        gradient_accumulation: micro-batches that each process's share of a batch is split into.
+        grad_clip: the largest norm of the gradient.
+        label_dropout: share of the images that are trained on without their class.
+        random_flip: mirror half of the images along their last axis.
+        low_res_size: for an upsampler, the size of the smaller image that the network is given.
+        accelerator: of several processes or mixed precision; by default a plain one.
+
+    Attributes:
+        step: how many steps are done.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: GaussianDiffusion,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ema_rates: Sequence[float] = (),
+        ema_warmup: bool = False,
+        loss: LossType = "rescaled_mse",
+        timestep_sampler: TimestepSamplerName = "uniform",
+        seed: int = 0,
+        gradient_accumulation: int = 1,
+        grad_clip: float | None = None,
+        label_dropout: float = 0.0,
+        random_flip: bool = False,
+        low_res_size: int | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        self.network, self.process, self.loss = network, process, loss
+        self.accelerator = accelerator or Accelerator(cpu=on_cpu())
+        self.network.to(self.accelerator.device)
+        # Only `model` is wrapped (DDP, autocast). Names and averages are those of `network`, which FSDP2 shards.
+        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.ema = EMA(network, ema_rates, ema_warmup)
+        by_importance = timestep_sampler == "loss_second_moment"
+        self.importance = LossSecondMoment(process.num_timesteps) if by_importance else None
+        self.seed, self.gradient_accumulation, self.grad_clip = seed, gradient_accumulation, grad_clip
+        self.label_dropout, self.random_flip, self.low_res_size = label_dropout, random_flip, low_res_size
+        self.step = 0
+        self._parameters = list(network.parameters())
+        self._dropout = any(module.p > 0 for module in network.modules() if isinstance(module, nn.Dropout))
+        self.model.train()
+
+    def __call__(self, x_start: Tensor, y: Tensor | None = None) -> StepResult:
+        """Train on this process's share of a batch.
+
+        Args:
+            x_start: (B, C, *sizes) in [-1, 1], in the order of `micro_batch_slices`.
+            y: (B,), class labels, if the network has classes.
+        """
+        accelerator = self.accelerator
+        batch = len(x_start) * accelerator.num_processes
+        slices = micro_batch_slices(batch, accelerator.process_index, accelerator.num_processes,
+                                    self.gradient_accumulation)  # fmt: skip
+        draws = self.draws(self.step, batch, x_start.shape[1:])
+        losses = torch.zeros_like(draws.weights)
+        shares = zip(
+            x_start.chunk(len(slices)), [None] * len(slices) if y is None else y.chunk(len(slices)), strict=True
+        )
+        for part, (images, labels) in zip(slices, shares, strict=True):
+            mask = draws.flip[part].view(-1, *[1] * (images.ndim - 1))
+            images = torch.where(mask, images.flip(-1), images)
+            if self._dropout:
+                torch.manual_seed(seed_for(self.seed, "dropout", self.step, part.start))
+            inputs = {} if labels is None else {"y": torch.where(draws.unlabelled[part], -1, labels)}
+            if self.low_res_size is not None:
+                inputs["low_res"] = shrink(images, self.low_res_size)
+            with nullcontext() if part == slices[-1] else accelerator.no_sync(self.model):
+                loss = training_losses(self.process, partial(self.model, **inputs), images, draws.t[part],
+                                       draws.noise[part], self.loss)["loss"]  # fmt: skip
+                accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
+            losses[part] = loss.detach()
+        if self.importance:
+            self.importance.update(draws.t, accelerator.reduce(losses))  # every process learns of the whole batch
+        grad_norm, skipped = self._update(losses)
+        self.step += 1
+        own = torch.cat([torch.arange(part.start, part.stop) for part in slices]).to(losses.device)
+        return StepResult(losses[own], draws.t[own], grad_norm, skipped)
+
+    def _update(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Let the optimizer take a step, unless a number is not finite. Returns the gradient's norm and `skipped`."""
+        accelerator = self.accelerator
+        accelerator.unscale_gradients(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.grad_clip, norm)
+        norm = to_full(norm)
+        finite = torch.isfinite(norm) & torch.isfinite(losses).all()
+        skipped = (accelerator.reduce((~finite).float()) > 0).float()  # the same in all processes, without a sync
+        guarded = accelerator.scaler is not None  # a scaler skips such a step by itself
+        if not guarded and getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.optimizer.found_inf, guarded = (
+                skipped,
+                True,
+            )  # so do torch's fused optimizers, without a sync
+        if guarded or not skipped:
+            self.optimizer.step()
+        bound_loss_scale(accelerator.scaler)
+        self.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            self.ema.update(self.step, 1 - skipped)
+        return norm, skipped
+
+    def draws(self, step: int, batch: int, shape: Sequence[int]) -> Draws:
+        """The random numbers of `step` for a global batch of `batch` images of `shape`."""
+        device = self.accelerator.device
+        generator = generator_for(device, self.seed, "step", step)
+        t = torch.randint(self.process.num_timesteps, (batch,), device=device, generator=generator)
+        weights = torch.ones(batch, device=device)
+        if self.importance:
+            t, weights = self.importance.draw(batch, generator_for("cpu", self.seed, "timesteps", step))
+            t, weights = t.to(device), weights.to(device)
+        noise = torch.randn(batch, *shape, device=device, generator=generator)
+        flip = torch.rand(batch, device=device, generator=generator) < (0.5 if self.random_flip else 0.0)
+        unlabelled = torch.rand(batch, device=device, generator=generator) < self.label_dropout
+        return Draws(t, weights, noise, flip, unlabelled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state beside weights and averages: the optimizer's, the loss scale and the history of losses."""
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict()["state"],
+            "scaler": scaler.state_dict() if scaler else None,
+            "importance": self.importance.state_dict() if self.importance else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. The optimizer keeps its present learning rates.
+
+        Raises ValueError, LookupError, TypeError or AttributeError where `state` does not fit this network.
+        """
+        moments, parameters = state["optimizer"], [p for group in self.optimizer.param_groups for p in group["params"]]
+        checked = {
+            i: {"step": checked_tensor(moments[i]["step"], torch.Size(), torch.float32)}
+            | {name: checked_tensor(moments[i][name], p.shape, p.dtype) for name in ("exp_avg", "exp_avg_sq")}
+            for i, p in enumerate(parameters)
+        }
+        if moments.keys() != checked.keys() or any(moments[i].keys() != checked[i].keys() for i in checked):
+            raise ValueError("it has states of other parameters, or of another optimizer")
+        if not all(0 <= values["step"].item() < 2**53 for values in checked.values()):
+            raise ValueError("a count of steps is out of range")
+        scaler = _checked_scaler(state["scaler"])
+        if self.importance:
+            self.importance.load_state_dict(state["importance"])
+        elif state["importance"] is not None:
+            raise ValueError("it has a history of losses")
+        sharded = {
+            i: {name: shard_like(value, p) for name, value in checked[i].items()} for i, p in enumerate(parameters)
+        }
+        self.optimizer.load_state_dict({"state": sharded, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if self.accelerator.scaler and scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+
+
+def micro_batch_slices(batch_size: int, rank: int, processes: int, accumulation: int) -> list[slice]:
+    """The slices of the global batch that process `rank` trains on, one per micro-batch."""
+    size = batch_size // (processes * accumulation)
+    starts = [(micro * processes + rank) * size for micro in range(accumulation)]
+    return [slice(start, start + size) for start in starts]
+
+
+def bound_loss_scale(scaler: torch.amp.GradScaler | None) -> None:
+    """Keep fp16's loss scale within `LOSS_SCALES`."""
+    if scaler is not None:
+        scale = scaler.get_scale()
+        if not LOSS_SCALES[0] <= scale <= LOSS_SCALES[1]:
+            scaler.update(min(max(scale, LOSS_SCALES[0]), LOSS_SCALES[1]))
+
+
+def _checked_scaler(scaler: Any) -> dict[str, Any] | None:
+    numbers = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+    if not scaler:
+        return None
+    if scaler.keys() != numbers or not all(type(value) in (int, float) for value in scaler.values()):
+        raise ValueError("the loss scale is invalid")
+    return dict(scaler)

@@ -1,0 +1,420 @@
+"""The training run: when to log, save, sample and stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather, gather_object
+from safetensors import SafetensorError
+from torch import Tensor
+
+from diffusion import checkpoint
+from diffusion.config import Config
+from diffusion.data.base import Batch, DataSet, load
+from diffusion.data.decode import shrink, to_uint8, to_x_start
+from diffusion.data.loader import batch_indices, step_batches
+from diffusion.distributed import accelerate_starts, check_agreed, check_known, launcher, on_cpu
+from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, one_line
+from diffusion.images import grid_columns, save_grid
+from diffusion.randomness import seed_for
+from diffusion.sampling import batches, generate
+from diffusion.sharding import shard_like, to_host
+from diffusion.signals import SamplingInterrupted, StopSignals
+from diffusion.training.meter import Meter
+from diffusion.training.optimizer import learning_rate, parameter_groups
+from diffusion.training.resume import changes, continued_config
+from diffusion.training.run_folder import RunFolder, append_line, check_is_run, check_out
+from diffusion.training.step import TrainingStep, micro_batch_slices
+from diffusion.training.transfer import copy_weights, origin_of
+
+WAIT_SECONDS = 20
+"""How long one of several processes that received a signal waits for images, before it ends without the others."""
+Metrics = dict[str, Any]
+
+
+class Trainer:
+    """A run in the folder `out`: a new one, or continued from its newest checkpoint.
+
+    `step` counts the optimizer steps that are done. `close` releases the folder; `run` does so at its end.
+    `warn(message)` is called on the main process for recovered problems. Raises UsageError where the run cannot begin.
+    """
+
+    def __init__(self, config: Config, out: Path, warn: Callable[[str], None] = lambda message: None):
+        self.config, self.out, self.warn = config, out, warn
+        with accelerate_starts():
+            self.accelerator = accelerator = Accelerator(
+                mixed_precision=config.train.precision or "no",
+                cpu=on_cpu(),
+                # Else accelerate would divide gradients by what the environment says, a second time.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            )
+        check_known(accelerator)
+        train, accumulation = config.train, config.train.gradient_accumulation or 1
+        if train.batch_size % (accelerator.num_processes * accumulation):
+            raise UsageError(
+                f"train.batch_size {train.batch_size} does not divide into {accelerator.num_processes} processes "
+                f"times train.gradient_accumulation {accumulation}"
+            )
+        if train.precision == "fp16" and accelerator.device.type == "cpu":
+            raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
+        check_out(out)
+        with ExitStack() as on_error:
+            # Locked before a checkpoint is chosen: another process may be saving one.
+            self._folder = RunFolder(out, warn) if accelerator.is_main_process else None
+            on_error.callback(self.close)
+            accelerator.wait_for_everyone()
+            saved = checkpoint.open_checkpoint(out) if checkpoint.folders(out) else None
+            self._prepare(saved)
+            self._signals = StopSignals(accelerator.num_processes, launcher())
+            if self._folder:
+                damaged = [path for path, _ in saved.passed_over] if saved else []
+                dropped = self._folder.begin(self.config, self.step, damaged)
+                if dropped and not saved:
+                    warn(
+                        f"no checkpoint is left of the run in {out}, which had reached step {dropped}: it begins "
+                        "again, and the metrics of before are in metrics_superseded.jsonl"
+                    )
+            accelerator.wait_for_everyone()
+            on_error.pop_all()
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps are done."""
+        return self.training_step.step
+
+    @property
+    def parts(self) -> dict[str, checkpoint.Stateful]:
+        """The parts of the run whose state a checkpoint holds beside weights and averages."""
+        return {"step": self.training_step, "meter": self.meter}
+
+    def _prepare(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Open the data and build the training step, from `saved` if given. Raises UsageError where they do not fit."""
+        if saved:
+            self.config = continued_config(saved, self.config, self.out)
+        config, accelerator, train = self.config, self.accelerator, self.config.train
+        self.dataset = self._open_data(saved)
+        self.process = config.diffusion.process()
+        torch.manual_seed(seed_for(train.seed, "weights"))
+        self.network = config.network(len(self.class_names))
+        self.origin: dict[str, Any] | None = saved.origin if saved else None
+        notes: list[str] = []
+        if saved:
+            weights = saved.weights()
+            checkpoint.check_fits(self.network, weights, saved.path)
+            self.network.load_state_dict(weights)
+        elif train.init_from is not None:
+            check_is_run(Path(train.init_from))
+            source, weights = checkpoint.open_weights(Path(train.init_from))
+            notes = copy_weights(self.network, weights, source, config, self.class_names)
+            self.origin = origin_of(source)
+        self.network.to(accelerator.device)
+        self.training_step = TrainingStep(
+            self.network,
+            self.process,
+            torch.optim.AdamW(
+                parameter_groups(self.network, train.scalar_lr_factor),
+                lr=train.lr,
+                weight_decay=train.weight_decay,
+                fused=True,
+            ),
+            ema_rates=train.ema_rates,
+            ema_warmup=train.ema_warmup,
+            loss=config.diffusion.loss,
+            timestep_sampler=train.timestep_sampler,
+            seed=train.seed,
+            gradient_accumulation=train.gradient_accumulation or 1,
+            grad_clip=train.grad_clip,
+            label_dropout=train.label_dropout,
+            random_flip=config.data.random_flip,
+            low_res_size=config.data.low_res_size,
+            accelerator=accelerator,
+        )
+        self.ema, self.meter = self.training_step.ema, Meter(accelerator)
+        if saved:
+            self._restore(saved)
+            notes += changes(saved, config, self.environment)
+        if accelerator.is_main_process:
+            self._warn_at_start(saved, notes)
+
+    def _open_data(self, saved: checkpoint.Checkpoint | None) -> DataSet:
+        """The data set, checked against the batch size, the other processes and the run to be continued."""
+        config, out = self.config, self.out
+        with self.accelerator.main_process_first():  # one process downloads, the others find it there
+            dataset = config.data.open()
+        if len(dataset) < config.train.batch_size:
+            raise UsageError(
+                f"the data hold {len(dataset)} images, fewer than train.batch_size {config.train.batch_size}: "
+                f"make it {len(dataset)} or less"
+            )
+        self.class_names = dataset.class_names if config.model.class_cond else ()
+        if saved and saved.class_names != self.class_names:
+            here, there = (", ".join(names) or "none" for names in (self.class_names, saved.class_names))
+            raise UsageError(f"the data's classes are {here}, and {there} in {out}")
+        self.fingerprint = dataset.fingerprint()
+        newest, settings = saved.path.name if saved else "none", json.dumps(dataclasses.asdict(config))
+        check_agreed(
+            ("the newest checkpoint is", newest, f"--out {out} must be a folder that all machines share"),
+            ("the data are", self.fingerprint, "they must be the same for all processes"),
+            ("the configuration is", settings, "give all processes the same command"),
+        )
+        if saved and saved.data not in (None, self.fingerprint) and not config.data.allow_change:
+            errors = dataset.left_out
+            unread = f"; {len(errors)} cannot be read, the first is {errors[0]}" if errors else ""
+            raise UsageError(
+                f"the data are not those that the run in {out} began with ({saved.data} then, {self.fingerprint} now"
+                f"{unread}): continue on these with --data.allow_change true, or begin another run with --out"
+            )
+        return dataset
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        saved.restore(self.parts)
+        for rate, average in self.ema.averages.items():
+            kept = saved.ema(rate)
+            checkpoint.check_fits(self.network, kept, saved.path / f"ema_{rate}.safetensors")
+            for name, value in average.items():
+                value.copy_(shard_like(kept[name], value))
+        self.training_step.step = saved.step
+
+    def _warn_at_start(self, saved: checkpoint.Checkpoint | None, notes: Sequence[str]) -> None:
+        for _, damage in saved.passed_over if saved else ():
+            self.warn(f"{damage}; it is moved to damaged_..., and that of step {self.step} is used")
+        self._warn_of("image files left out, since they cannot be read", self.dataset.left_out)
+        for note in notes:
+            self.warn(note)
+        if not self.config.model.use_norm and self.config.train.grad_clip is None:
+            self.warn("without normalisation the first steps can throw a run far back: --train.grad_clip 1 prevents it "
+                      "(docs/zero-init.md)")  # fmt: skip
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the rounding of a step depends on."""
+        return {"device": self.accelerator.device.type, "processes": self.accelerator.num_processes,
+                "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+
+    def run(self, on_step: Callable[[int, Metrics | None], None] = lambda step, metrics: None) -> None:
+        """Train to the last step. `on_step` is called with each step done, and the metrics where they are logged.
+
+        Raises Stopped after a signal, when all is saved, and UsageError when the loss stays non-finite.
+        """
+        data, train = self.config.data, self.config.train
+        slices = micro_batch_slices(train.batch_size, self.accelerator.process_index, self.accelerator.num_processes,
+                                    train.gradient_accumulation or 1)  # fmt: skip
+        images = step_batches(self.dataset, train.batch_size, train.seed, range(self.step, train.steps), slices,
+                              data.workers, replaced=self.meter.unreadable.extend,
+                              waiting=self._check_waiting)  # fmt: skip
+        with closing(self), self._signals, closing(images):
+            try:
+                self._run(images, on_step)
+            except RuntimeError as error:  # raised by a signal handler of torch's, anywhere
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise WorkerDied(
+                    f"a process that read images ahead died ({one_line(error)}): the same command continues; if memory "
+                    "is short, with fewer --data.workers"
+                ) from None
+
+    def _run(self, data: Iterator[Batch], on_step: Callable[[int, Metrics | None], None]) -> None:
+        train, step, meter = self.config.train, self.training_step, self.meter
+        self.network.train()
+        meter.start()
+        while self.step < train.steps:
+            lr = learning_rate(train, self.step)
+            for group in step.optimizer.param_groups:
+                group["lr"] = lr * group["factor"]
+            images, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in next(data))
+            result = step(to_x_start(images), y if self.class_names else None)
+            meter.update(result.losses, result.t * 4 // self.process.num_timesteps)
+            meter.count_step(self.step, result.skipped)
+            self._after_step(lr, result.grad_norm, on_step)
+
+    def _after_step(self, lr: float, grad_norm: Tensor, on_step: Callable[[int, Metrics | None], None]) -> None:
+        """Log, save, sample and stop, as far as they are due. What cannot be written stops the run at the end."""
+        config, meter = self.config, self.meter
+        saves = self._is_due(config.checkpoint.every)
+        metrics, not_written = None, None
+        try:
+            if saves or self.step % config.train.log_every == 0:
+                metrics = self._log(grad_norm, lr)
+        except NotWritten as error:  # the disk of the checkpoints may be another
+            not_written = error
+        on_step(self.step, metrics)
+        # Weights that may be broken do not replace good ones.
+        saves = (saves or not_written is not None) and not meter.in_a_row
+        if saves:
+            try:
+                with meter.paused():
+                    self.save()
+            except NotWritten as error:
+                raise NotWritten(f"{not_written}; {error}" if not_written else str(error)) from None
+        if not_written is None and self._is_due(config.sample.every):
+            try:
+                with meter.paused(), suppress(SamplingInterrupted):
+                    self.sample()
+            except NotWritten as error:
+                not_written = error
+                if not saves:
+                    self.save()
+        if not_written is not None:
+            raise NotWritten(f"{not_written}; {self._last_checkpoint()}")
+        if self._signals.stop_requested():
+            if not saves:
+                self.save()
+            raise self._stopped()
+
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    def _check_waiting(self) -> None:
+        """Obey a signal although the next images have not arrived: what was done is saved."""
+        waited = self._signals.waited()
+        if waited and self.accelerator.num_processes == 1:
+            self.save()
+            raise self._stopped()
+        if waited > WAIT_SECONDS:  # the others are inside a step, and cannot save with this process
+            raise WorkerDied("stopped by a signal while images were waited for: the steps since the last checkpoint "
+                             "are not saved, and the same command continues from it")  # fmt: skip
+
+    def _stopped(self) -> Stopped:
+        return self._signals.stopped(f"after step {self.step}, which is saved: the same command continues")
+
+    def close(self) -> None:
+        """Release the run's folder."""
+        if self._folder is not None:
+            self._folder.close()
+
+    @property
+    def last_grid(self) -> Path:
+        """The path of the present step's grid."""
+        return self.out / "samples" / f"step_{self.step:08d}.png"
+
+    def sample(self) -> None:
+        """Write a grid of images generated from fixed noise with the first moving average."""
+        config, accelerator = self.config, self.accelerator
+        share = math.ceil(config.sample.n / accelerator.num_processes)
+        # All processes generate as many, so that gathering is one call; the surplus of the last is cut off.
+        indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        labels, low_res = list(range(len(self.class_names))) or None, None
+        if config.data.low_res_size is not None:  # the first images of the data, shrunk, are enlarged
+            images, y = load(self.dataset, [i % len(self.dataset) for i in range(indices.stop)])
+            small, labels = shrink(to_x_start(images), config.data.low_res_size), y.tolist() if labels else None
+            low_res = lambda batch: small[batch.start : batch.stop]  # noqa: E731
+        size = config.train.batch_size // (accelerator.num_processes * (config.train.gradient_accumulation or 1))
+        self.network.eval()
+        with self.ema.in_place(config.train.ema_rates[0]):
+            generated = [images for _, images in generate(
+                config, self.network, batches(indices, size), labels=labels, low_res=low_res, seed=config.train.seed,
+                device=accelerator.device, progress=self._signals.interruptible)]  # fmt: skip
+        self.network.train()
+        images = gather(to_uint8(torch.cat(generated)).to(accelerator.device))[: config.sample.n]
+        columns = grid_columns(config.sample.n, len(self.class_names))
+        self._write(lambda: save_grid(images, self.last_grid, columns), self.last_grid)
+
+    def save(self) -> None:
+        """Write a checkpoint of the run."""
+        config, main = self.config.checkpoint, self.accelerator.is_main_process
+        folder = checkpoint.checkpoint_folder(self.out, self.step)
+
+        # What all processes have to gather, before the first one writes.
+        weights = to_host(self.network.state_dict(), main)
+        broken = [next((name for name, value in weights.items() if main and not value.isfinite().all()), None)]
+        broadcast_object_list(broken)
+        if broken[0]:
+            raise UsageError(f"after step {self.step}, {broken[0]} is no longer finite, and nothing is saved: "
+                             f"{self._again_with('a lower train.lr or with train.grad_clip')}")  # fmt: skip
+        averages = {rate: to_host(average, main) for rate, average in self.ema.averages.items()}
+        states = {name: to_host(part.state_dict(), main) for name, part in self.parts.items()}
+
+        def write() -> None:
+            checkpoint.save(
+                folder,
+                step=self.step,
+                config=self.config,
+                class_names=self.class_names,
+                weights=weights,
+                averages=averages,
+                training=states,
+                data=self.fingerprint,
+                origin=self.origin,
+                environment=self.environment,
+            )
+            checkpoint.prune(self.out, config.keep_last, config.keep_every)
+
+        try:
+            self._write(write, folder)
+        except NotWritten as error:
+            raise NotWritten(f"{error}; {self._last_checkpoint()}") from None
+
+    def _last_checkpoint(self) -> str:
+        """What is saved of the run, and how it continues."""
+        found = checkpoint.folders(self.out)
+        if not found:
+            return "no checkpoint was saved before, so the same command begins again"
+        return f"the checkpoints up to step {checkpoint.step_of(found[0])} are whole, and the same command continues"
+
+    def _again_with(self, what: str) -> str:
+        """How a run that diverged is repaired."""
+        found = checkpoint.folders(self.out)
+        if not found:
+            return f"no checkpoint was saved before, so begin again with {what}"
+        return f"continue from the checkpoint of step {checkpoint.step_of(found[0])} with {what}"
+
+    def _write(self, write: Callable[[], None], path: Path) -> None:
+        """Let the main process write. If it cannot, all raise NotWritten, or all go on with a warning."""
+        failed: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except (OSError, SafetensorError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+                failed = [f"{path} cannot be written: {one_line(error)}"]
+        broadcast_object_list(failed)
+        if failed[0] is not None:
+            if self.config.checkpoint.on_error == "stop":
+                raise NotWritten(failed[0])
+            if self.accelerator.is_main_process:
+                self.warn(failed[0])
+
+    def _warn_of(self, what: str, errors: Sequence[str]) -> None:
+        """Name up to five errors, and count all."""
+        if errors:
+            more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
+            self.warn(f"{len(errors)} {what}: {'; '.join(errors[:5])}{more}")
+
+    def _log(self, grad_norm: Tensor, lr: float) -> Metrics:
+        """Write a line of metrics. Raises UsageError if too many steps in a row were skipped."""
+        unreadable = gather_object(list(self.meter.unreadable)) if self.config.data.on_error == "skip" else []
+        metrics: Metrics = {"step": self.step, **self.meter.compute(), "grad_norm": grad_norm.item(), "lr": lr}
+        metrics["unreadable"] = len(unreadable)
+        if self.accelerator.is_main_process:
+            self._warn_of("image files replaced by others, since they cannot be read", sorted(set(unreadable)))
+            if metrics["skipped"]:
+                self.warn(f"{metrics['skipped']} steps by step {self.step} had a loss or gradient that is not finite "
+                          "and were skipped")  # fmt: skip
+        in_a_row = int(self.meter.in_a_row)
+        if in_a_row >= self.config.train.max_skipped or (in_a_row and self.step == self.config.train.steps):
+            last = int(self.meter.last_skipped)
+            raise UsageError(
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite. The last was step {last}, "
+                f"with {self._describe(last - 1)}. Nothing since is saved: "
+                f"{self._again_with('a lower train.lr or with train.grad_clip')}"
+            )
+        metrics = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
+        self._write(lambda: append_line(self.out / "metrics.jsonl", metrics), self.out / "metrics.jsonl")
+        return metrics
+
+    def _describe(self, step: int) -> str:
+        """The first timesteps and images of a step. (Timesteps by importance are no longer known.)"""
+        train = self.config.train
+        indices = batch_indices(len(self.dataset), train.batch_size, train.seed, step)[:8]
+        images = f"images {', '.join(self.dataset.name_of(i) for i in indices)}, ..."
+        if self.training_step.importance:
+            return images
+        t = self.training_step.draws(step, train.batch_size, self.config.data.shape).t
+        return f"t {', '.join(map(str, t[:8].tolist()))}, ... and {images}"

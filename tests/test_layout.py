@@ -1,0 +1,167 @@
+"""The architecture: imports point one way, the mathematics stands alone, and additions have one place."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, SMALL, user_environment
+
+PACKAGE = ROOT / "diffusion"
+MATHEMATICS = ["schedule", "process", "losses", "timesteps", "samplers", "likelihood", "ema", "randomness"]
+NETWORK = ["models.layers", "models.rules", "models.unet", "models.initialisation"]
+LAYERS = [
+    ["errors", "sharding"],
+    [*MATHEMATICS, *NETWORK],
+    ["files", "fields", "signals", "data"],
+    ["config", "config_file"],
+    ["tensor_files", "images", "checkpoint", "sampling", "sample_store", "distributed"],
+    ["training"],
+    ["metrics"],
+    ["interop"],
+    ["commands"],
+]
+"""From the bottom: a module imports only from its own layer and from those above it in this list."""
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
+def imports_of(tree):
+    """What a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name.removeprefix("diffusion.") in MODULES else node.module for name in inside)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def layer_of(module):
+    found = [i for i, layer in enumerate(LAYERS) for name in layer if f"{module}.".startswith(f"{name}.")]
+    assert len(found) == 1, f"{module} has no place in LAYERS"
+    return found[0]
+
+
+ENTRY = ("", "__main__", "models")
+"""Modules that gather others or start the program."""
+
+
+def test_imports_point_one_way():
+    graph = {}
+    for module, tree in MODULES.items():
+        if module in ENTRY:
+            continue
+        ours = {name.removeprefix("diffusion.") for name in imports_of(tree) if name.startswith("diffusion.")}
+        graph[module] = ours - {module}
+        for other in graph[module]:
+            assert layer_of(other) <= layer_of(module), f"{module} imports {other}, which lies above it"
+    done = set()
+    while ready := {module for module in graph.keys() - done if graph[module] <= done | set(ENTRY)}:
+        done |= ready
+    assert done == graph.keys(), f"these import each other: {sorted(graph.keys() - done)}"
+
+
+def test_the_mathematics_stands_alone_and_can_be_read_in_an_evening():
+    for module in [*MATHEMATICS, *NETWORK, "sharding", "errors"]:
+        outside = {name.split(".")[0] for name in imports_of(MODULES[module])} - {"diffusion"}
+        assert outside - set(sys.stdlib_module_names) <= {"torch", "numpy", "einops"}, module
+    read = [*MATHEMATICS, "models.layers", "models.unet"]
+    lines = sum((PACKAGE / f"{name.replace('.', '/')}.py").read_text().count("\n") for name in read)
+    assert lines < 1300
+
+
+def test_nothing_in_the_library_prints():
+    for module, tree in MODULES.items():
+        calls = [
+            node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]
+        assert "print" not in calls or module.startswith("commands"), module
+
+
+def test_files_and_functions_are_short():
+    for module, tree in MODULES.items():
+        path = PACKAGE / f"{module.replace('.', '/')}.py"
+        text = (path if path.exists() else PACKAGE / module.replace(".", "/") / "__init__.py").read_text().splitlines()
+        assert len(text) <= 400, module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                reason = text[node.lineno - 2]
+                assert reason.strip().startswith("# Long,"), (
+                    f"{module}.{node.name} is {node.end_lineno - node.lineno + 1}"
+                )
+
+
+# --- docs/extending.md ------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/extending.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A copy of the project in which the page has been followed."""
+    copy = tmp_path_factory.mktemp("extended")
+    for name in ("diffusion", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "sample.py", "evaluate.py"):
+        shutil.copy(ROOT / name, copy)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    sampler, sampler_line, source, source_line, metric, metric_line = blocks
+    samplers = copy / "diffusion/samplers.py"
+    text = samplers.read_text()
+    at = text.index("SAMPLERS: ")
+    samplers.write_text(text[:at] + sampler + "\n\n" + add_line(text[at:], sampler_line))
+    for kind, code, line in (("data/sources", source, source_line), ("metrics", metric, metric_line)):
+        [file] = re.findall(rf"^`diffusion/{kind}/(\w+)\.py`:$", PAGE, re.MULTILINE)
+        (copy / f"diffusion/{kind}/{file}.py").write_text(code)
+        names = copy / f"diffusion/{kind}/__init__.py"
+        defined = line.split(":")[1].strip(" ,\n")
+        package = f"diffusion.{kind.replace('/', '.')}.{file}"
+        names.write_text(f"from {package} import {defined}\n" + add_line(names.read_text(), line))
+    return copy
+
+
+def add_line(text, line):
+    """Add an entry to the first dict of a text that is assigned over names in capitals."""
+    return re.sub(r"(^[A-Z]+: .*= \{)", rf"\1{line.strip()} ", text, count=1, flags=re.MULTILINE)
+
+
+def run(folder, *argv, code=0):
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=folder, capture_output=True, text=True, timeout=300,
+                          env=user_environment() | {"PYTHONPATH": str(folder)})  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_page_on_extending_can_be_followed(extended):
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 3
+    run(extended, "train.py", "--out", "runs/digits", *SMALL)
+    for line in commands:
+        argv = shlex.split(line)[1:]
+        extra = [*SMALL, "--sample.sampler", "tempered", "--sample.options.temperature", "0.5"] * (
+            argv[0] == "train.py"
+        )
+        out = run(extended, *argv, *extra)
+        if "brightness" in line:
+            assert re.search(r"brightness -?\d\.\d+ of 100 generated images, -?\d\.\d+ of the data", out)
+    assert "count: 500" in (extended / "runs/discs/config.yaml").read_text()
+    assert "tempered" in run(extended, "sample.py", "--help")
+    assert "--data.count" in run(extended, "train.py", "--help")
+    out = run(extended, "train.py", "--data.count", "3", code=2)
+    assert "data.count belongs to the sources discs, and data.source is digits" in out
+    out = run(extended, "sample.py", "--ckpt", "runs/digits", "--sampler", "tempered", "--eta", "1", code=2)
+    assert "--eta is not an option of tempered: it has temperature" in out
+    run(extended, "train.py", "--data.source", "discs", "--out", "runs/discs", "--train.steps", "4")  # continues
+    assert Path(extended, "runs/discs/checkpoints/step_00000004").is_dir()
+    assert os.listdir(extended / "runs/digits/samples")
