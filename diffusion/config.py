@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import json
 from collections.abc import Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from diffusion.data.base import DataConfig
 from diffusion.data.sources import SOURCES
 from diffusion.errors import UsageError
-from diffusion.fields import SCHEMA, Finite, Natural, PathText, Positive
+from diffusion.fields import Finite, Natural, PathText, Positive, has_field, one_of, section, shown
 from diffusion.losses import LossType
 from diffusion.models.initialisation import InitName, check_init, initialise
 from diffusion.models.rules import check_sizes, check_widths
@@ -31,7 +28,7 @@ from diffusion.schedule import Schedule, ScheduleName, space_timesteps
 from diffusion.timesteps import TimestepSamplerName
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("model")
 class ModelConfig:
     """The U-Net."""
 
@@ -78,7 +75,7 @@ class ModelConfig:
             raise UsageError(f"model.{error}") from None
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("diffusion")
 class DiffusionConfig:
     """The diffusion process and the loss."""
 
@@ -106,7 +103,7 @@ class DiffusionConfig:
         return GaussianDiffusion(schedule, self.prediction, self.variance, self.rescale_timesteps)
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("train")
 class TrainConfig:
     """The training run."""
 
@@ -160,7 +157,7 @@ class TrainConfig:
             raise UsageError(f"train.ema_rates is {list(self.ema_rates)}; each rate may stand there once")
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("sample")
 class SampleConfig:
     """The pictures drawn during training, and what sample.py draws where its flags say nothing else."""
 
@@ -184,7 +181,7 @@ class SampleConfig:
             raise UsageError(f"sample.options.{error}") from None
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("checkpoint")
 class CheckpointConfig:
     """Checkpoints."""
 
@@ -204,7 +201,7 @@ else:
     _Data = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("")
 class Config:
     """A whole run."""
 
@@ -270,25 +267,6 @@ FIELDS = list(
 )
 
 
-def _raises_usage_error(cls: Any) -> None:
-    """Let `cls(...)`, and so `dataclasses.replace`, raise UsageError instead of pydantic's ValidationError."""
-    validated = cls.__init__
-    section = next((name for name, kinds in CLASSES.items() if cls in kinds), "")
-
-    @functools.wraps(validated)
-    def init(self: Any, **values: Any) -> None:
-        try:
-            validated(self, **values)
-        except ValidationError as error:
-            raise UsageError(_message(error, values, section)) from None
-
-    cls.__init__ = init
-
-
-for _cls in (*(kind for kinds in CLASSES.values() for kind in kinds), Config):
-    _raises_usage_error(_cls)
-
-
 def config_of(sections: Mapping[str, Any]) -> Config:
     """The configuration of plain values; what is left out has its default. Raises UsageError, in one line, for an
     unknown key, a wrong type, a value out of range or an impossible combination."""
@@ -303,9 +281,9 @@ def _section_class(name: str, values: Mapping[str, Any]) -> Any:
     source = values.get("source", "digits")
     kind = SOURCES.get(source) if isinstance(source, str) else None
     if kind is None:
-        raise UsageError(f"data.source is {_shown(source)}; it must be {_one_of(str(source), list(SOURCES))}")
+        raise UsageError(f"data.source is {shown(source)}; it must be {one_of(str(source), list(SOURCES))}")
     for key in values:
-        having = [other for other, cls in SOURCES.items() if _has_field(cls, key)]
+        having = [other for other, cls in SOURCES.items() if has_field(cls, key)]
         if source not in having:
             raise UsageError(f"data.{key} belongs to the sources {', '.join(having)}, and data.source is {source}")
     return kind
@@ -322,114 +300,25 @@ def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str
         base.setdefault(name, {}).update(values)
 
 
-def _has_field(cls: Any, key: str) -> bool:
-    return any(f.name == key for f in dataclasses.fields(cls))
-
-
 def check_keys(sections: Mapping[Any, Any]) -> None:
     """Raise UsageError for the first section or key that does not exist."""
     for name, values in sections.items():
         if name not in SECTIONS:
             raise unknown(f"{name}.{next(iter(values))}" if isinstance(values, Mapping) and values else str(name))
         if not isinstance(values, Mapping):
-            raise UsageError(f"{name} is {_shown(values)}; it must be a section of keys")
+            raise UsageError(f"{name} is {shown(values)}; it must be a section of keys")
         for key in values:
             if f"{name}.{key}" not in FIELDS:
                 raise unknown(f"{name}.{key}")
 
 
-@functools.cache
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a configuration file, for editors."""
-    return TypeAdapter(Config).json_schema()
-
-
-def describe(key: str) -> tuple[str, dict[str, list[str]]]:
-    """The help text of a field "section.name", and the JSON types that it takes, each with the words that it is limited
-    to, if any."""
-    name, having = key.split(".")[1], classes_with(key)
-    entries = [json_schema()["$defs"][kind.__name__]["properties"][name] for kind in having]
-    described = [*having, *(base for kind in having for base in kind.__mro__ if hasattr(base, "__pydantic_fields__"))]
-    text = next(
-        field.description for kind in described if (field := kind.__pydantic_fields__.get(name)) and field.description
-    )
-    types: dict[str, list[str]] = {}
-    for entry in entries:
-        for option in entry.get("anyOf", [entry]):
-            words = option.get("enum", [option["const"]] if "const" in option else [])
-            types.setdefault(option.get("type", "string"), []).extend(words)
-    return " ".join(text.split()), types
-
-
 def classes_with(key: str) -> list[Any]:
     """The classes that have a field "section.name": of data, perhaps only some sources."""
     section, name = key.split(".")
-    return [kind for kind in CLASSES[section] if _has_field(kind, name)]
-
-
-def plain(value: object) -> str:
-    """A setting as it is written in a file."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return [kind for kind in CLASSES[section] if has_field(kind, name)]
 
 
 def unknown(key: str, known: list[str] | None = None) -> UsageError:
     """What to say of a key that does not exist, with the nearest that does."""
     near = difflib.get_close_matches(key, known or FIELDS, n=1, cutoff=0.4)
     return UsageError(f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all"))
-
-
-def check_range(name: str, value: float, least: int, most: int = 10**9) -> None:
-    """Raise UsageError, with the setting's name, where its value is out of range or no number."""
-    if not value >= least:
-        raise UsageError(f"{name} is {value}; it must be at least {least}")
-    if value > most:
-        raise UsageError(f"{name} is {value}; it must be at most {most}")
-
-
-def _message(error: ValidationError, values: Mapping[str, Any], section: str) -> str:
-    """The first thing that is wrong with a section's values: its key, the value, and what would be right."""
-    first = error.errors(include_url=False)[0]
-    name, kind = str(first["loc"][0]) if first["loc"] else "", first["type"]
-    key = f"{section}.{name}" if section else name
-    if kind == "value_error":
-        said = str(first["ctx"]["error"])
-        return f"{key} {said}" if name else said
-    if key not in FIELDS:
-        return str(unknown(key)) if section else f"{key} must be a section of keys"
-    value = values[name]
-    ctx, types = first.get("ctx", {}), describe(key)[1]
-    limits = {"greater_than_equal": ("at least", "ge"), "greater_than": ("above", "gt"),
-              "less_than_equal": ("at most", "le"), "less_than": ("below", "lt")}  # fmt: skip
-    options = next((words for words in types.values() if words), [])
-    names = {
-        "object": "section",
-        "integer": "int",
-        "number": "float",
-        "boolean": "bool",
-        "string": "str",
-        "array": "list",
-    }
-    if kind in limits:
-        right = f"{limits[kind][0]} {ctx[limits[kind][1]]:g}"
-    elif kind == "finite_number":
-        right = "a finite number"
-    elif options:
-        right = _one_of(str(value), options)
-    elif "array" in types and isinstance(value, int | float):
-        right = f"a list: [{_shown(value)}]"
-    else:
-        right = "of type " + " or ".join(names.get(name, name) for name in types)
-    return f"{key} is {_shown(value)}; it must be {right}"
-
-
-def _one_of(value: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(value, options, n=1)
-    return f"one of {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
-
-
-def _shown(value: Any) -> str:
-    if value == "" or value is None:
-        return "empty" if value == "" else "null"
-    plain = isinstance(value, str | float)
-    text = str(value) if plain else json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,15 +1,25 @@
-"""Types of configuration fields, each with its range."""
+"""Sections of a configuration: classes whose fields carry their ranges, and whose errors are one line."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
+import json
 import os
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from diffusion.errors import UsageError
 
+T = TypeVar("T")
 SCHEMA = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+LIMITS = {"greater_than_equal": ("at least", "ge"), "greater_than": ("above", "gt"),
+          "less_than_equal": ("at most", "le"), "less_than": ("below", "lt")}  # fmt: skip
+TYPES = {"object": "section", "integer": "int", "number": "float", "boolean": "bool", "string": "str", "array": "list"}
 
 
 def _checked_path(path: str) -> str:
@@ -34,3 +44,97 @@ PathText = Annotated[
     BeforeValidator(lambda path: os.fsdecode(path) if isinstance(path, bytes) else path),  # YAML's !!binary
     AfterValidator(_checked_path),
 ]
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def section(name: str) -> Callable[[type[T]], type[T]]:
+    """A decorator for the section `name` of a configuration: a frozen dataclass that validates.
+
+    The constructor, and so `dataclasses.replace`, raises UsageError with the field "name.field", its value, and what
+    would be right. The docstring under a field is its help text.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        made: Any = dataclass(frozen=True, config=SCHEMA)(cls)
+        validated = made.__init__
+
+        @functools.wraps(validated)
+        def init(self: Any, **values: Any) -> None:
+            try:
+                validated(self, **values)
+            except ValidationError as error:
+                raise UsageError(_message(error, values, name, made)) from None
+
+        made.__init__ = init
+        return made
+
+    return decorate
+
+
+def describe(kinds: list[Any], name: str) -> tuple[str, dict[str, list[str]]]:
+    """The help text of the field `name` of these sections, and the JSON types that it takes, each with the words that
+    it is limited to, if any."""
+    described = [base.__pydantic_fields__ for kind in kinds for base in kind.__mro__
+                 if name in getattr(base, "__pydantic_fields__", ())]  # fmt: skip
+    text = next(fields[name].description for fields in described if fields[name].description)
+    types: dict[str, list[str]] = {}
+    for kind in kinds:
+        entry = json_schema(kind)["properties"][name]
+        for option in entry.get("anyOf", [entry]):
+            words = option.get("enum", [option["const"]] if "const" in option else [])
+            types.setdefault(option.get("type", "string"), []).extend(words)
+    return " ".join(text.split()), types
+
+
+@functools.cache
+def json_schema(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a section or configuration."""
+    return TypeAdapter(kind).json_schema()
+
+
+def has_field(kind: Any, name: str) -> bool:
+    """Whether a section has a field."""
+    return any(f.name == name for f in dataclasses.fields(kind))
+
+
+def plain(value: object) -> str:
+    """A setting as it is written in a file."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def shown(value: Any) -> str:
+    """A value in a message."""
+    if value == "" or value is None:
+        return "empty" if value == "" else "null"
+    text = str(value) if isinstance(value, str | float) else json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def one_of(value: str, options: list[str]) -> str:
+    """The options for a value in a message, with the nearest one."""
+    near = difflib.get_close_matches(value, options, n=1)
+    return f"one of {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def _message(error: ValidationError, values: Mapping[str, Any], section: str, cls: Any) -> str:
+    """The first thing that is wrong with a section's values."""
+    first = error.errors(include_url=False)[0]
+    name, kind = str(first["loc"][0]) if first["loc"] else "", first["type"]
+    key = f"{section}.{name}".strip(".")
+    if kind == "value_error":
+        return f"{key} {first['ctx']['error']}" if name else str(first["ctx"]["error"])
+    if not has_field(cls, name) or not section:
+        return f"unknown key {key}" if section else f"{key} must be a section of keys"
+    value, types = values[name], describe([cls], name)[1]
+    options = next((words for words in types.values() if words), [])
+    if kind in LIMITS:
+        right = f"{LIMITS[kind][0]} {first['ctx'][LIMITS[kind][1]]:g}"
+    elif kind == "finite_number":
+        right = "a finite number"
+    elif options:
+        right = one_of(str(value), options)
+    elif "array" in types and isinstance(value, int | float):
+        right = f"a list: [{shown(value)}]"
+    else:
+        right = "of type " + " or ".join(TYPES.get(option, option) for option in types)
+    return f"{key} is {shown(value)}; it must be {right}"

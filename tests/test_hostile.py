@@ -26,12 +26,13 @@ from test_trainer import metrics, small
 import evaluate
 import sample
 from diffusion import UsageError, checkpoint
-from diffusion.config import FIELDS, config_of, describe
+from diffusion.config import FIELDS, classes_with, config_of
 from diffusion.config_file import load_config, save_config
 from diffusion.data.base import load
 from diffusion.data.sources.folder import Folder, FolderDataset
 from diffusion.data.sources.torchvision import MNIST
 from diffusion.errors import Stopped
+from diffusion.fields import describe
 from diffusion.files import replace_text
 from diffusion.training.trainer import Trainer
 
@@ -205,7 +206,8 @@ def test_a_run_on_a_path_that_is_not_utf8_is_continued(tmp_path):
     os.mkdir(folder)
     for i in range(4):
         Image.effect_noise((8, 8), 90 + i).save(os.path.join(folder, b"%d.png" % i))
-    flags = ["--data.source", "folder", "--model.class_cond", "false", "--train.batch_size", 4, "--sample.n", 1,
+    flags = ["--data.source", "folder", "--data.image_size", 8, "--data.channels", 1,
+             "--model.class_cond", "false", "--train.batch_size", 4, "--sample.n", 1,
              "--sample.steps", 1, "--out", tmp_path / "run"]  # fmt: skip
     argv = [os.fsencode(str(word)) for word in [sys.executable, "train.py", *flags, "--data.path"]] + [folder]
     for steps in (b"1", b"2"):
@@ -236,7 +238,7 @@ def test_a_file_that_would_fill_the_memory_gets_one_line(tmp_path, text, says):
 
 def test_every_field_has_a_type_and_a_description():
     for key in FIELDS:
-        description, types = describe(key)
+        description, types = describe(classes_with(key), key.split(".")[1])
         assert description, key
         assert types, key
 
@@ -299,7 +301,8 @@ def test_workers_need_no_shared_memory(images, tmp_path):
     """Docker gives /dev/shm 64 MB, where torch would send batches through and lose them."""
     for i in range(8):
         Image.effect_noise((256, 256), 90 + i).save(images / f"large{i}.png")
-    argv = [sys.executable, "train.py", "--out", tmp_path / "run", "--data.source", "folder", "--data.path", images,
+    argv = [sys.executable, "train.py", "--out", tmp_path / "run", "--data.source", "folder", "--data.image_size", 8,
+            "--data.channels", 1, "--data.path", images,
             "--data.image_size", 256, "--data.channels", 3, "--data.workers", 2, "--model.class_cond", "false",
             "--model.channel_mult", "[1,1,1,1,1,1]", "--model.attention_resolutions", "[32]", "--train.steps", 2,
             "--train.batch_size", 4, "--sample.n", 1, "--sample.steps", 1]  # fmt: skip

@@ -17,6 +17,7 @@ from diffusion import checkpoint
 from diffusion.training.step import bound_loss_scale
 from diffusion.training.trainer import Trainer
 
+FOLDER = ["--data.source", "folder", "--data.image_size", "8", "--data.channels", "1"]
 TWO = ["torchrun", "--nproc_per_node", "2"]
 ACCELERATE = ["accelerate", "launch", "--config_file"]
 CONFIGS = ROOT / "configs/accelerate"
@@ -29,9 +30,9 @@ def tensors(run):
     everything = {f"weight {name}": value for name, value in saved.weights().items()}
     for rate in saved.config.train.ema_rates:
         everything |= {f"average {name}": value for name, value in saved.ema(rate).items()}
-    for i, moments in training["optimizer"]["state"].items():
+    for i, moments in training["step"]["optimizer"].items():
         everything |= {f"optimizer {i} {name}": value for name, value in moments.items()}
-    return everything | {f"importance {name}": value for name, value in (training["importance"] or {}).items()}
+    return everything | {f"importance {name}": value for name, value in (training["step"]["importance"] or {}).items()}
 
 
 def outputs(run):
@@ -99,7 +100,7 @@ def images(tmp_path_factory):
 
 def everything_random(images):
     """Flags of a run with dropout, flips, accumulation, workers, importance, and epochs of 9.4 batches."""
-    return ["--data.source", "folder", "--data.path", images, "--data.workers", "2", "--data.random_flip", "true",
+    return [*FOLDER, "--data.path", images, "--data.workers", "2", "--data.random_flip", "true",
             "--model.dropout", "0.1", "--train.batch_size", "32", "--train.gradient_accumulation", "2",
             "--train.steps", "24",
             "--train.log_every", "1", "--train.timestep_sampler", "loss_second_moment", "--diffusion.steps", "20",

@@ -72,7 +72,17 @@ TRAIN = ["--out", "{run}/../other", *SMALL]
 CONTINUE = ["--out", "{run}", "--train.steps", "3", "--train.batch_size", "16", "--data.low_res_size", "4"]
 SAMPLE = ["--ckpt", "{run}", "--n", "1", "--steps", "1"]
 ENLARGE = [*SAMPLE, "--low_res", "{run}/samples"]
-FOLDER = [*TRAIN, "--data.source", "folder", "--data.path", "{run}/../images"]
+FOLDER = [
+    *TRAIN,
+    "--data.source",
+    "folder",
+    "--data.image_size",
+    "8",
+    "--data.channels",
+    "1",
+    "--data.path",
+    "{run}/../images",
+]
 PLACES = {
     "the optimizer's state": (in_a_checkpoint("training.pt"), train, CONTINUE),
     "weights, in training on": (in_a_checkpoint("model.safetensors"), train, CONTINUE),

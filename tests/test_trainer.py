@@ -18,7 +18,7 @@ from diffusion.losses import training_losses
 from diffusion.sampling import sample_batch
 from diffusion.training import step as step_module
 from diffusion.training import trainer as trainer_module
-from diffusion.training.optimizer import learning_rate
+from diffusion.training.build import learning_rate
 from diffusion.training.trainer import Trainer
 
 

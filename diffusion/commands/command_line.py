@@ -10,20 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.commands.terminal import Parser
-from diffusion.config import (
-    CLASSES,
-    FIELDS,
-    SECTIONS,
-    Config,
-    classes_with,
-    config_of,
-    describe,
-    override,
-    plain,
-    unknown,
-)
+from diffusion.config import CLASSES, FIELDS, SECTIONS, Config, classes_with, config_of, override, unknown
 from diffusion.config_file import find_config, parse_value, read_yaml
 from diffusion.errors import UsageError
+from diffusion.fields import describe, plain
 from diffusion.samplers import SAMPLERS, sampler_options
 from diffusion.training import run_folder
 
@@ -118,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in SECTIONS:
         group = parser.add_argument_group(name)
         for key in (key for key in FIELDS if key.startswith(f"{name}.")):
-            text, types = describe(key)
             having = classes_with(key)
+            text, types = describe(having, key.split(".")[1])
             only = f"{', '.join(kind().source for kind in having)}: " if len(having) < len(CLASSES[name]) else ""
             words = next((words for words in types.values() if words), [])
             defaults = list(dict.fromkeys(plain(getattr(kind(), key.split(".")[1])) or "empty" for kind in having))
@@ -146,7 +136,7 @@ def _step(text: str) -> int:
 
 def _from_text(text: str, key: str) -> Any:
     """The value of a flag, read as its field's type asks for."""
-    types = describe(key)[1]
+    types = describe(classes_with(key), key.split(".")[1])[1]
     if text == "" or (text != "null" and types.keys() <= {"string", "null"}):
         return text
     value = parse_value(text)

@@ -27,13 +27,14 @@ from diffusion.commands.terminal import (
     print_line,
     progress_bar,
 )  # fmt: skip
-from diffusion.config import Config, plain
+from diffusion.config import Config
 from diffusion.config_file import parse_value
 from diffusion.data.base import load
 from diffusion.data.decode import to_uint8, to_x_start
 from diffusion.data.sources.folder import Folder
 from diffusion.distributed import accelerate_starts, check_launcher, launcher, on_cpu
 from diffusion.errors import UsageError
+from diffusion.fields import plain
 from diffusion.files import check_no_dangling_link
 from diffusion.sample_store import SUFFIXES, Form, SampleStore, begin_unused
 from diffusion.samplers import SAMPLERS, sampler_options

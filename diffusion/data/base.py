@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion.errors import UsageError
-from diffusion.fields import SCHEMA, Channels, ImageSize
+from diffusion.fields import Channels, ImageSize, section
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, *sizes), uint8, and their labels (B,), int64 (0 without classes)."""
@@ -49,7 +48,7 @@ class DataSet(Protocol):
         """A number that differs for other data."""
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("data")
 class DataConfig:
     """The images."""
 
@@ -86,7 +85,7 @@ class DataConfig:
         raise NotImplementedError
 
 
-@plain_dataclass
+@dataclass
 class ArrayDataset:
     """Images in memory: (N, C, *sizes), uint8, and labels (N,), int64."""
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.checkpoint import Checkpoint
-from diffusion.config import Config, plain
+from diffusion.config import Config
 from diffusion.errors import UsageError
+from diffusion.fields import plain
 
 RESUMABLE = {
     "data": {"path", "workers", "allow_change", "on_error"},

@@ -28,11 +28,11 @@ from diffusion.randomness import seed_for
 from diffusion.sampling import batches, generate
 from diffusion.sharding import shard_like, to_host
 from diffusion.signals import SamplingInterrupted, StopSignals
+from diffusion.training.build import build_step, learning_rate
 from diffusion.training.meter import Meter
-from diffusion.training.optimizer import learning_rate, parameter_groups
 from diffusion.training.resume import changes, continued_config
 from diffusion.training.run_folder import RunFolder, append_line, check_is_run, check_out
-from diffusion.training.step import TrainingStep, micro_batch_slices
+from diffusion.training.step import micro_batch_slices
 from diffusion.training.transfer import copy_weights, origin_of
 
 WAIT_SECONDS = 20
@@ -115,28 +115,7 @@ class Trainer:
             source, weights = checkpoint.open_weights(Path(train.init_from))
             notes = copy_weights(self.network, weights, source, config, self.class_names)
             self.origin = origin_of(source)
-        self.network.to(accelerator.device)
-        self.training_step = TrainingStep(
-            self.network,
-            self.process,
-            torch.optim.AdamW(
-                parameter_groups(self.network, train.scalar_lr_factor),
-                lr=train.lr,
-                weight_decay=train.weight_decay,
-                fused=True,
-            ),
-            ema_rates=train.ema_rates,
-            ema_warmup=train.ema_warmup,
-            loss=config.diffusion.loss,
-            timestep_sampler=train.timestep_sampler,
-            seed=train.seed,
-            gradient_accumulation=train.gradient_accumulation or 1,
-            grad_clip=train.grad_clip,
-            label_dropout=train.label_dropout,
-            random_flip=config.data.random_flip,
-            low_res_size=config.data.low_res_size,
-            accelerator=accelerator,
-        )
+        self.training_step = build_step(config, self.network, self.process, accelerator)
         self.ema, self.meter = self.training_step.ema, Meter(accelerator)
         if saved:
             self._restore(saved)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from diffusion.checkpoint import Checkpoint, Weights
-from diffusion.config import Config, plain
+from diffusion.config import Config
 from diffusion.errors import UsageError
+from diffusion.fields import plain
 from diffusion.models.unet import UNetModel
 
 CLASSES = "label_emb.weight"

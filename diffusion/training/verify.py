@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffusion import checkpoint
 from diffusion.config import Config
-from diffusion.training.trainer import Trainer, parameter_groups
+from diffusion.training.build import parameter_groups
+from diffusion.training.trainer import Trainer
 
 STEPS = 4
 

@@ -8,14 +8,13 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic.dataclasses import dataclass
 
 from diffusion.data.base import ArrayDataset, DataConfig
 from diffusion.data.decode import preprocess
-from diffusion.fields import SCHEMA, Channels, ImageSize
+from diffusion.fields import Channels, ImageSize, section
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("data")
 class Digits(DataConfig):
     """Handwritten digits, 8x8."""
 

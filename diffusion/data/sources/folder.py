@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,20 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion.data.base import ArrayDataset, DataConfig, DataSet, Loaded, OnError, digest
 from diffusion.data.decode import read_image
 from diffusion.errors import UsageError, one_line
-from diffusion.fields import SCHEMA, ImageSize, PathText
+from diffusion.fields import ImageSize, PathText, section
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 IN_MEMORY_BYTES = 64 * 2**20
 """Folders up to this size, once preprocessed, are read into memory at the start."""
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("data")
 class Folder(DataConfig):
     """Your own images."""
 
@@ -48,7 +47,7 @@ class Folder(DataConfig):
         return folder.in_memory() if len(folder) * int(np.prod(self.shape)) <= IN_MEMORY_BYTES else folder
 
 
-@plain_dataclass
+@dataclass
 class FolderDataset:
     """Image files that are read when they are needed."""
 

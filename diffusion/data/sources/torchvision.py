@@ -8,15 +8,14 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic.dataclasses import dataclass
 
 from diffusion.data.base import ArrayDataset, DataConfig
 from diffusion.data.decode import preprocess
 from diffusion.errors import UsageError
-from diffusion.fields import SCHEMA, Channels, ImageSize, PathText
+from diffusion.fields import Channels, ImageSize, PathText, section
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("data")
 class MNIST(DataConfig):
     """MNIST."""
 
@@ -57,7 +56,7 @@ class MNIST(DataConfig):
         return ArrayDataset(torch.from_numpy(chw.copy()), torch.from_numpy(labels.astype(np.int64)), names)
 
 
-@dataclass(frozen=True, config=SCHEMA)
+@section("data")
 class CIFAR10(MNIST):
     """CIFAR-10."""
 

@@ -1,0 +1,54 @@
+"""The optimizer, its learning rate, and the training step of a configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffusion.config import Config, TrainConfig
+from diffusion.models.initialisation import scalars
+from diffusion.process import GaussianDiffusion
+from diffusion.training.step import TrainingStep
+
+
+def parameter_groups(network: nn.Module, scalar_lr_factor: float = 1.0) -> list[dict[str, Any]]:
+    """All weights, then Fixup's scalars, if any, which do not decay."""
+    scalar_params = scalars(network)
+    weights = [p for p in network.parameters() if not any(p is scalar for scalar in scalar_params)]
+    groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0}]
+    return (
+        [*groups, {"params": scalar_params, "factor": scalar_lr_factor, "weight_decay": 0.0}]
+        if scalar_params
+        else groups
+    )
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """The learning rate of optimizer step `step` (0, 1, ...): linear warm-up, then constant or half a cosine."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.lr_schedule == "constant":
+        return train.lr
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return train.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def build_step(
+    config: Config, network: nn.Module, process: GaussianDiffusion, accelerator: Accelerator
+) -> TrainingStep:
+    """The training step of a configuration, with AdamW."""
+    train = config.train
+    network.to(accelerator.device)  # before its weights are given to the optimizer
+    groups = parameter_groups(network, train.scalar_lr_factor)
+    return TrainingStep(
+        network, process, torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=True),
+        ema_rates=train.ema_rates, ema_warmup=train.ema_warmup, loss=config.diffusion.loss,
+        timestep_sampler=train.timestep_sampler, seed=train.seed,
+        gradient_accumulation=train.gradient_accumulation or 1, grad_clip=train.grad_clip,
+        label_dropout=train.label_dropout, random_flip=config.data.random_flip, low_res_size=config.data.low_res_size,
+        accelerator=accelerator,
+    )  # fmt: skip
