@@ -2,9 +2,9 @@
 
 step_00001500/
     config.yaml            the resolved configuration
-    state.json             the step, the class names, where the run began, who wrote it
+    state.json             the step, class names, origin of the weights, environment
     model.safetensors      the weights in training
-    ema_0.999.safetensors  a moving average, one file a rate (none at step 0, where all are the weights)
+    ema_0.999.safetensors  a moving average, one file per rate (none at step 0, whose averages are the weights)
     training.pt            the optimizer's state and the loss scale (read with weights_only)
     SHA256SUMS             a checksum of each of them, as `sha256sum --check` reads them
 """
@@ -50,31 +50,28 @@ class Stateful(Protocol):
 
 
 class Damaged(UsageError):
-    """A checkpoint of which a file is missing or is not what was written."""
+    """A file of a checkpoint is missing, or differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder, of which the small files have been read and verified.
-
-    Other files are verified when they are read, unless that was done before.
-    """
+    """A checkpoint, whose small files have been read and verified. Other files are verified when they are read."""
 
     path: Path
     step: int
     config: Config
     class_names: tuple[str, ...]
     data: str | None = None
-    """The fingerprint of the data set that it was trained on."""
+    """The fingerprint of its training data."""
     origin: dict[str, Any] | None = None
-    """Where the run's first weights came from: path, step, file and its SHA-256."""
+    """The source of the run's first weights: path, step, file and its SHA-256."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """What rounding depends on: device, processes, threads, version of torch."""
     sums: Mapping[str, str] = field(default_factory=dict)
     """The SHA-256 of each file."""
     verified: bool = False
     passed_over: tuple[tuple[Path, str], ...] = ()
-    """Newer checkpoints of the run that are damaged, and what is wrong with each."""
+    """Newer checkpoints of the run that are damaged, each with the reason."""
 
     def weights(self) -> dict[str, Tensor]:
         """The weights in training."""
@@ -92,12 +89,12 @@ class Checkpoint:
         return tensors
 
     def chosen_weights(self, wanted: str | None = None) -> dict[str, Tensor]:
-        """The weights that a person's `--ema` names (see `chosen_file`)."""
+        """The weights that `--ema` selects (see `chosen_file`)."""
         return self._tensors(self.chosen_file(wanted))
 
     def chosen_file(self, wanted: str | None = None) -> str:
-        """The file that a person's `--ema` names: a moving average by its rate, "none" for the weights in training, or
-        None for the run's first average. Raises UsageError where the run has it not."""
+        """The file that `--ema` selects: a moving average by its rate, "none" for the weights in training, or None for
+        the run's first average. Raises UsageError if the run does not have it."""
         rates = {str(rate): rate for rate in self.config.train.ema_rates}
         if wanted not in (None, "none", *rates):
             raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(rates)}, or none")
@@ -105,8 +102,8 @@ class Checkpoint:
         return "model.safetensors" if rate == "none" or self.step == 0 else f"ema_{rates[rate]}.safetensors"
 
     def file(self, name: str) -> Path:
-        """The path of a file, verified. Raises Damaged where it is missing or is not what was written, and UsageError
-        where it cannot be read."""
+        """The path of a file, verified. Raises Damaged if it is missing or differs from what was written, and
+        UsageError if it cannot be read."""
         if name not in self.sums:
             raise Damaged(f"checkpoint {self.path} is not whole: {SUMS} does not name {name}")
         if not self.verified:
@@ -114,15 +111,12 @@ class Checkpoint:
         return self.path / name
 
     def fits_classes(self, names: tuple[str, ...]) -> bool:
-        """Whether data with these classes can be scored. A converted model's may be numbers that stand for names."""
+        """Whether data with these classes can be scored. A converted model may have numbers in place of names."""
         numbered = self.step == 0 and self.class_names == tuple(map(str, range(len(names))))
         return names == self.class_names or numbered
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
-        """Give each part the state that `save` was given under its name.
-
-        Raises UsageError where the file does not hold what a run saves or does not fit.
-        """
+        """Restore the state of each part by its name. Raises UsageError if the file does not fit."""
         path = self.file("training.pt")
         training = load_plain(path)
         try:
@@ -135,8 +129,8 @@ class Checkpoint:
             ) from None
 
     def network(self, weights: Weights) -> UNetModel:
-        """The network with `weights`. Raises UsageError where they are of another architecture."""
-        with torch.device("meta"):  # nothing is made, and nothing drawn, before the sizes are known to be right
+        """The network with `weights`. Raises UsageError if they are of another architecture."""
+        with torch.device("meta"):  # nothing is allocated or drawn before the sizes are checked
             model = self.config.network(len(self.class_names))
         check_fits(model, weights, self.path)
         model.load_state_dict(weights, assign=True)
@@ -156,11 +150,11 @@ def save(
     origin: dict[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the checkpoint `folder` of a run whose own folder is there: into a temporary folder first, which takes its
-    name when all is on the disk."""
+    """Write a checkpoint atomically: into a temporary folder, which is renamed once all is on disk. The run's own
+    folder must exist."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        folder.parent.mkdir(exist_ok=True)  # but not the run's own: a run that was moved away is not begun again
+        folder.parent.mkdir(exist_ok=True)  # not the run's own: a run that was moved away must not be begun again
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_config(config, temporary / "config.yaml")
@@ -175,28 +169,28 @@ def save(
         (temporary / SUMS).write_text("".join(sums))
         for path in (*temporary.iterdir(), temporary):
             if path.is_file():
-                shutil.copymode(temporary / "state.json", path)  # safetensors would hide its files from the group
+                shutil.copymode(temporary / "state.json", path)  # safetensors creates files that the group cannot read
             to_disk(path)
     except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, its room is needed
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, the space is needed
         raise
     temporary.rename(folder)
     to_disk(folder.parent)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of `step`."""
+    """The path of a run's checkpoint of `step`."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 
 def folders(run: Path) -> list[Path]:
-    """A run's checkpoints, the newest first."""
+    """The checkpoints of a run, newest first."""
     steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in (run / "checkpoints").glob("step_*")}
     return sorted((path for path, match in steps.items() if match), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """The step in a checkpoint's name."""
     return int(folder.name.removeprefix("step_"))
 
 
@@ -204,7 +198,7 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
     """Remove a run's checkpoints but the last `keep_last` (0: all stay) and those of each `keep_every`-th step."""
     for path in folders(run)[keep_last:] if keep_last else []:
         if not keep_every or step_of(path) % keep_every:
-            removed = path.rename(path.with_name(f".{path.name}.tmp"))  # half of a checkpoint must not look like one
+            removed = path.rename(path.with_name(f".{path.name}.tmp"))  # it must not look like a checkpoint
             shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -214,10 +208,9 @@ def is_run_or_checkpoint(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's folder, or the newest of a run's that is whole, with every file verified.
+    """Open a checkpoint, or a run's newest undamaged one, with every file verified.
 
-    Raises UsageError where there is none. Of a run, damaged ones are passed over if an older one is whole; a file that
-    cannot be read for another reason is no damage, and an error.
+    Raises UsageError if there is none, and if a file cannot be read for another reason than damage.
     """
 
     def verified(saved: Checkpoint) -> Checkpoint:
@@ -228,9 +221,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_weights(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """A checkpoint as `open_checkpoint` finds it, and the weights that `ema` names (see `Checkpoint.chosen_weights`).
+    """Open a checkpoint as `open_checkpoint` does, and the weights that `ema` selects (see `Checkpoint.chosen_file`).
 
-    Only what is read is verified. A run in training may remove old checkpoints meanwhile.
+    Only the files that are read are verified. A run in training may remove old checkpoints meanwhile.
     """
     loaded: dict[str, Tensor] = {}
 
@@ -242,12 +235,12 @@ def open_weights(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[s
 
 
 def _newest(path: Path, use: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
-    """`use` of a checkpoint, or of the newest of a run's for which it does not raise Damaged."""
+    """Apply `use` to a checkpoint, or to a run's newest one for which it does not raise Damaged."""
     if not path.exists():
         raise UsageError(f"checkpoint {path} is not there")
     if (path / "state.json").exists() or path.name.startswith("step_"):
         return use(_open_folder(path))
-    for _ in range(10):  # while a run in training removes what was just listed
+    for _ in range(10):  # a run in training may remove what was just listed
         damage: list[tuple[Path, Damaged]] = []
         listed = folders(path)
         for folder in listed:
@@ -271,7 +264,7 @@ def _newest(path: Path, use: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
 
 
 def _verify(folder: Path, sums: Mapping[str, str]) -> None:
-    """Raise Damaged, with the file's name, where one is missing or is not what was written, and UsageError where it
+    """Raise Damaged, with the file's name, if one is missing or differs from what was written, and UsageError if it
     cannot be read."""
     for name, wanted in sums.items():
         with _reading(folder / name):
@@ -283,7 +276,7 @@ def _verify(folder: Path, sums: Mapping[str, str]) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Only a regular file is read. One that is missing is damage; one that cannot be read is not."""
+    """Read a regular file. A missing one is damage; one that cannot be read is not."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise _damaged(path, "it is no file")
@@ -317,7 +310,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if not sums:
             raise _damaged(path, one_line(error)) from None
-        # Its checksum is right, so it was written like this.
+        # The checksum is right, so this is what was written.
         raise UsageError(f"checkpoint {folder}: state.json cannot be used: {one_line(error)}") from None
     if not sums:
         raise _damaged(folder / SUMS, "")
@@ -331,7 +324,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
-    """The checksums by file name; none if their file is missing. Raises Damaged where it is not as it was written."""
+    """The checksums by file name; none if their file is missing. Raises Damaged if the file is malformed."""
     path = folder / SUMS
     if not path.exists():
         return {}
@@ -361,7 +354,7 @@ def check_fits(model: torch.nn.Module, weights: Weights, source: Path) -> None:
 
 
 def checked_names(value: object) -> tuple[str, ...]:
-    """Class names as a file of ours has them. Raises ValueError where they are not a list of different strings."""
+    """Class names from a file. Raises ValueError if they are not a list of different strings."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
         raise ValueError("class names must be a list of different strings")
     return tuple(value)

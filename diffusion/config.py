@@ -59,7 +59,7 @@ class ModelConfig:
     use_checkpoint: bool = False
     """recompute activations in the backward pass: less memory, a third more work"""
     class_cond: bool = True
-    """condition on the data's classes; in a folder of images, these are its folders"""
+    """condition on the data's classes (of a folder, its subfolders)"""
     init: InitName = "zero"
     """initial weights: zero (the paper), fixup (for networks without normalisation), default (no layer is zero), small
     (1e-5 in place of zero)"""
@@ -86,19 +86,19 @@ class DiffusionConfig:
     respacing: int | str = ""
     """train on some of the steps only: a count, sections like 10,15,20, or ddim50; empty: all"""
     prediction: Literal[tuple(PREDICTIONS)] = "epsilon"  # type: ignore[valid-type]
-    """what the network predicts"""
+    """output of the network"""
     variance: VarianceType = "learned_range"
     """variance of the reverse process"""
     loss: LossType = "rescaled_mse"
-    """mse and rescaled_mse are the simple loss, hybrid where the variance is learned; kl is the variational bound"""
+    """mse and rescaled_mse: the simple loss, hybrid if the variance is learned; kl: the variational bound"""
     rescale_timesteps: bool = True
-    """tell the network the timestep on a scale of 0 to 1000, whatever T is"""
+    """give the network the timestep on a scale of 0 to 1000 for any T"""
 
     def __post_init__(self) -> None:
         self.process()
 
     def process(self, respacing: int | str = "") -> GaussianDiffusion:
-        """The process, with `respacing`, if any, in place of the training's. Raises UsageError where it cannot be."""
+        """The process, with `respacing` in place of the training's if given. Raises UsageError if it is impossible."""
         schedule = Schedule.named(self.schedule, self.steps, str(respacing or self.respacing))
         return GaussianDiffusion(schedule, self.prediction, self.variance, self.rescale_timesteps)
 
@@ -112,36 +112,35 @@ class TrainConfig:
     batch_size: Positive = 64
     """images in an optimizer step, over all processes and accumulation"""
     gradient_accumulation: Positive | None = None
-    """accumulate gradients over this many parts of each process's share of the batch, to fit in memory; null: what
-    accelerate launch was told, or 1"""
+    """micro-batches per process and step, to fit in memory; null: the launcher's setting, or 1"""
     lr: Annotated[Finite, Field(gt=0)] = 1e-3
     """learning rate of AdamW, after warm-up"""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """stay at lr, or fall to 0 by the last step"""
+    """constant, or half a cosine to 0 at the last step"""
     warmup_steps: Natural = 0
-    """optimizer steps over which the learning rate grows from 0"""
+    """optimizer steps of linear warm-up"""
     scalar_lr_factor: Annotated[Finite, Field(ge=0)] = 1.0
-    """what the learning rate of Fixup's scalars is multiplied by (0.1 in its paper)"""
+    """factor of the learning rate for Fixup's scalars (0.1 in its paper)"""
     weight_decay: Annotated[Finite, Field(ge=0)] = 0.0
     """decoupled weight decay"""
     grad_clip: Annotated[float, Field(gt=0)] | None = None
-    """largest norm of the gradient; null: what accelerate launch was told, or no clipping"""
+    """largest norm of the gradient; null: the launcher's setting, or no clipping"""
     max_skipped: Positive = 20
-    """stop after so many steps in a row whose loss or gradient is not finite; each is skipped, and counted"""
+    """stop after this many steps in a row with a non-finite loss or gradient, each of which is skipped and counted"""
     precision: Literal["no", "bf16", "fp16"] | None = None
-    """mixed precision of accelerate; null: what accelerate launch was told, or no"""
+    """mixed precision; null: the launcher's setting, or no"""
     ema_rates: Annotated[tuple[float, ...], Field(strict=False)] = (0.999,)
-    """moving averages of the weights to keep; pictures are drawn with the first"""
+    """moving averages of the weights to keep; images are sampled with the first"""
     ema_warmup: bool = True
-    """begin the averages at a low rate, (1 + step) / (10 + step), so that short runs forget the start"""
+    """start the averages at a low rate, (1 + step) / (10 + step), so that short runs forget the initial weights"""
     timestep_sampler: TimestepSamplerName = "uniform"
-    """which timesteps to train on: uniform, or by importance (meant for the kl losses)"""
+    """timesteps to train on: uniform, or by importance (for the kl losses)"""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """share of the images that are trained on without their class, for guidance in sampling (0.1 is usual)"""
+    """share of images trained on without their class, for guidance in sampling (usually 0.1)"""
     init_from: PathText | None = None
-    """begin with the weights (the first average) of this run, checkpoint or converted model: what fits is copied"""
+    """start from the weights (the first average) of this run, checkpoint or converted model; what fits is copied"""
     seed: Natural = 0
-    """everything random follows from it"""
+    """seed of all randomness"""
     log_every: Positive = 50
     """steps between lines of metrics.jsonl"""
 
@@ -159,12 +158,12 @@ class TrainConfig:
 
 @section("sample")
 class SampleConfig:
-    """The pictures drawn during training, and what sample.py draws where its flags say nothing else."""
+    """The grids sampled during training, and the defaults of sample.py."""
 
     every: Natural = 500
     """optimizer steps between grids; 0: only after the last step"""
     n: Annotated[int, Field(ge=1, le=10_000)] = 100
-    """pictures in a grid"""
+    """images in a grid"""
     sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # type: ignore[valid-type]
     """sampler"""
     options: dict[str, Any] = field(default_factory=dict)
@@ -188,11 +187,11 @@ class CheckpointConfig:
     every: Natural = 500
     """optimizer steps between checkpoints; 0: only after the last step"""
     keep_last: Natural = 0
-    """remove all but the last so many once a new one is safe; 0: keep all"""
+    """number of checkpoints to keep; 0: all"""
     keep_every: Natural = 0
-    """of those removed, spare each of a step that this divides; 0: none"""
+    """also keep the checkpoints of every so many steps; 0: none"""
     on_error: Literal["stop", "continue"] = "stop"
-    """when a checkpoint or a grid cannot be written, as on a full disk; what was saved before stays either way"""
+    """if a checkpoint or grid cannot be written, e.g. on a full disk; earlier ones are kept either way"""
 
 
 if TYPE_CHECKING:

@@ -50,12 +50,12 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def load_config(path: Path) -> Config:
-    """Read a configuration that `Config.save` or a person wrote. Raises UsageError where it is not one."""
+    """Read a configuration that `Config.save` or a person wrote. Raises UsageError if it is not one."""
     return config_of(read_yaml(path))
 
 
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
-    """The sections of a YAML file, as they stand there. Raises UsageError where it is not made of sections."""
+    """The sections of a YAML file, as they stand there. Raises UsageError if it is not made of sections."""
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"--config {path} is no file")
@@ -115,7 +115,7 @@ _Dumper.add_representer(
 
 
 def parse_value(text: str) -> Any:
-    """A value as YAML reads it. Raises UsageError where it cannot be read."""
+    """A value as YAML reads it. Raises UsageError if it cannot be read."""
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # YAML's constructors raise whatever an odd tag or number gives

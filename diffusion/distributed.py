@@ -1,4 +1,4 @@
-"""Processes: what launchers pass on or get wrong, and agreement between processes."""
+"""Launchers and processes: settings that launchers pass on, and agreement between processes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import torch
 from diffusion.config import Config
 from diffusion.errors import UsageError, one_line
 
-if TYPE_CHECKING:  # accelerate takes long to import, and is only needed once a run begins
+if TYPE_CHECKING:  # slow to import, and only needed once a run begins
     from accelerate import Accelerator
 
 SWITCHES = [f"ACCELERATE_{name}" for name in (
     "USE_CPU", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_SAGEMAKER", "USE_PARALLELISM_CONFIG", "DEBUG_MODE",
     "CPU_AFFINITY", "DYNAMO_USE_FULLGRAPH", "DYNAMO_USE_DYNAMIC")] + ["FORK_LAUNCHED"]  # fmt: skip
-"""What accelerate reads as true or false, some of it only in the first step."""
+"""Environment variables that accelerate reads as booleans, some of them only in the first step."""
 
 
 def check_launcher() -> None:
-    """Use the cores that `accelerate launch` hides; raise UsageError where it started too few processes."""
+    """Use the cores that `accelerate launch` hides; raise UsageError if it started too few processes."""
     for name in SWITCHES:
         value = os.environ.get(name, "false")
         if value.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off", "y", "n", "t", "f", "none"):
@@ -41,12 +41,12 @@ def check_launcher() -> None:
             f"accelerate launch starts one process without GPUs, not {asked[1]}: "
             f"use torchrun --nproc_per_node {asked[1]} {os.path.basename(sys.argv[0])} ..."
         )
-    if os.environ.get("OMP_NUM_THREADS") == "1":  # its default, which would leave every other core idle
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # its default, which leaves all other cores idle
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _launchers_command() -> list[str]:
-    """The command line of the process that started this one, if it may be read."""
+    """The command line of the parent process, if it can be read."""
     try:
         return psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
@@ -54,8 +54,8 @@ def _launchers_command() -> list[str]:
 
 
 def with_launchers_settings(config: Config) -> Config:
-    """The configuration, with what `accelerate launch`, its configuration file or its environment was told where
-    `config` leaves it open (null). Raises UsageError where the two differ, and for what this trainer does not know."""
+    """The configuration, with settings of `accelerate launch`, its file or its environment where `config` leaves them
+    open (null). Raises UsageError if the two differ, or for settings that the trainer does not support."""
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         for size in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
             if (value := os.environ.get(f"PARALLELISM_CONFIG_{size}", "1")) != "1":
@@ -79,7 +79,7 @@ def with_launchers_settings(config: Config) -> Config:
 
 
 def _launchers_settings() -> dict[str, tuple[str, Any]]:
-    """What a launcher was told, by the field of `TrainConfig` that it belongs to: its flag's name and the value."""
+    """A launcher's settings: for each field of `TrainConfig`, the launcher's flag and its value."""
     environment, arguments = os.environ, argparse.Namespace()
     command = _launchers_command()
     at = next(
@@ -92,7 +92,7 @@ def _launchers_settings() -> dict[str, tuple[str, Any]]:
             arguments = launch_command_parser().parse_args(command[at + 1 :])
     told: dict[str, tuple[str, Any]] = {}
     precision = (environment.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
-    # Its files and defaults say no unasked.
+    # Its files and defaults contain no explicitly.
     if precision != "no" or getattr(arguments, "mixed_precision", None) == "no":
         if precision not in ("no", "bf16", "fp16"):
             raise UsageError(
@@ -126,9 +126,9 @@ def _launchers_settings() -> dict[str, tuple[str, Any]]:
 
 
 def _rejoin() -> None:
-    """After a restart by torchrun (or accelerate, which uses it), meet the others where the first attempt did not.
+    """After a restart by torchrun (or accelerate, which uses it), use a new rendezvous.
 
-    On one machine its workers all meet in one store, in which a restarted one finds the addresses of those that died
+    On one machine, workers share one store, in which a restarted worker finds the addresses of those that died
     (torch 2.14; on several machines with --rdzv-backend c10d, each attempt has a store of its own).
     """
     attempt, world = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("WORLD_SIZE", "1")
@@ -150,19 +150,19 @@ def _rejoin() -> None:
 
 
 def launcher() -> int | None:
-    """The number of the process of torchrun or accelerate that started this one, if any did."""
+    """The process id of the torchrun or accelerate that started this process, if any."""
     started = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     return os.getppid() if started else None
 
 
 def on_cpu() -> bool:
-    """Whether to tell accelerate so: without a GPU it would take each of torchrun's processes for the only one."""
+    """Whether to set accelerate's `cpu`: without a GPU, it would take each of torchrun's processes for the only one."""
     return not torch.accelerator.is_available()
 
 
 @contextmanager
 def accelerate_starts() -> Iterator[None]:
-    """Turn what accelerate makes of an odd environment into one line that names the variables."""
+    """Turn errors of accelerate about its environment into one line that names the variables."""
     try:
         yield
     except (ValueError, LookupError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
@@ -178,7 +178,7 @@ def accelerate_starts() -> Iterator[None]:
 
 
 def check_known(accelerator: Accelerator) -> None:
-    """Raise UsageError where accelerate is set up to share the work in a way that saving and averaging do not know."""
+    """Raise UsageError if accelerate is set up for a kind of sharding that saving and averaging do not support."""
     from accelerate.utils import DistributedType
 
     kind = accelerator.distributed_type
@@ -193,7 +193,7 @@ def check_known(accelerator: Accelerator) -> None:
 
 
 def check_agreed(*claims: tuple[str, str, str]) -> None:
-    """Raise UsageError, in every process, where one of (what, mine, hint) is not the same in all of them."""
+    """Raise UsageError, in every process, if one of the values (what, mine, hint) differs between processes."""
     from accelerate.utils import gather_object
 
     said = gather_object([[mine for _, mine, _ in claims]])

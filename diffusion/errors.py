@@ -1,17 +1,17 @@
-"""The exceptions that are meant for the person at the keyboard, and how others are told to them."""
+"""Exceptions for the user, and one-line messages."""
 
 
 class UsageError(ValueError):
-    """Something the user can put right: its message is one line that names the thing, the value,
-    and what would be right. The scripts print it to stderr and exit with code 2."""
+    """An error that the user can fix. Its message is one line that names the thing, its value, and what would be right.
+    The commands print it to stderr and exit with code 2."""
 
 
 class NotWritten(UsageError):
-    """A file of a run could not be written, for want of room or permission."""
+    """A file of a run could not be written: the disk is full, or permission is missing."""
 
 
 class Stopped(Exception):
-    """A signal has ended a command, whose work is saved. `code` is what a shell expects of a process so ended."""
+    """A signal has stopped a command, after saving. `code` is the exit code for it."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -19,11 +19,11 @@ class Stopped(Exception):
 
 
 class WorkerDied(RuntimeError):
-    """A process that the run needed has ended. Not the user's fault: the same command continues."""
+    """A process that the run needed has died. The same command continues the run."""
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, in one line of up to 200 characters."""
+    """The message of an exception, in one line of up to 200 characters."""
     if isinstance(error, FileExistsError):
         return "it is a file"
     if isinstance(error, OSError) and error.strerror:
@@ -32,5 +32,5 @@ def one_line(error: Exception) -> str:
 
 
 def escape_control(text: str) -> str:
-    """A text for a terminal: the line breaks and control characters that a file's name may hold are spelled out."""
+    """Escape line breaks and control characters, which file names may contain."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

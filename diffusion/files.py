@@ -1,4 +1,4 @@
-"""Files that are replaced whole, or left as they were."""
+"""Atomic file replacement, and locks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ except ImportError:
 
 
 def check_no_dangling_link(path: Path) -> None:
-    """Raise FileNotFoundError where a path, or a folder on the way to it, is a link to nowhere."""
+    """Raise FileNotFoundError if a path, or a parent folder, is a broken link."""
     for part in (path, *path.parents):
         if part.is_symlink() and not part.exists():
-            raise FileNotFoundError(errno.ENOENT, f"{part} is a link to nowhere ({os.readlink(part)})")
+            raise FileNotFoundError(errno.ENOENT, f"{part} is a broken link ({os.readlink(part)})")
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, has reached the disk."""
+    """Flush a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # CIFS and some FUSE file systems cannot sync a folder, and need not.
+        # CIFS and some FUSE file systems cannot sync a folder, and do not need it.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
             raise
     finally:
@@ -34,10 +34,10 @@ def to_disk(path: Path) -> None:
 
 
 def replace_bytes(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write a file atomically: whenever this process is killed, it is the old one or the new one. With `sync`, whenever
-    the machine fails, too.
+    """Write a file atomically: after a kill, the old or the new content is there. With `sync`, also after a power
+    failure.
 
-    A link is followed. What is no regular file, such as `/dev/stdout`, is written as it is.
+    Links are followed. Special files, such as `/dev/stdout`, are written directly.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not path.is_file():
@@ -63,7 +63,7 @@ def replace_text(path: Path, text: str) -> None:
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _held: set[int] = set()
-"""Open locks. Child processes must not hold them, since they may outlive a process that is killed."""
+"""Open locks. Child processes must not inherit them, since they may outlive their parent."""
 
 
 def _let_go() -> None:
@@ -75,18 +75,18 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def lock(path: Path, warn: Callable[[str], None] = lambda message: None) -> int:
-    """Lock a file, which is made if it is not there, and return its descriptor for `unlock`.
+    """Lock a file, created if missing, and return its descriptor for `unlock`.
 
     Raises BlockingIOError if another process holds it. `warn` is called if the file system has no locks.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # NFS locks only what may be written
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # NFS only locks files opened for writing
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             os.close(descriptor)
             raise
-        warn(f"the file system of {path.parent} has no locks: see to it that no other process writes there")
+        warn(f"the file system of {path.parent} has no locks: make sure that no other process writes there")
     if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):  # its last holder removed it
         os.close(descriptor)
         return lock(path, warn)

@@ -13,7 +13,7 @@ from diffusion.process import GaussianDiffusion
 
 LossType = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""What losses and samplers ask of a network: (x_t (B, C, ...), t as the network is told it (B,)) -> its output."""
+"""The interface of a network to losses and samplers: (x_t (B, C, ...), timestep input (B,)) -> output."""
 
 
 def training_losses(
@@ -21,8 +21,8 @@ def training_losses(
 ) -> dict[str, Tensor]:
     """The loss of each image at its timestep, and its parts.
 
-    `mse` is the simple loss (eq. 14), plus the variational bound where the variance is learned, which then
-    trains the variance only: the mean is frozen in it (L_hybrid, eq. 16). `rescaled_mse` weighs that bound by
+    `mse` is the simple loss (eq. 14), plus, if the variance is learned, the variational bound, which
+    trains the variance only: the mean is detached in it (L_hybrid, eq. 16). `rescaled_mse` weighs that bound by
     T / 1000, so that it is the paper's 0.001 at any T. `kl` is the variational bound of one step in bits per
     dimension (eqs. 4 to 7), `rescaled_kl` that times T, an estimate of the whole bound.
 

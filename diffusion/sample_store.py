@@ -3,7 +3,7 @@
 A folder of images is its own store. A grid and an array are assembled at the end from parts beside them:
 
 samples.npz.parts/
-    samples.json     how the images are drawn; another command's parts are not taken for one's own
+    samples.json     the settings of the images; parts of other settings are not used
     00000000.npy     images of the batch that begins at 0, (N, H, W, C), uint8
 """
 
@@ -36,15 +36,15 @@ SUFFIXES = {"grid": ".png", "images": "", "npz": ".npz"}
 
 
 class SampleStore:
-    """Images that are drawn batch by batch into `out`: a grid (.png), a folder of images, or an array (.npz).
+    """Images that are written batch by batch into `out`: a grid (.png), a folder of images, or an array (.npz).
 
     Args:
         out: the file or folder.
-        form: what it is to be.
+        form: grid, images or npz.
         n: how many images.
         shape: of one, (C, H, W).
         labels: the class numbers, taken in turn; None without classes.
-        settings: all that the images depend on; samples of others are not continued.
+        settings: everything that the images depend on; samples of other settings are not continued.
 
     `begin` is called by one process, `is_done` and `write` by any, and `finish` by one when all are done.
     """
@@ -58,16 +58,16 @@ class SampleStore:
         labels: Sequence[int] | None,
         settings: dict[str, Any],
     ):
-        out = Path(os.path.realpath(out)) if out.is_symlink() else out  # a link is written through
+        out = Path(os.path.realpath(out)) if out.is_symlink() else out  # links are followed
         self.out, self.form, self.n, self.shape, self.labels = out, form, n, tuple(shape), labels
         self.settings = settings | {"classes": None if labels is None else list(labels)}
         self.folder = out if form == "images" else out.with_name(f"{out.name}.parts")
         self._lock: int | None = None
 
     def begin(self) -> None:
-        """Make the folder, or take over what the same command left there.
+        """Create the folder, or continue what the same command left there.
 
-        Raises BlockingIOError if another process draws there, and FileExistsError if it holds something else.
+        Raises BlockingIOError if another process writes there, and FileExistsError if it holds something else.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS
@@ -95,7 +95,7 @@ class SampleStore:
         replace_bytes(self.folder / SETTINGS, json.dumps(self.settings, indent=1).encode())
 
     def close(self) -> None:
-        """Let other processes draw there. A folder in which nothing was drawn is removed."""
+        """Release the folder. An empty one is removed."""
         if self._lock is not None:
             (self.folder / ".lock").unlink(missing_ok=True)
             unlock(self._lock)
@@ -105,11 +105,11 @@ class SampleStore:
                 self.folder.rmdir()
 
     def is_done(self, batch: range) -> bool:
-        """Whether a batch is on the disk."""
+        """Whether a batch is on disk."""
         return all(self._is_whole(path, batch) for path in self._files(batch))
 
     def _is_whole(self, path: Path, batch: range) -> bool:
-        """Whether a file is what is written there, as far as can be seen from its ends: a power cut may empty one."""
+        """Whether a file is complete, judged by its shape or its end: a power failure may leave it empty."""
         if not path.is_file():
             return False
         with path.open("rb") as file:
@@ -126,7 +126,7 @@ class SampleStore:
 
     def write(self, batch: range, images: Tensor) -> None:
         """Write a batch of images in [-1, 1], each file atomically."""
-        arrays = rearrange(to_uint8(images).cpu(), "n c h w -> n h w c").numpy()
+        arrays = rearrange(to_uint8(images).cpu(), "n c ... -> n ... c").numpy()
         if self.form != "images":
             replace_bytes(self._files(batch)[0], _npy(arrays), sync=False)
             return
@@ -136,14 +136,14 @@ class SampleStore:
                 replace_bytes(path, content, sync=False)
 
     def finish(self, batches: Sequence[range]) -> None:
-        """Put the parts together, and remove them. Raises UsageError where one is missing."""
+        """Assemble the parts, and remove them. Raises UsageError if one is missing."""
         missing = next((batch for batch in batches if not self.is_done(batch)), None)
         if missing is not None:
             raise UsageError(
                 f"image {missing.start} is not in {self.folder}, although all are drawn: --out must lie in a folder "
                 "that all processes share"
             )
-        for left in self.folder.glob(".*.tmp"):  # by a kill in the middle of a file
+        for left in self.folder.glob(".*.tmp"):  # left by a kill
             left.unlink(missing_ok=True)
         labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in range(self.n)]
         if self.form == "grid":
@@ -165,7 +165,7 @@ class SampleStore:
     def _files(self, batch: range) -> list[Path]:
         if self.form != "images":
             return [self.folder / f"{batch.start:08d}-{batch.stop:08d}.npy"]
-        suffix = ".png" if self.shape[0] in PIL_MODES else ".npy"
+        suffix = ".png" if len(self.shape) == 3 and self.shape[0] in PIL_MODES else ".npy"
         return [self.folder / f"{i:06d}{suffix}" for i in batch]
 
     def _arrays(self, batches: Sequence[range]) -> Iterator[NDArray[np.uint8]]:
@@ -186,7 +186,7 @@ class SampleStore:
 
 
 def begin_unused(path: Path, make: Callable[[Path], SampleStore]) -> SampleStore:
-    """Begin samples at `path`, or with a number if that is taken: each of several commands has its own."""
+    """Begin samples at `path`, with a number appended if that is taken by another command."""
     for i in count(1):
         samples = make(path.with_stem(f"{path.stem}_{i}") if i > 1 else path)
         if samples.form != "images" and samples.out.exists():

@@ -1,4 +1,4 @@
-"""Noise schedules: the betas, and which of their steps are kept. All in float64.
+"""Noise schedules: betas, and the timesteps that are kept. All in float64.
 
 Follows Nichol & Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models": section 3.2
 (cosine schedule) and section 4 (respacing).
@@ -22,7 +22,7 @@ ScheduleName = Literal["linear", "cosine"]
 def linear_betas(steps: int) -> NDArray[np.float64]:
     """Betas that grow linearly, as Ho et al. (2020) use them at 1000 steps, scaled to any `steps`.
 
-    Returns an array (steps,). Raises UsageError where the scaled schedule would reach 1.
+    Returns an array (steps,). Raises UsageError if the scaled schedule would reach 1.
     """
     scale = 1000 / steps
     betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
@@ -47,13 +47,13 @@ def cosine_betas(steps: int, max_beta: float = 0.999) -> NDArray[np.float64]:
 
 
 def space_timesteps(steps: int, respacing: str) -> list[int]:
-    """Which of `steps` timesteps a respacing string keeps, in ascending order.
+    """The timesteps, of `steps`, that a respacing string keeps, in ascending order.
 
     `""` keeps all. `"N"` keeps N, evenly spaced from the first to the last. `"A,B,C"` cuts the steps into
     equal sections and keeps A of the first, B of the second and so on. `"ddimN"` keeps N at one fixed whole
     stride from 0, as in Song et al. (2020).
 
-    Raises UsageError where the string is none of these or asks for more steps than there are.
+    Raises UsageError if the string is none of these or asks for more steps than there are.
     """
     if not respacing:
         return list(range(steps))
@@ -74,8 +74,7 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
             where = f"the schedule's {steps}" if len(counts) == 1 else f"the {length} of section {section + 1}"
             raise UsageError(f"respacing '{respacing}': {count} steps are more than {where}")
         step = 1.0 if count <= 1 else (length - 1) / (count - 1)
-        # Added up rather than multiplied: where a position falls on a half, the published code's rounding
-        # follows the accumulated value.
+        # Accumulated, not multiplied: at a half, the published code rounds the accumulated value.
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))
@@ -95,7 +94,7 @@ def _counts(text: str, respacing: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The betas of a process, and for each of them the step of the original process that it stands for.
+    """The betas of a process, each with its step in the original process.
 
     Attributes:
         betas: (T,), float64, each above 0 and below 1.

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop, agreed on by all of its processes."""
+"""Graceful shutdown: signals that make all processes of a run save and stop."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from diffusion.errors import Stopped
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""What schedulers and launchers send, Ctrl-C, a scheduler's notice that time is running out, and a closed terminal."""
+"""From schedulers and launchers, Ctrl-C, a scheduler's warning of its time limit, and a closed terminal."""
 ECHO_SECONDS = 1.0
-"""Launchers repeat a terminal's Ctrl-C within this time; what comes later is a second one and ends the process."""
+"""Launchers repeat a terminal's Ctrl-C within this time. A later one is a second signal, which ends the process."""
 
 
 class SamplingInterrupted(Exception):
-    """A signal came while a grid was drawn."""
+    """A signal arrived during sampling."""
 
 
 class StopSignals:
@@ -29,18 +29,18 @@ class StopSignals:
 
     A signal that was ignored before, as by nohup, stays ignored.
 
-    The end of `launcher`, a process's number, counts as SIGTERM: not every launcher passes on what it is sent.
+    The end of the process `launcher` counts as SIGTERM: not every launcher forwards signals.
     """
 
     def __init__(self, num_processes: int, launcher: int | None = None):
         self._launcher = launcher
         self._heard: tuple[float, int] | None = None
         self._before: dict[int, Any] = {}
-        # Processes agree by way of the CPU, so that no step waits for a GPU.
+        # Processes agree through the CPU, so that no step waits for a GPU.
         self._group: Any = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
+        if threading.current_thread() is threading.main_thread():  # signal handlers can be set nowhere else
             heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._hear) for number in heeded}
 
@@ -57,7 +57,7 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def stop_requested(self) -> bool:
-        """Whether any process has heard a signal. All have to ask, at the same places."""
+        """Whether any process has received a signal. All processes have to call this, at the same places."""
         if self._heard is None and self._launcher not in (None, os.getppid()):
             self._heard = time.monotonic(), signal.SIGTERM
         if self._group is not None:
@@ -65,21 +65,21 @@ class StopSignals:
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self._group)
             if number and self._heard is None:
                 self._heard = time.monotonic(), int(number)
-            return bool(number)  # what came since is not agreed on yet
+            return bool(number)  # later signals are not agreed on yet
         return self._heard is not None
 
     def waited(self) -> float:
-        """Seconds since this process alone heard a signal; 0 if it heard none."""
+        """Seconds since this process received a signal; 0 if none."""
         return time.monotonic() - self._heard[0] + 1e-9 if self._heard else 0.0
 
     def interruptible(self, steps: Iterable[int]) -> Iterator[int]:
-        """A sampler's steps. Raises SamplingInterrupted after a signal."""
+        """Wrap a sampler's steps. Raises SamplingInterrupted after a signal."""
         for step in steps:
             if self.stop_requested():
                 raise SamplingInterrupted
             yield step
 
     def stopped(self, what: str) -> Stopped:
-        """What to raise after a signal: "stopped by SIGTERM" and `what`, which says what is saved."""
+        """The exception to raise after a signal: "stopped by SIGTERM" followed by `what`, which says what is saved."""
         number = signal.Signals(self._heard[1]) if self._heard else signal.SIGTERM
         return Stopped(f"stopped by {number.name} {what}", 128 + number)

@@ -17,8 +17,8 @@ from diffusion.errors import UsageError, one_line
 
 
 def load_plain(path: Path) -> Any:
-    """What `torch.save` wrote, if it is plain data and dense tensors. Nothing in the file is run, and nothing takes
-    more memory than the file. Raises UsageError else."""
+    """Load plain data and dense tensors that `torch.save` wrote. No code in the file is run, and nothing takes more
+    memory than the file. Raises UsageError for anything else."""
     try:
         if not path.is_file():
             raise ValueError("it is no file")
@@ -27,18 +27,18 @@ def load_plain(path: Path) -> Any:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("it is compressed, which torch.save does not do")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of what it then refuses
+            warnings.simplefilter("ignore")  # about files that torch then refuses
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         _check_dense(loaded)
         return loaded
-    except Exception as error:  # torch raises whatever the broken part gave
+    except Exception as error:  # torch raises many types for broken files
         unsafe = "Unsupported" in str(error) or "GLOBAL" in str(error)
         reason = "it holds code or objects, of which nothing was run" if unsafe else one_line(error)
         raise UsageError(f"{path} cannot be read as plain tensors: {reason}") from None
 
 
 def _check_dense(value: object, name: str = "a tensor") -> None:
-    """Raise ValueError where a tensor is sparse, nested or quantized, or claims more elements than it stores."""
+    """Raise ValueError if a tensor is sparse, nested or quantized, or claims more elements than it stores."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_nested or value.is_quantized or value.device.type != "cpu":
             raise ValueError(f"{name} is not dense ({value.layout}, {value.dtype}, {value.device})")
@@ -53,7 +53,7 @@ def _check_dense(value: object, name: str = "a tensor") -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What a safetensors file holds. Raises UsageError where it is damaged."""
+    """Load a safetensors file. Raises UsageError if it is damaged."""
     try:
         if not path.is_file():
             raise ValueError("it is no file")
@@ -63,7 +63,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checked_tensor(value: object, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A dense copy of a tensor from a file. Raises ValueError where it is of another shape or type."""
+    """A dense copy of a tensor from a file. Raises ValueError if it is of another shape or type."""
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (shape, dtype):
         kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"a tensor is {kind}, not {dtype} {tuple(shape)}")

@@ -59,7 +59,7 @@ class LossSecondMoment:
         return {"losses": torch.from_numpy(self._losses.copy()), "counts": torch.from_numpy(self._counts.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Raises ValueError where it is no such history for as many timesteps."""
+        """Restore what `state_dict` returned. Raises ValueError if it is no such history for as many timesteps."""
         losses, counts = (torch.as_tensor(state[name]).numpy().copy() for name in ("losses", "counts"))
         same = (losses.shape, counts.shape) == (self._losses.shape, self._counts.shape)
         if not same or (losses.dtype, counts.dtype) != (self._losses.dtype, self._counts.dtype):

@@ -10,6 +10,17 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "studies")]
 
 
+WHOLE = {"scripts", "processes", "launchers", "hostile", "faults", "studies", "signals", "fuzz", "sampling", "safety",
+         "run_folder", "package", "trainer"}  # fmt: skip
+"""Files whose tests run whole commands or runs: `make check` leaves them to `make test`."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in WHOLE:
+            item.add_marker("whole")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
     """accelerate keeps the process's precision and launcher for ever; a test starts without."""

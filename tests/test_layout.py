@@ -143,6 +143,7 @@ def run(folder, *argv, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.whole
 def test_the_page_on_extending_can_be_followed(extended):
     commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
     assert len(commands) == 3

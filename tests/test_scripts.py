@@ -26,6 +26,7 @@ import evaluate
 import sample
 import train
 from diffusion import checkpoint
+from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
 from diffusion.ema import EMA
 from diffusion.interop.openai import config_from_flags, parse_flags
@@ -54,7 +55,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "unconditional"
-    command(sys.executable, "train.py", "--out", out, *SMALL, "--model.class_cond", "false")
+    Trainer(parse_command_line([*SMALL, "--model.class_cond", "false"]).config, out).run()
     return out
 
 
@@ -302,7 +303,7 @@ def cascade(tmp_path_factory):
              "--train.label_dropout", "0.2"]  # fmt: skip
     second = ["--data.low_res_size", "4"]
     for name, flags in (("base", first), ("upsampler", second), ("plain", [*second, "--model.class_cond", "false"])):
-        command(sys.executable, "train.py", "--out", folder / name, *SMALL, *flags)
+        Trainer(parse_command_line([*SMALL, *flags]).config, folder / name).run()
     return folder
 
 

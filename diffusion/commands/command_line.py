@@ -18,7 +18,7 @@ from diffusion.samplers import SAMPLERS, sampler_options
 from diffusion.training import run_folder
 
 CONTINUING = {"resume", "resume_from", "resume_from_checkpoint", "ckpt", "checkpoint", "continue", "load", "restore"}
-"""What other codebases call continuing a run."""
+"""Flags of other codebases for resuming."""
 
 
 OPTIONS = {option: [name for name in SAMPLERS if option in sampler_options(name)]
@@ -28,12 +28,12 @@ OPTIONS = {option: [name for name in SAMPLERS if option in sampler_options(name)
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What `train.py` was asked to do."""
+    """A parsed command line."""
 
     config: Config
     out: Path
     back_to: int | None = None
-    """The step of the checkpoint that the run is to go back to."""
+    """The step of the checkpoint to go back to."""
     verify_resume: bool = False
 
 
@@ -42,7 +42,7 @@ def parse_command_line(argv: Sequence[str]) -> Command:
 
     Later files and flags override earlier ones. Without `--config`, the settings of the run in `--out`, if there is
     one, are the base. Raises UsageError, in one line, for an unknown key, a wrong value, and for paths into a run that
-    would not do what they look like.
+    are probably a mistake.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(list(argv))
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _step(text: str) -> int:
-    """A step, or the name of a checkpoint's folder."""
+    """An argparse type: a step, or the name of a checkpoint's folder."""
     match = re.fullmatch(r"(?:step_)?(\d{1,12})/?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a step, such as 300")
@@ -135,7 +135,7 @@ def _step(text: str) -> int:
 
 
 def _from_text(text: str, key: str) -> Any:
-    """The value of a flag, read as its field's type asks for."""
+    """The value of a flag, by its field's type."""
     types = describe(classes_with(key), key.split(".")[1])[1]
     if text == "" or (text != "null" and types.keys() <= {"string", "null"}):
         return text

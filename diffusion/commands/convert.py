@@ -60,12 +60,12 @@ def main() -> None:
             raise UsageError(f"--{name} has no meaning for {args.format} from {'a run' if is_run else args.source}")
     check_writable(args.out.parent, f"--out {args.out}")
     write, says = export(args) if is_run else take_in(args)
-    temporary = args.out.with_name(f".{args.out.name}.tmp")  # so that half of it is never taken for the whole
+    temporary = args.out.with_name(f".{args.out.name}.tmp")  # so that an incomplete file is never used
     _remove(temporary)
     try:
         write(temporary)
         temporary.replace(args.out)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # types raised for a full disk
         raise UsageError(f"--out {args.out} cannot be written: {one_line(error)}") from None
     finally:
         _remove(temporary)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
-    """A run to the other's format: what writes it, and what to say then."""
+    """Export a run: a function that writes it, and a message."""
     saved, weights = open_run(args.source, args.ema)
     _check(saved.network(weights).state_dict(), args.source)
     if args.format == "diffusers":
@@ -90,7 +90,7 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
 
 
 def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
-    """The other's format to a run: what writes it, and what to say then."""
+    """Import a model: a function that writes a run, and a message."""
     if args.format == "diffusers":
         config, names, weights = read_pipeline(args.source)
     elif args.flags is None:
@@ -121,7 +121,7 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
 
 
 def _check(weights: checkpoint.Weights, source: Path) -> None:
-    """Raise UsageError, with its name, where one is not made of finite real numbers."""
+    """Raise UsageError, with the name of the first weight that is not dense or not finite."""
     for name, value in weights.items():
         dense = value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
         if not dense or not value.float().isfinite().all():

@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def choose_data(trained: DataConfig, source: str | None, path: str | None, split: str) -> DataConfig:
-    """The data to score. Raises UsageError where they are not images that the model can have."""
+    """The data to score. Raises UsageError if they are not images that the model can have."""
     data = trained
     if source not in (None, trained.source):
         shared = {name: getattr(trained, name) for name in ("image_size", "channels", "low_res_size", "workers")}
@@ -69,7 +69,7 @@ def choose_data(trained: DataConfig, source: str | None, path: str | None, split
 
 
 def check_out(out: Path) -> None:
-    """Raise UsageError where `--out` may not be written."""
+    """Raise UsageError if `--out` may not be written."""
     check_writable_file(out)
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder: name a .json file")

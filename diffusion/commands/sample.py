@@ -159,7 +159,7 @@ def process_length(config: Config) -> int:
 
 
 def with_flags(config: Config, args: argparse.Namespace) -> Config:
-    """The run's configuration with the flags of this command in its section `sample`. Raises UsageError where they do
+    """The run's configuration with the flags of this command in its section `sample`. Raises UsageError if they do
     not fit, with the flag's name."""
     given = {name: getattr(args, name) for name in ("sampler", "steps", "guidance") if getattr(args, name) is not None}
     options = {} if args.sampler not in (None, config.sample.sampler) else config.sample.options
@@ -176,7 +176,7 @@ def open_store(
     args: argparse.Namespace, form: Form, saved: Checkpoint, config: Config, n: int, labels: list[int] | None,
     low_res: LowRes, state: Any,
 ) -> SampleStore:  # fmt: skip
-    """The store that all processes write to, begun or continued. Raises UsageError where it cannot be written."""
+    """The store that all processes write to, begun or continued. Raises UsageError if it cannot be written."""
     from accelerate.utils import broadcast_object_list
 
     sample = config.sample
@@ -209,7 +209,7 @@ def open_store(
 
 
 def check_out(out: Path, form: Form) -> None:
-    """Raise UsageError where `--out` cannot be what is to be written."""
+    """Raise UsageError if `--out` cannot be what is to be written."""
     suffix = SUFFIXES[form]
     check_writable_file(out)
     check_no_dangling_link(out)
@@ -225,7 +225,7 @@ def check_out(out: Path, form: Form) -> None:
 
 
 def open_low_res(saved: Checkpoint, path: Path | None, classes_given: bool) -> LowRes:
-    """What `--low_res` names. Raises UsageError where it is missing or does not fit."""
+    """What `--low_res` names. Raises UsageError if it is missing or does not fit."""
     data, size = saved.config.data, saved.config.data.low_res_size
     if (path is None) != (size is None):
         raise UsageError(

@@ -23,7 +23,7 @@ from diffusion.training.run_folder import check_is_run
 
 
 def non_empty_path(text: str) -> Path:
-    """The type of an argument that is a path: an empty one, such as an unset shell variable, is an error."""
+    """An argparse type for paths. An empty one, such as an unset shell variable, is an error."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return Path(text)
@@ -38,15 +38,15 @@ def check_range(name: str, value: float, least: int, most: int = 10**9) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def open_run(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """`open_weights`, which says on stderr what it passed over. Raises UsageError, with the run's or checkpoint's path,
-    where `path` only lies in one."""
+    """`open_weights`, with a warning for each damaged checkpoint. Raises UsageError if `path` only lies in a run or
+    checkpoint, with the path to name instead."""
     check_is_run(path)
     saved, weights = open_weights(path, ema)
     for _, damage in saved.passed_over:
@@ -55,7 +55,7 @@ def open_run(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, 
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Make `folder`, and raise UsageError, naming the flag, where no file can be written into it."""
+    """Create `folder`. Raises UsageError, with the flag, if no file can be written there."""
     try:
         check_no_dangling_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 class _Unbreakable:
-    """A stream for what a run says by the way: a full disk or a reader that has gone does not end the run."""
+    """A stream for progress: a full disk or a closed pipe does not end the run."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -83,7 +83,7 @@ class _Unbreakable:
 
 
 def print_line(text: str, error: bool = False) -> None:
-    """Print a line to stdout, or to stderr beside a bar. It does not end the run where nobody can read it."""
+    """Print a line to stdout, or to stderr beside a bar. A closed stream does not end the run."""
     tqdm.write(
         "\n" * text.startswith("\n") + escape_control(text.lstrip("\n")),
         file=_Unbreakable(sys.stderr if error else sys.stdout),
@@ -91,41 +91,42 @@ def print_line(text: str, error: bool = False) -> None:
 
 
 def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
-    """A bar of `total` steps on stderr, where `shown`."""
-    interval = 0.5 if sys.stderr.isatty() else 30  # a log file needs no second-by-second account
+    """A bar of `total` steps on stderr, if `shown`."""
+    interval = 0.5 if sys.stderr.isatty() else 30  # fewer lines in a log file
     return tqdm(total=total, initial=done, unit="step", disable=not shown, dynamic_ncols=True, mininterval=interval,
                 file=_Unbreakable(sys.stderr))  # fmt: skip
 
 
 def advance(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
-    """The steps, each counted on the bar when it is done; with the bar bound, a sampler's `progress`."""
+    """Iterate over steps, advancing the bar after each; with the bar bound, a sampler's `progress`."""
     for step in steps:
         yield step
         bar.update()
 
 
 def _open_standard_streams() -> None:
-    """Open what was closed (`>&-`): else the next file that is opened would get what is printed."""
+    """Open standard streams that were closed (`>&-`): otherwise output would go to the next file that is opened."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run `main`: 0, or after a line on stderr 2 where the user can put it right, and 128 + its number for a signal."""
+    """Run `main` and return its exit code: 0; 2 after a user error, printed in one line; 128 + the number of a
+    signal."""
     name = os.path.basename(sys.argv[0])
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may have names that the terminal has not
+            stream.reconfigure(errors="backslashreplace")  # paths may have characters that the terminal lacks
     try:
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Its threads would end the interpreter with an abort now and then.
+            # Otherwise its threads sometimes abort the interpreter at exit.
             torch.distributed.destroy_process_group()
     except UsageError as error:
         rank = f" [rank {os.environ['RANK']}]" if torch.distributed.is_initialized() else ""
@@ -148,7 +149,7 @@ def exit_code(main: Callable[[], None]) -> int:
             raise
         print(f"{name} [rank {os.environ['RANK']}]: another process of this run ended: its own message, if it had time "
               f"for one, says why ({one_line(error)})", file=sys.stderr, flush=True)  # fmt: skip
-        os._exit(1)  # at the interpreter's end, the group would wait for those that are gone
+        os._exit(1)  # a normal exit would wait for the processes that are gone
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130

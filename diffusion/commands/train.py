@@ -16,7 +16,7 @@ from diffusion.training import run_folder
 
 
 def verify_resume(config: Config) -> None:
-    """Say whether a few steps of this configuration end with the same bits when they are broken off and continued."""
+    """Check that a few steps of this configuration end with the same bits when they are interrupted and resumed."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -25,7 +25,7 @@ def verify_resume(config: Config) -> None:
     with accelerate_starts():
         state = PartialState(cpu=on_cpu())
     with tempfile.TemporaryDirectory() as folder:
-        shared = [folder]  # the first process's is for all
+        shared = [folder]  # the first process's is shared
         broadcast_object_list(shared)
         differs = verify.verify_resume(config, Path(shared[0]))
         state.wait_for_everyone()
@@ -36,7 +36,7 @@ def verify_resume(config: Config) -> None:
 
 
 def go_back(out: Path, step: int) -> None:
-    """Let the run continue from an earlier checkpoint, and say where the later ones are."""
+    """Take the run back to an earlier checkpoint, and print where the later ones are."""
     aside = run_folder.go_back(out, step)
     later = f"; what came later is in {aside}" if aside else ", and has nothing later"
     print_line(
@@ -56,7 +56,7 @@ def main() -> None:
         verify_resume(config)
         return
 
-    from diffusion.training.trainer import Trainer  # after the parser, so that --help and a mistyped key answer at once
+    from diffusion.training.trainer import Trainer  # after parsing, so that --help and typos are answered at once
 
     trainer = Trainer(config, out, warn=lambda message: print_line(f"{Path(sys.argv[0]).name}: {message}", error=True))
     config = trainer.config
@@ -71,7 +71,7 @@ def main() -> None:
     if trainer.step >= config.train.steps:
         if main_process:
             print_line(f"all {trainer.step} steps are done (train.steps is {config.train.steps})")
-        if not trainer.last_grid.exists():  # a signal cut it off
+        if not trainer.last_grid.exists():  # interrupted by a signal
             trainer.sample()
             if main_process:
                 print_line(f"images: {trainer.last_grid.resolve()}")

@@ -81,7 +81,7 @@ class DataConfig:
         return self.channels, self.image_size, self.image_size
 
     def open(self, split: str = "train") -> DataSet:
-        """Open the data set. Raises UsageError where it is missing or cannot be read."""
+        """Open the data set. Raises UsageError if it is missing or cannot be read."""
         raise NotImplementedError
 
 

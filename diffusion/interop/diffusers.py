@@ -25,7 +25,7 @@ PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample"}
 
 
 def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
-    """What diffusers' `UNet2DModel` calls the network of `config`. Raises UsageError, with the reason, if it cannot."""
+    """The arguments of diffusers' `UNet2DModel` for the network of `config`. Raises UsageError if there are none."""
     data, model, diffusion = config.data, config.model, config.diffusion
     attention = [2**level in model.attention_resolutions for level in range(len(model.channel_mult))]
     widths = [int(mult * model.model_channels) for mult in model.channel_mult]
@@ -48,7 +48,7 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
     down, up = ("ResnetDown", "ResnetUp") if model.resblock_updown else ("Down", "Up")
     resample = "resnet" if model.resblock_updown else "conv"
     sample = "sample" if model.resblock_updown else ""
-    # A table of sinusoids is the one way to tell this network another number than the scheduler's timestep.
+    # Only a table of sinusoids can give this network another number than the scheduler's timestep.
     table = diffusion.rescale_timesteps and diffusion.steps != 1000
     return dict(
         sample_size=data.image_size, in_channels=data.channels,
@@ -69,7 +69,7 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
-    """What diffusers' `DDPMScheduler` calls the process of `config`."""
+    """The arguments of diffusers' `DDPMScheduler` for the process of `config`."""
     diffusion = config.diffusion
     return dict(
         num_train_timesteps=diffusion.steps, beta_schedule=SCHEDULES[diffusion.schedule], trained_betas=None,
@@ -81,7 +81,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 
 
 def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Config:
-    """The run whose network and process diffusers describes so. Raises UsageError, naming the setting that has no
+    """The configuration of a pipeline's network and process. Raises UsageError, with the first setting that has no
     counterpart here."""
     try:
         widths, heads = unet["block_out_channels"], unet["attention_head_dim"]
@@ -114,7 +114,7 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
 
 
 def _check_settings(name: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UsageError where diffusers' settings are not those of any network or process here."""
+    """Raise UsageError if a setting of diffusers has no counterpart here."""
     for key, value in wanted.items():
         there = list(given[key]) if isinstance(given.get(key), tuple) else given.get(key)
         if key in ("beta_start", "beta_end"):  # of the linear schedule; decimal and binary fractions differ a little
@@ -190,7 +190,7 @@ def to_diffusers(weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
 
 
 def from_diffusers(theirs: Weights, config: Config, num_classes: int) -> dict[str, Tensor]:
-    """diffusers' state dict under our names. Raises UsageError where it is not the network of `config`."""
+    """diffusers' state dict under our names. Raises UsageError if it is not the network of `config`."""
     modules, rest, weights = _modules(config.model), dict(theirs), {}
     try:
         if unet_config(config, num_classes)["time_embedding_type"] == "learned":
@@ -220,8 +220,8 @@ def from_diffusers(theirs: Weights, config: Config, num_classes: int) -> dict[st
 
 
 def pipeline_writer(saved: Checkpoint, weights: Weights, ddim: bool) -> Callable[[Path], None]:
-    """What writes a pipeline's folder: a `DDPMPipeline`, or with the mean's channels only a `DDIMPipeline`, whose
-    scheduler takes no others. Raises UsageError where diffusers cannot express the run."""
+    """A function that writes a pipeline's folder: a `DDPMPipeline`, or a `DDIMPipeline` with the mean channels only,
+    since its scheduler takes no others. Raises UsageError if diffusers cannot express the run."""
     config = saved.config
     settings = unet_config(config, len(saved.class_names))
     diffusers = _import_diffusers()
@@ -243,7 +243,7 @@ def pipeline_writer(saved: Checkpoint, weights: Weights, ddim: bool) -> Callable
 
     def write(out: Path) -> None:
         kind(unet=unet, scheduler=scheduler).save_pretrained(out, safe_serialization=True)
-        if not ddim:  # diffusers passes them over; they make the way back exact
+        if not ddim:  # ignored by diffusers; they make the way back exact
             save_config(config, out / "run.yaml")
             (out / "class_names.json").write_text(json.dumps(saved.class_names))
 
@@ -251,8 +251,8 @@ def pipeline_writer(saved: Checkpoint, weights: Weights, ddim: bool) -> Callable
 
 
 def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor]]:
-    """A pipeline folder -> the run, its class names (numbers where it has none), its weights. Raises UsageError,
-    naming what has no counterpart here. Only safetensors are read."""
+    """Read a pipeline's folder: the configuration, class names (numbers if it has none), and weights. Raises
+    UsageError for settings without counterpart here. Only safetensors are read."""
     diffusers = _import_diffusers()
     try:
         raw = {name: json.loads((path / name / file).read_text())
@@ -294,7 +294,7 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
 
 
 def _with_defaults(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file, and for those that it leaves out what diffusers would take."""
+    """The settings of a file, completed with diffusers' defaults."""
     return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()} | given
 
 

@@ -26,23 +26,23 @@ IMPROVED: dict[str, Any] = dict(
     small_size=64, lr=1e-4, batch_size=128, microbatch=-1, weight_decay=0.0, ema_rate="0.9999",
     schedule_sampler="uniform", num_samples=16, use_ddim=False, use_fp16=False, clip_denoised=True,
 )  # fmt: skip
-"""What improved-diffusion's flags are where they are not given, as far as they can be honoured here."""
+"""The defaults of improved-diffusion's flags that can be honoured here."""
 GUIDED = IMPROVED | dict(
     rescale_timesteps=False, rescale_learned_sigmas=False, channel_mult="", num_head_channels=-1, resblock_updown=False,
     use_new_attention_order=False,
 )  # fmt: skip
-"""The same for guided-diffusion."""
+"""The defaults of guided-diffusion."""
 ONLY_GUIDED = {"channel_mult", "num_head_channels", "resblock_updown", "use_new_attention_order"}
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4", 32: "1,2,2,2"}
-"""By image size. (An upsampler to 512 has those of 256.)"""
+"""By image size. (An upsampler to 512 uses those of 256.)"""
 
 
 def parse_flags(text: str) -> dict[str, Any]:
     """Their flags, typed, with the defaults of the repository whose flags they are. Raises UsageError, naming the flag.
 
-    Flags are taken for guided-diffusion's where one among them is only known there. (use_fp16 says how their code
-    computes, nothing of the model, and both know it.)
+    Flags count as guided-diffusion's if one of them exists only there. (use_fp16 exists in both, and says nothing about
+    the model.)
     """
     try:
         words = [part for word in shlex.split(text) for part in (word.split("=", 1) if word[:2] == "--" else [word])]
@@ -70,8 +70,8 @@ def parse_flags(text: str) -> dict[str, Any]:
 
 
 def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
-    """The run that such flags (see `parse_flags`) describe. Raises UsageError where it cannot be."""
-    guided = "channel_mult" in flags  # which repository's flags they are
+    """The configuration that flags (see `parse_flags`) describe. Raises UsageError if it is impossible."""
+    guided = "channel_mult" in flags  # which repository's flags these are
     size = flags["large_size"] if upsampler else flags["image_size"]
     mult = flags.get("channel_mult") or CHANNEL_MULT.get(256 if upsampler and size == 512 else size)
     if mult is None:
@@ -138,9 +138,9 @@ def flags_from_config(config: Config, num_classes: int) -> str:
 
 
 def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tensor]]:
-    """Their checkpoint and flags -> the run, its number of classes, its weights as they are there.
+    """Read their checkpoint and flags: the configuration, the number of classes, and the weights as stored.
 
-    Nothing in the file is run. Raises UsageError where it is no state dict or not the network of the flags.
+    No code in the file is run. Raises UsageError if it is not a state dict of the network of the flags.
     """
     flags = parse_flags(flag_text)
     _check_crcs(path)
@@ -158,10 +158,10 @@ def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tens
 
 
 def _check_crcs(path: Path) -> None:
-    """Raise UsageError where a download was damaged on its way; torch would not look."""
+    """Raise UsageError if a download is damaged, which torch does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise UsageError(f"{path} is damaged: its checksum of {damaged} is another")
     except (OSError, zipfile.BadZipFile):
-        pass  # not there, or of the format before: what comes next will say so
+        pass  # missing, or in the older format: reported below

@@ -18,7 +18,7 @@ from diffusion.randomness import image_noise
 def bits_per_dim(subject: Subject) -> Score:
     """The variational bound in bits per dimension, with its standard error over images. Each image is scored once.
 
-    Raises UsageError where the bound is not finite.
+    Raises UsageError if the bound is not finite.
     """
     from accelerate.utils import gather_object  # takes long to import
 

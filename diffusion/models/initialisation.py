@@ -31,7 +31,7 @@ from diffusion.models.unet import AttentionBlock, ResBlock, UNetModel
 
 InitName = Literal["zero", "default", "small", "fixup"]
 SMALL = 1e-5
-"""What the DDPM++ network of EDM (Karras et al. 2022) scales last layers by, in place of zero."""
+"""The factor of last layers in the DDPM++ network of EDM (Karras et al. 2022)."""
 
 
 def check_init(init: str, use_norm: bool) -> None:
@@ -69,12 +69,12 @@ def layers(model: UNetModel) -> list[Layer]:
 
 
 def branches(model: UNetModel) -> list[ResBlock | AttentionBlock]:
-    """The blocks that add a branch to what they are given."""
+    """The blocks with a residual branch."""
     return [module for module in model.modules() if isinstance(module, ResBlock | AttentionBlock)]
 
 
 def last_layers(model: UNetModel) -> list[Layer]:
-    """Those that the paper sets to zero: the output's, and the last one of every branch."""
+    """The layers that the paper sets to zero: the output's, and the last one of every branch."""
     ends = [block.out_layers[-1] if isinstance(block, ResBlock) else block.proj_out for block in branches(model)]
     return [*ends, model.out[-1]]  # type: ignore[list-item]
 
@@ -86,8 +86,8 @@ def scalars(model: nn.Module) -> list[nn.Parameter]:
 
 def _fixup(model: UNetModel) -> None:
     found, last = branches(model), last_layers(model)
-    inside: list[nn.Module] = []  # layers inside branches, but for the last ones
-    activated: list[nn.Module] = [model.time_embed[2]]  # layers behind an activation, but for the last ones
+    inside: list[nn.Module] = []  # layers inside branches, except the last
+    activated: list[nn.Module] = [model.time_embed[2]]  # layers behind an activation, except the last
     for block in found:
         if isinstance(block, ResBlock):
             inside += [block.in_layers[2], block.emb_layers[1]]

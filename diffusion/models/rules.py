@@ -41,7 +41,7 @@ def check_widths(
 
 
 def check_sizes(sizes: Sequence[int], levels: int) -> None:
-    """Raise UsageError where the levels do not divide `sizes`, of which three axes keep the first one's length."""
+    """Raise UsageError if the levels do not divide `sizes`, of which three axes keep the first one's length."""
     divisor = 2 ** (levels - 1)
     if any(size % divisor for size in sizes[-2:]):
         nearest = [max(divisor, round(size / divisor) * divisor) for size in sizes[-2:]]

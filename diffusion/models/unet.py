@@ -141,7 +141,7 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        # The two convolutions of size 1 as matrix products, and positions before channels: a fifth faster.
+        # 1x1 convolutions as matrix products, with channels last: a fifth faster.
         h = self.norm(x).flatten(2).transpose(1, 2)
         weight, bias = folded(self.qkv)
         qkv = F.linear(h, weight.squeeze(2), bias)
@@ -153,7 +153,7 @@ class AttentionBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Layers in a row, of which the residual blocks are given the timestep's embedding too."""
+    """A sequence of layers that passes the timestep's embedding to residual blocks."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -184,7 +184,7 @@ class UNetModel(nn.Module):
         image_size: of no effect, since the network runs at any size; the sequel's class has it.
         use_norm: normalise; without normalisation, see `diffusion.models.initialisation`.
 
-    Raises UsageError where `check_widths` does.
+    Raises UsageError if `check_widths` does.
     """
 
     # Long, so that the whole network can be read in one place.
@@ -283,10 +283,10 @@ class UNetModel(nn.Module):
 
         Args:
             x: (B, in_channels, ...), its last one (`dims` 1) or two sizes divisible by 2^(levels - 1).
-            timesteps: (B,), need not be whole.
+            timesteps: (B,), may be fractional.
             y: (B,) class labels, if and only if the model has classes; -1 is no class (classifier-free guidance).
 
-        Returns (B, out_channels, ...). Raises UsageError where the size or the labels do not fit.
+        Returns (B, out_channels, ...). Raises UsageError if the size or the labels do not fit.
         """
         self._check(x, y)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
@@ -313,7 +313,7 @@ class UNetModel(nn.Module):
 
 
 class SuperResModel(UNetModel):
-    """A U-Net that is given a smaller image too: it is enlarged and stacked onto x (section 6 of the sequel).
+    """A U-Net with a smaller image as second input, enlarged and concatenated to x (section 6 of the sequel).
 
     Takes the arguments of `UNetModel`; `in_channels` are those of x alone.
     """
@@ -323,5 +323,6 @@ class SuperResModel(UNetModel):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, *, low_res: Tensor) -> Tensor:  # type: ignore[override]
         """As `UNetModel.forward`, with `low_res` (B, in_channels, ...) of any size."""
-        enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear")
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[self.dims]
+        enlarged = F.interpolate(low_res, x.shape[2:], mode=mode)
         return super().forward(torch.cat([x, enlarged], dim=1), timesteps, y)

@@ -24,7 +24,7 @@ RESUMABLE = {
 
 
 def continued_config(saved: Checkpoint, now: Config, out: Path) -> Config:
-    """The configuration to continue with. Raises UsageError where it would make `out` a different run."""
+    """The configuration to continue with. Raises UsageError if it would make `out` a different run."""
     if saved.step == 0:
         raise UsageError(f"{out} is a converted model: begin a run with its weights with "
                          f"--config {out / 'config.yaml'} --train.init_from {out} --out NEW")  # fmt: skip

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, who may write there, and how a run goes back to an earlier checkpoint.
+"""A run's folder: its layout, its lock, and going back to an earlier checkpoint.
 
 runs/x/
     config.yaml                  every setting, resolved
@@ -42,7 +42,8 @@ OWN = {"config.yaml": Path.is_file, "metrics.jsonl": Path.is_file, "metrics_supe
 
 @dataclass(frozen=True)
 class Place:
-    """What a path is, or lies in, links followed: a run, and a checkpoint, which may lie outside of any run."""
+    """The run and the checkpoint that a path is or lies in, following links. A checkpoint may lie outside of any
+    run."""
 
     path: Path
     run: Path | None = None
@@ -54,7 +55,7 @@ class Place:
 
 
 def locate(path: Path) -> Place:
-    """The innermost run or checkpoint that `path` is or lies in."""
+    """Find the innermost run or checkpoint that `path` is or lies in."""
     real = Path(os.path.realpath(path))
     for folder in (real, *real.parents):
         in_run = folder.parent.name == "checkpoints"
@@ -70,7 +71,7 @@ def _is_run(folder: Path) -> bool:
         return True
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
         return False
-    with contextlib.suppress(Exception):  # what somebody else's YAML gives
+    with contextlib.suppress(Exception):  # for foreign YAML
         if (folder / "config.yaml").stat().st_size < 2**16:
             keys = yaml.safe_load((folder / "config.yaml").read_text())
             return isinstance(keys, dict) and SECTIONS.keys() <= keys.keys()
@@ -78,21 +79,21 @@ def _is_run(folder: Path) -> bool:
 
 
 def settings_of(out: Path) -> list[Path]:
-    """The configuration of the run in `out`; of nothing else."""
+    """The configuration file of the run in `out`, if it is one."""
     if not locate(out).is_run:
         return []
     candidates = [out / "config.yaml", *(folder / "config.yaml" for folder in checkpoint.folders(out))]
-    return [path for path in candidates if path.is_file() and path.stat().st_size][:1]  # a power cut may empty one
+    return [path for path in candidates if path.is_file() and path.stat().st_size][:1]  # empty after a power failure
 
 
 def default_out(config_file: Path) -> Path:
-    """Where a run of this configuration goes: a run's own continues that run."""
+    """The default folder for a configuration file. A run's own file continues that run."""
     place = locate(config_file)
     return place.run if place.run and place.path == place.run / "config.yaml" else Path("runs") / config_file.stem
 
 
 def check_config_file(file: Path, out: Path | None) -> None:
-    """Raise UsageError where `--config` names what looks like continuing a run, and would begin another."""
+    """Raise UsageError if `--config` names a run or a checkpoint: this would begin another run, not continue it."""
     place = locate(file)
     if place.is_run:
         raise UsageError(f"--config {file} is a run's folder: continue it with --out {file}")
@@ -101,7 +102,7 @@ def check_config_file(file: Path, out: Path | None) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raise UsageError where a run's `--out` lies in a checkpoint or in a folder that another run writes."""
+    """Raise UsageError if `--out` lies in a checkpoint or in another run."""
     place = locate(out)
     if place.checkpoint is not None:
         what = "is" if place.path == place.checkpoint else "lies in"
@@ -113,7 +114,7 @@ def check_out(out: Path) -> None:
 
 
 def check_is_run(path: Path) -> None:
-    """Raise UsageError where a path only lies in a run or a checkpoint, with the folder to name instead."""
+    """Raise UsageError if a path lies inside a run or a checkpoint, with the folder to name instead."""
     place = locate(path)
     inside = place.checkpoint or place.run
     if inside is not None and place.path != inside and not checkpoint.is_run_or_checkpoint(path):
@@ -121,7 +122,7 @@ def check_is_run(path: Path) -> None:
 
 
 def check_writable_file(out: Path) -> None:
-    """Raise UsageError where `--out` of a command that reads runs names a file or a folder that is a run's own."""
+    """Raise UsageError if `--out` names a file or folder that a run itself writes."""
     place = locate(out)
     own = place.checkpoint is not None
     if place.run is not None and not own:
@@ -153,11 +154,11 @@ def _ways_on(place: Place) -> str:
 
 
 class RunFolder:
-    """A run's folder that this process alone may write.
+    """A run's folder, locked for this process.
 
-    It is made if it is not there. `begin` writes the first files; `close` lets others in, and removes what was made if
-    the run did not begin. Raises UsageError where the folder is in use, cannot be written, or is something else's.
-    `warn` is called if the file system has no locks.
+    It is created if missing. `begin` writes the first files. `close` releases the folder, and removes what was created
+    if the run did not begin. Raises UsageError if the folder is in use, cannot be written, or belongs to something
+    else. `warn` is called if the file system has no locks.
     """
 
     def __init__(self, out: Path, warn: Callable[[str], None] = lambda message: None):
@@ -192,16 +193,16 @@ class RunFolder:
         return descriptor
 
     def begin(self, config: Config, step: int, damaged: Sequence[Path] = ()) -> int:
-        """Write the configuration, put away `damaged` checkpoints and the metrics of steps after `step`.
+        """Write the configuration, and move away `damaged` checkpoints and the metrics after `step`.
 
-        Returns the last step of the metrics that were put away, or 0.
+        Returns the last step of the metrics that were moved away, or 0.
         """
         with _told(self.path):
             assert self._lock is not None
             for folder in damaged:
                 folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time_ns()}"))
             for left in (self.path / "checkpoints").glob(".step_*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)  # by a kill in the middle of a save
+                shutil.rmtree(left, ignore_errors=True)  # left by a kill during a save
             last = _truncate_metrics(self.path, step)
             save_config(config, self.path / "config.yaml")
             os.ftruncate(self._lock, 0)
@@ -210,9 +211,9 @@ class RunFolder:
         return last
 
     def close(self) -> None:
-        """Let other processes train here."""
+        """Release the folder."""
         if not self._begun:
-            for path in self._made:  # innermost first; what is not empty stays
+            for path in self._made:  # innermost first; non-empty folders stay
                 with contextlib.suppress(OSError):
                     path.rmdir() if path.is_dir() else path.unlink()
         if self._lock is not None:
@@ -222,7 +223,7 @@ class RunFolder:
 
 @contextmanager
 def _told(out: Path) -> Iterator[None]:
-    """Turn what goes wrong in a run's folder into one line."""
+    """Turn an OSError in a run's folder into one line."""
     try:
         yield
     except OSError as error:
@@ -230,7 +231,7 @@ def _told(out: Path) -> Iterator[None]:
 
 
 def _check_ours(out: Path) -> None:
-    """Raise UsageError where a folder holds files with the names of a run's that are not a run's."""
+    """Raise UsageError if a folder has files that are named like a run's but are not."""
     for name, is_kind in OWN.items():
         if os.path.lexists(out / name) and not is_kind(out / name):
             raise NotADirectoryError(errno.ENOTDIR, f"its {name} is a link to nowhere, or not what a run has")
@@ -245,11 +246,11 @@ def _check_ours(out: Path) -> None:
 
 
 NO_STEP = 10**12
-"""Stands for the step of a line that is no metrics: later than any."""
+"""The step of a malformed line: later than any."""
 
 
 def _read_metrics(path: Path) -> list[tuple[int, str]]:
-    """The lines of metrics with their steps. A line without an end was cut off by a kill, and is left out."""
+    """The lines of metrics with their steps. An incomplete last line, left by a kill, is dropped."""
 
     def step(line: str) -> int:
         try:
@@ -263,7 +264,7 @@ def _read_metrics(path: Path) -> list[tuple[int, str]]:
 
 
 def _truncate_metrics(out: Path, step: int) -> int:
-    """Keep the metrics up to `step`; other lines are appended to another file. Returns the last step there was."""
+    """Keep the metrics up to `step`, and move later lines to another file. Returns the last step there was."""
     path = out / "metrics.jsonl"
     lines = _read_metrics(path)
     others = [line for at, line in lines if at > step]
@@ -294,7 +295,7 @@ def go_back(out: Path, step: int) -> Path | None:
 
     Later checkpoints and grids are moved into a folder of the run, beside copies of its configuration and metrics:
     that folder is a run of its own. Returns it, or None if there is nothing later. A kill leaves a run that continues,
-    and the same call does the rest. Raises UsageError where there is no whole checkpoint of that step.
+    and the same call does the rest. Raises UsageError if there is no whole checkpoint of that step.
     """
     if not locate(out).is_run:
         raise UsageError(f"--back_to is {step}, but --out {out} is no run that has saved a checkpoint")
@@ -319,7 +320,7 @@ def go_back(out: Path, step: int) -> Path | None:
                 if (out / name).exists():
                     shutil.copyfile(out / name, temporary / name)
             temporary.rename(aside)
-            for path in (*grids, *checkpoints):  # checkpoints from the newest on: the run always has those below
+            for path in (*grids, *checkpoints):  # newest first: the run always keeps the older ones
                 path.rename(aside / path.parent.name / path.name)
             lines = _read_metrics(out / "metrics.jsonl")
             replace_text(out / "metrics.jsonl", "".join(line for at, line in lines if at <= step))

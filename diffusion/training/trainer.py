@@ -44,7 +44,7 @@ class Trainer:
     """A run in the folder `out`: a new one, or continued from its newest checkpoint.
 
     `step` counts the optimizer steps that are done. `close` releases the folder; `run` does so at its end.
-    `warn(message)` is called on the main process for recovered problems. Raises UsageError where the run cannot begin.
+    `warn(message)` is called on the main process for recovered problems. Raises UsageError if the run cannot begin.
     """
 
     def __init__(self, config: Config, out: Path, warn: Callable[[str], None] = lambda message: None):
@@ -96,7 +96,7 @@ class Trainer:
         return {"step": self.training_step, "meter": self.meter}
 
     def _prepare(self, saved: checkpoint.Checkpoint | None) -> None:
-        """Open the data and build the training step, from `saved` if given. Raises UsageError where they do not fit."""
+        """Open the data and build the training step, from `saved` if given. Raises UsageError if they do not fit."""
         if saved:
             self.config = continued_config(saved, self.config, self.out)
         config, accelerator, train = self.config, self.accelerator, self.config.train

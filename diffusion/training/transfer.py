@@ -1,4 +1,4 @@
-"""Weights of one run as the beginning of another: what fits is copied, what does not is named."""
+"""Initialising a run with the weights of another: what fits is copied, what does not is listed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MEANING = {
               "conv_resample", "resblock_updown"),
     "diffusion": ("steps", "schedule", "prediction", "variance", "rescale_timesteps"),
 }  # fmt: skip
-"""Settings that give weights another shape, place or meaning."""
+"""Settings that change the shape, place or meaning of weights."""
 
 
 @torch.no_grad()
 def copy_weights(
     network: UNetModel, weights: Weights, saved: Checkpoint, config: Config, class_names: Sequence[str]
 ) -> list[str]:
-    """Copy into `network` each of the `weights` of `saved` that has its name and shape there.
+    """Copy those `weights` of `saved` into `network` whose name and shape fit.
 
-    Embeddings of classes are copied by class name. Returns what there is to say: what did not fit, and which settings
-    give the weights another meaning. Raises UsageError where nothing fits.
+    Class embeddings are copied by class name. Returns messages: what did not fit, and which settings change the meaning
+    of the weights. Raises UsageError if nothing fits.
     """
     mine = network.state_dict()
     fit = {name for name, value in mine.items() if name in weights and weights[name].shape == value.shape} - {CLASSES}
@@ -66,11 +66,11 @@ def copy_weights(
 
 
 def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Copy the embeddings of the classes that both have."""
+    """Copy the embeddings of classes that both have."""
     there = weights.get(CLASSES)
     if there is None or there.shape[1:] != table.shape[1:]:
         return [f"train.init_from: the {len(names)} classes begin anew: there are no embeddings of them there"]
-    numbers = list(theirs) == [str(i) for i in range(len(names))]  # a converted model's, whose names are not known
+    numbers = list(theirs) == [str(i) for i in range(len(names))]  # a converted model, whose names are unknown
     rows = {name: theirs.index(name) for name in names if name in theirs}
     if numbers and list(names) != list(theirs):
         rows = {name: i for i, name in enumerate(names)}
@@ -86,6 +86,6 @@ def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], 
 
 
 def origin_of(saved: Checkpoint) -> dict[str, object]:
-    """What a run records of the weights that it began with."""
+    """The record of the weights that a run was initialised with."""
     name = saved.chosen_file()
     return {"path": str(saved.path.resolve()), "step": saved.step, "file": name, "sha256": saved.sums[name]}

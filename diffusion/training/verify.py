@@ -1,4 +1,4 @@
-"""Proof that a configuration resumes exactly, on the user's own machine and data."""
+"""A check that a configuration resumes exactly, on the user's machine and data."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ STEPS = 4
 
 
 class _Break(Exception):
-    """Ends a run in the middle, as a kill would."""
+    """Ends a run early, as a kill would."""
 
 
 def verify_resume(config: Config, folder: Path) -> str | None:
-    """Train a few steps at one go, and again with a break after the first half, in `folder`.
+    """Train a few steps in `folder` without interruption, and again with one.
 
-    Returns None where both end with the same bits, or else the first tensor that differs, and by how much.
+    Returns None if both end with the same bits, otherwise the first tensor that differs, and by how much.
     """
     config = dataclasses.replace(
         config,
@@ -34,7 +34,7 @@ def verify_resume(config: Config, folder: Path) -> str | None:
     )
 
     def break_off(step: int, metrics: object) -> None:
-        if step == STEPS - 1:  # one step after the checkpoint, which is lost
+        if step == STEPS - 1:  # one step after the checkpoint is lost
             raise _Break
 
     Trainer(config, folder / "whole").run()
@@ -52,7 +52,7 @@ def verify_resume(config: Config, folder: Path) -> str | None:
 
 
 def _tensors(run: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a run's last checkpoint, with a name that says what it is."""
+    """Every tensor of a run's last checkpoint, with a descriptive name."""
     saved = checkpoint.open_checkpoint(checkpoint.checkpoint_folder(run, STEPS))
     weights = saved.weights()
     yield from ((f"the weight {name}", value) for name, value in weights.items())

@@ -131,7 +131,7 @@ def _open_folder(root: Path, config: Folder) -> FolderDataset:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Every file under a folder, following links, each folder once. Raises UsageError where one cannot be listed."""
+    """Every file under a folder, following links, each folder once. Raises UsageError if one cannot be listed."""
 
     def fail(error: OSError) -> None:
         raise UsageError(f"data.path {root}: {error.filename} cannot be listed: {one_line(error)}")

@@ -1,0 +1,115 @@
+"""The training step as a thing of its own: no folder, no configuration, any number of axes."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffusion import GaussianDiffusion, Schedule, UNetModel
+from diffusion.losses import training_losses
+from diffusion.randomness import generator_for
+from diffusion.sampling import sample_batch
+from diffusion.training.step import TrainingStep
+
+PROCESS = GaussianDiffusion(Schedule.named("cosine", 100))
+
+
+def unet(dims=2, num_classes=None, dropout=0.0):
+    torch.manual_seed(0)
+    return UNetModel(1, 32, 2, 1, (2,), channel_mult=(1, 2), dims=dims, num_classes=num_classes, dropout=dropout)
+
+
+def step_of(network, optimizer=torch.optim.AdamW, **options):
+    fused = {"fused": True} if optimizer is torch.optim.AdamW else {}
+    return TrainingStep(network, PROCESS, optimizer(network.parameters(), lr=1e-3, **fused),
+                        accelerator=Accelerator(cpu=True), **options)  # fmt: skip
+
+
+def images(n=16, sizes=(8, 8)):
+    return torch.rand(n, 1, *sizes, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("sizes", [(16,), (8, 8), (6, 8), (2, 8, 4)], ids=str)
+def test_signals_images_and_volumes_are_trained_on_and_sampled(sizes):
+    network = unet(dims=len(sizes))
+    step = step_of(network, ema_rates=[0.5], random_flip=True)
+    before = network.out[2].weight.detach().clone()
+    for _ in range(2):
+        result = step(images(sizes=sizes))
+    assert result.losses.shape == (16,)
+    assert result.losses.isfinite().all()
+    assert not torch.equal(network.out[2].weight, before)
+    fast = GaussianDiffusion(Schedule.named("cosine", 100, "3"))
+    samples = sample_batch(fast, network.eval(), (1, *sizes), range(3), sampler="ddim")
+    assert samples.shape == (3, 1, *sizes)
+    again = sample_batch(fast, network, (1, *sizes), range(2, 3), sampler="ddim")
+    torch.testing.assert_close(again, samples[2:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_the_loop_that_people_write():
+    """Against a plain loop with the same random numbers."""
+    network, plain = unet(), unet()
+    step, x = step_of(network, seed=3), images()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
+    for i in range(3):
+        step(x)
+        generator = generator_for("cpu", 3, "step", i)
+        t = torch.randint(100, (16,), generator=generator)
+        noise = torch.randn(x.shape, generator=generator)
+        training_losses(PROCESS, plain, x, t, noise, "rescaled_mse")["loss"].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for a, b in zip(network.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accumulation_gives_the_same_losses():
+    x, y = images(), torch.arange(16) % 3
+    whole = step_of(unet(num_classes=3), label_dropout=0.5)(x, y)
+    parts = step_of(unet(num_classes=3), label_dropout=0.5, gradient_accumulation=4)(x, y)
+    torch.testing.assert_close(parts.losses, whole.losses)
+    torch.testing.assert_close(parts.grad_norm, whole.grad_norm)
+    assert torch.equal(parts.t, whole.t)
+
+
+def test_its_state_continues_to_the_bit():
+    x = images()
+    options = dict(timestep_sampler="loss_second_moment", ema_rates=[0.9])
+    whole = step_of(unet(dropout=0.3), **options)
+    for _ in range(2):
+        whole(x)
+    resumed = step_of(unet(dropout=0.3), **options)
+    resumed.network.load_state_dict(whole.network.state_dict())
+    resumed.load_state_dict(whole.state_dict())
+    resumed.step = whole.step
+    assert torch.equal(whole(x).losses, resumed(x).losses)
+    for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_batch_that_is_not_finite_changes_nothing(optimizer):
+    """With a fused optimizer, and with one that cannot skip by itself."""
+    network = unet()
+    step = step_of(network, optimizer, ema_rates=[0.9])
+    step(images())
+    before = [p.detach().clone() for p in (*network.parameters(), *step.ema.averages[0.9].values())]
+    assert step(images().fill_(float("nan"))).skipped == 1
+    for a, b in zip((*network.parameters(), *step.ema.averages[0.9].values()), before, strict=True):
+        assert torch.equal(a, b)
+    assert step(images()).skipped == 0
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+def test_any_network_with_the_interface_can_be_trained():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x, t):
+            return self.layer(x)
+
+    step = step_of(Linear())
+    means = [step(images()).losses.mean() for _ in range(300)]
+    assert sum(means[-50:]) < 0.8 * sum(means[:50])
