@@ -19,9 +19,9 @@ def unet(dims=2, num_classes=None, dropout=0.0):
     return UNetModel(1, 32, 2, 1, (2,), channel_mult=(1, 2), dims=dims, num_classes=num_classes, dropout=dropout)
 
 
-def step_of(network, optimizer=torch.optim.AdamW, **options):
+def step_of(network, optimizer=torch.optim.AdamW, lr=1e-3, **options):
     fused = {"fused": True} if optimizer is torch.optim.AdamW else {}
-    return TrainingStep(network, PROCESS, optimizer(network.parameters(), lr=1e-3, **fused),
+    return TrainingStep(network, PROCESS, optimizer(network.parameters(), lr=lr, **fused),
                         accelerator=Accelerator(cpu=True), **options)  # fmt: skip
 
 
@@ -110,6 +110,6 @@ def test_any_network_with_the_interface_can_be_trained():
         def forward(self, x, t):
             return self.layer(x)
 
-    step = step_of(Linear())
+    step = step_of(Linear(), lr=1e-2)
     means = [step(images()).losses.mean() for _ in range(300)]
     assert sum(means[-50:]) < 0.8 * sum(means[:50])
