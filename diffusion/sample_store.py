@@ -27,7 +27,7 @@ from torch import Tensor
 from diffusion.data.decode import PIL_MODES, to_uint8
 from diffusion.errors import UsageError
 from diffusion.files import lock, replace_bytes, unlock
-from diffusion.images import grid_columns, png, save_grid
+from diffusion.images import png, save_grid
 
 Form = Literal["grid", "images", "npz"]
 SETTINGS = "samples.json"
@@ -149,7 +149,7 @@ class SampleStore:
         if self.form == "grid":
             images = torch.from_numpy(np.concatenate(list(self._arrays(batches))))
             images = rearrange(images, "n h w c -> n c h w")
-            save_grid(images, self.out, grid_columns(self.n, len(self.labels or ())))
+            save_grid(images, self.out, len(self.labels or ()))
         elif self.form == "npz":
             temporary = self.folder / ".whole.tmp"
             self._save_npz(temporary, batches, labels)

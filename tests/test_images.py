@@ -39,5 +39,5 @@ def test_classes_make_columns():
 
 
 def test_a_picture_is_whole_or_absent(tmp_path):
-    save_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), tmp_path / "new" / "a.png", 1)
+    save_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), tmp_path / "new" / "a.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]

@@ -7,6 +7,7 @@ from torch import nn
 
 from diffusion import GaussianDiffusion, Schedule, UNetModel
 from diffusion.losses import training_losses
+from diffusion.models.layers import zero_module
 from diffusion.randomness import generator_for
 from diffusion.sampling import sample_batch
 from diffusion.training.step import TrainingStep
@@ -105,7 +106,7 @@ def test_any_network_with_the_interface_can_be_trained():
     class Linear(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Conv2d(1, 2, 1)
+            self.layer = zero_module(nn.Conv2d(1, 2, 1))
 
         def forward(self, x, t):
             return self.layer(x)

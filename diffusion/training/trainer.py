@@ -21,9 +21,9 @@ from diffusion.config import Config
 from diffusion.data.base import Batch, DataSet, load
 from diffusion.data.decode import shrink, to_uint8, to_x_start
 from diffusion.data.loader import batch_indices, step_batches
-from diffusion.distributed import accelerate_starts, check_agreed, check_known, launcher, on_cpu
+from diffusion.distributed import accelerate_starts, check_agreed, check_known, keep_freed_memory, launcher, on_cpu
 from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, one_line
-from diffusion.images import grid_columns, save_grid
+from diffusion.images import save_grid
 from diffusion.randomness import seed_for
 from diffusion.sampling import batches, generate
 from diffusion.sharding import shard_like, to_host
@@ -57,6 +57,8 @@ class Trainer:
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )
         check_known(accelerator)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         train, accumulation = config.train, config.train.gradient_accumulation or 1
         if train.batch_size % (accelerator.num_processes * accumulation):
             raise UsageError(
@@ -293,8 +295,7 @@ class Trainer:
                 device=accelerator.device, progress=self._signals.interruptible)]  # fmt: skip
         self.network.train()
         images = gather(to_uint8(torch.cat(generated)).to(accelerator.device))[: config.sample.n]
-        columns = grid_columns(config.sample.n, len(self.class_names))
-        self._write(lambda: save_grid(images, self.last_grid, columns), self.last_grid)
+        self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
 
     def save(self) -> None:
         """Write a checkpoint of the run."""
