@@ -1,5 +1,6 @@
 """How often an independent classifier finds the requested class in pictures of the digits run.
 
+    pip install -e '.[test]'
     python benchmarks/digits_quality.py --ckpt runs/digits
 
 The classifier is scikit-learn's support vector machine, trained on four fifths of the real digits; its accuracy on
@@ -24,10 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--n", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3, help="sets of n pictures, each of its own seed")
+    parser.add_argument("--seeds", type=int, default=3, help="sets of n images, each of its own seed")
     args, sample_flags = parser.parse_known_args()
 
-    real = np.load(str(files("diffusion") / "digits.npz"))
+    real = np.load(str(files("diffusion.data") / "digits.npz"))
     pixels = real["images"].reshape(-1, 64) / 255
     train_x, test_x, train_y, test_y = train_test_split(pixels, real["labels"], test_size=0.2, random_state=0)
     classifier = SVC(gamma=0.02 * 64 / 10, C=10).fit(train_x, train_y)

@@ -120,7 +120,8 @@ def measure(config: Config, folder: Path) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     parameters = sum(p.numel() for p in trainer.network.parameters()) / 1e6
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {name}, {torch.get_num_threads()} CPU threads")
-    print(f"{config.data.source}: {parameters:.2f}M parameters, batch {batch}, {config.train.precision or 'no'}")
+    precision = config.train.precision or "no"
+    print(f"{config.data.source}: {parameters:.2f}M parameters, batch {batch}, precision {precision}")
     print(f"peak, matrix products in {dtype}: {peak / 1e9:.0f} GFLOP/s")
     for what, figures, cost in (("training", per_second, trained), ("sampling", sampling, drawn)):
         median = statistics.median(figures)

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from diffusion.data.base import DataConfig
 from diffusion.data.sources import SOURCES
-from diffusion.errors import UsageError
-from diffusion.fields import Finite, Natural, PathText, Positive, has_field, one_of, section, shown
+from diffusion.errors import UsageError, check_name
+from diffusion.fields import Finite, Natural, PathText, Positive, has_field, section, shown
 from diffusion.losses import LossType
 from diffusion.models.initialisation import InitName, check_init, initialise
 from diffusion.models.rules import check_sizes, check_widths
@@ -241,8 +241,8 @@ class Config:
         class_cond, init = options.pop("class_cond"), options.pop("init")
         if class_cond and not num_classes:
             raise UsageError(
-                f"model.class_cond is true, but the data ({self.data.source}) have no classes: "
-                "set --model.class_cond false, or put the images into one folder a class"
+                f"model.class_cond is true, but the data ({self.data.source}) have no classes: set --model.class_cond "
+                "false" + (", or put the images into one folder per class" if self.data.source == "folder" else "")
             )
         outputs = 2 if self.diffusion.variance in ("learned", "learned_range") else 1
         kind = UNetModel if self.data.low_res_size is None else SuperResModel
@@ -278,14 +278,13 @@ def _section_class(name: str, values: Mapping[str, Any]) -> Any:
     if name != "data":
         return SECTIONS[name]
     source = values.get("source", "digits")
-    kind = SOURCES.get(source) if isinstance(source, str) else None
-    if kind is None:
-        raise UsageError(f"data.source is {shown(source)}; it must be {one_of(str(source), list(SOURCES))}")
+    check_name("data.source", source if isinstance(source, str) else shown(source), SOURCES)
     for key in values:
         having = [other for other, cls in SOURCES.items() if has_field(cls, key)]
         if source not in having:
-            raise UsageError(f"data.{key} belongs to the sources {', '.join(having)}, and data.source is {source}")
-    return kind
+            owners = f"source{'s' * (len(having) > 1)} {', '.join(having)}"
+            raise UsageError(f"data.{key} belongs to the {owners}, and data.source is {source}")
+    return SOURCES[source]
 
 
 def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,9 +1,24 @@
 """Exceptions for the user, and one-line messages."""
 
+import difflib
+from collections.abc import Collection, Iterable
+
 
 class UsageError(ValueError):
     """An error that the user can fix. Its message is one line that names the thing, its value, and what would be right.
     The commands print it to stderr and exit with code 2."""
+
+
+def one_of(value: object, options: Iterable[str]) -> str:
+    """The options for a value in a message, with the nearest one."""
+    near = difflib.get_close_matches(str(value), list(options), n=1)
+    return f"one of {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def check_name(what: str, value: object, options: Collection[str]) -> None:
+    """Raise UsageError, with the nearest name, if `value` is not one of `options`."""
+    if value not in options:
+        raise UsageError(f"{what} is {value}; it must be {one_of(value, options)}")
 
 
 class NotWritten(UsageError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, one_of
 
 T = TypeVar("T")
 SCHEMA = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -71,18 +70,16 @@ def section(name: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def describe(kinds: list[Any], name: str) -> tuple[str, dict[str, list[str]]]:
-    """The help text of the field `name` of these sections, and the JSON types that it takes, each with the words that
-    it is limited to, if any."""
-    described = [base.__pydantic_fields__ for kind in kinds for base in kind.__mro__
-                 if name in getattr(base, "__pydantic_fields__", ())]  # fmt: skip
-    text = next(fields[name].description for fields in described if fields[name].description)
+def describe(kind: Any, name: str) -> tuple[str, dict[str, list[str]]]:
+    """The help text of a section's field, and the JSON types that it takes, each with the words that it is limited to,
+    if any."""
+    fields = [base.__pydantic_fields__ for base in kind.__mro__ if name in getattr(base, "__pydantic_fields__", ())]
+    text = next(found[name].description for found in fields if found[name].description)
     types: dict[str, list[str]] = {}
-    for kind in kinds:
-        entry = json_schema(kind)["properties"][name]
-        for option in entry.get("anyOf", [entry]):
-            words = option.get("enum", [option["const"]] if "const" in option else [])
-            types.setdefault(option.get("type", "string"), []).extend(words)
+    entry = json_schema(kind)["properties"][name]
+    for option in entry.get("anyOf", [entry]):
+        words = option.get("enum", [option["const"]] if "const" in option else [])
+        types.setdefault(option.get("type", "string"), []).extend(words)
     return " ".join(text.split()), types
 
 
@@ -110,12 +107,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def one_of(value: str, options: list[str]) -> str:
-    """The options for a value in a message, with the nearest one."""
-    near = difflib.get_close_matches(value, options, n=1)
-    return f"one of {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
-
-
 def _message(error: ValidationError, values: Mapping[str, Any], section: str, cls: Any) -> str:
     """The first thing that is wrong with a section's values."""
     first = error.errors(include_url=False)[0]
@@ -125,7 +116,7 @@ def _message(error: ValidationError, values: Mapping[str, Any], section: str, cl
         return f"{key} {first['ctx']['error']}" if name else str(first["ctx"]["error"])
     if not has_field(cls, name) or not section:
         return f"unknown key {key}" if section else f"{key} must be a section of keys"
-    value, types = values[name], describe([cls], name)[1]
+    value, types = values[name], describe(cls, name)[1]
     options = next((words for words in types.values() if words), [])
     if kind in LIMITS:
         right = f"{LIMITS[kind][0]} {first['ctx'][LIMITS[kind][1]]:g}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from diffusion.errors import check_name
 from diffusion.process import GaussianDiffusion
 
 LossType = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
@@ -21,20 +22,22 @@ def training_losses(
 ) -> dict[str, Tensor]:
     """The loss of each image at its timestep, and its parts.
 
-    `mse` is the simple loss (eq. 14), plus, if the variance is learned, the variational bound, which
-    trains the variance only: the mean is detached in it (L_hybrid, eq. 16). `rescaled_mse` weighs that bound by
-    T / 1000, so that it is the paper's 0.001 at any T. `kl` is the variational bound of one step in bits per
-    dimension (eqs. 4 to 7), `rescaled_kl` that times T, an estimate of the whole bound.
+    `mse` is the simple loss (eq. 14). If the variance is learned, the variational bound is added, which trains the
+    variance only: the mean is detached in it. `rescaled_mse` weights that bound by T / 1000, which is the paper's
+    L_hybrid (eq. 16), whose factor is 0.001, at any T. `kl` is the variational bound of one step in bits per dimension
+    (eqs. 4 to 7), `rescaled_kl` that times T, an estimate of the whole bound.
 
     Args:
         x_start: (B, C, ...) in [-1, 1].
         t: (B,), int64, in [0, T).
         noise: like `x_start`, standard normal.
 
-    Returns `loss` and, where they are part of it, `mse` and `vb`, each (B,).
+    Returns `loss`, each (B,), and with the mse losses also their parts `mse` and, if the variance is learned, `vb`.
     """
+    check_name("loss_type", loss_type, get_args(LossType))
     x_t = process.q_sample(x_start, t, noise)
     output = model(x_t, process.network_t(t))
+    process.check_output(output, x_t)
     if loss_type in ("kl", "rescaled_kl"):
         vb = variational_bound(process, output, x_start, x_t, t)
         return {"loss": vb * process.num_timesteps if loss_type == "rescaled_kl" else vb}

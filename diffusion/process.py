@@ -7,13 +7,14 @@ from 0 (nearly clean) to T - 1 (nearly noise).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.errors import UsageError, check_name
 from diffusion.schedule import Schedule
 
 VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -49,6 +50,8 @@ class GaussianDiffusion:
         variance_type: VarianceType = "learned_range",
         rescale_timesteps: bool = True,
     ):
+        check_name("prediction", prediction, PREDICTIONS)
+        check_name("variance_type", variance_type, get_args(VarianceType))
         self.schedule = schedule
         self.prediction = prediction
         self.variance_type = variance_type
@@ -56,7 +59,7 @@ class GaussianDiffusion:
         betas = schedule.betas
         alphas_cumprod = np.cumprod(1 - betas)
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
-        # q(x_{t-1} | x_t, x_0), eqs. 10 and 11. Its variance is 0 at t = 0, so the logarithm takes the next one's.
+        # q(x_{t-1} | x_t, x_0), eqs. 10 and 11. Its variance is 0 at t = 0, so its logarithm uses that of t = 1.
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
         coef1 = betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod)
@@ -111,7 +114,7 @@ class GaussianDiffusion:
         return self.at("sqrt_alphas_cumprod", t, x_start) * x_start, log_variance
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (cut off at t = 0) of q(x_{t-1} | x_t, x_0) (eqs. 10 to 12)."""
+        """Mean and log variance (clipped at t = 0) of q(x_{t-1} | x_t, x_0) (eqs. 10 to 12)."""
         mean = self.at("posterior_mean_coef1", t, x_t) * x_start + self.at("posterior_mean_coef2", t, x_t) * x_t
         return mean, self.at("posterior_log_variance_clipped", t, x_t)
 
@@ -147,8 +150,16 @@ class GaussianDiffusion:
             self.at("alphas_cumprod_next", t, like),
         )
 
+    def check_output(self, output: Tensor, x_t: Tensor) -> None:
+        """Raise UsageError if the network's output does not have the channels of this process."""
+        wanted = x_t.shape[1] * (2 if self.learns_variance else 1)
+        if output.shape[1] != wanted:
+            raise UsageError(f"the network's output has {output.shape[1]} channels; variance_type {self.variance_type} "
+                             f"needs {wanted} for images of {x_t.shape[1]}")  # fmt: skip
+
     def _split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The mean's part of the output, and the log variance."""
+        self.check_output(output, x_t)
         if self.variance_type == "fixed_small":
             return output, self.at("posterior_log_variance_clipped", t, x_t)
         if self.variance_type == "fixed_large":

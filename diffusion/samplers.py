@@ -1,4 +1,4 @@
-"""Samplers: free functions with one signature.
+"""Samplers: free functions with one signature. (`ddim_reverse` encodes an image, and needs no noise.)
 
     x_0 = ddpm(process, model, x_T, noise)
 
@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 from torch import Tensor
 
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, check_name
 from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
 
@@ -99,6 +99,7 @@ def sampler_options(name: str) -> dict[str, Any]:
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raise UsageError, which begins with the option's name, where a sampler does not take `options`."""
+    check_name("sampler", name, SAMPLERS)
     known, hints = sampler_options(name), get_type_hints(SAMPLERS[name], include_extras=True)
     for option, value in options.items():
         if option not in known:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.config import Config
+from diffusion.errors import UsageError
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
-from diffusion.samplers import SAMPLERS, Progress, guided
+from diffusion.samplers import SAMPLERS, Progress, check_options, guided
 
 
 def batches(indices: range, size: int) -> list[range]:
@@ -48,6 +49,9 @@ def sample_batch(
 
     Returns images (len(batch), *shape) in [-1, 1] on the CPU.
     """
+    check_options(sampler, options or {})
+    if guidance != 1 and labels is None:
+        raise UsageError(f"guidance is {guidance}, which needs labels")
     device, conditions = torch.device(device), {"y": labels, "low_res": low_res}
     inputs = {name: value.to(device) for name, value in conditions.items() if value is not None}
     denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)

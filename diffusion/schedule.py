@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, check_name
 
 ScheduleName = Literal["linear", "cosine"]
 
@@ -112,6 +112,7 @@ class Schedule:
 
         The kept betas give alphas_cumprod the values that the full schedule has at the kept steps.
         """
+        check_name("schedule", name, get_args(ScheduleName))
         betas = {"linear": linear_betas, "cosine": cosine_betas}[name](steps)
         kept = space_timesteps(steps, respacing)
         if len(kept) == steps:

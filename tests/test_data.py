@@ -11,7 +11,7 @@ from helpers import golden
 from PIL import Image
 
 from diffusion import UsageError
-from diffusion.data.base import load
+from diffusion.data.base import ArrayDataset, load, open_data
 from diffusion.data.decode import preprocess, read_image
 from diffusion.data.loader import batch_indices, step_batches
 from diffusion.data.sources import SOURCES
@@ -381,3 +381,11 @@ def test_a_file_without_permission_is_named(tmp_path):
     unreadable(tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"a\.png cannot be read as an image \(Permission denied"):
         folder(tmp_path)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 1, 9, 9).byte(), torch.zeros(3, 1, 8, 8)], ids=["size", "type"])
+def test_a_source_that_breaks_its_word_is_refused(images, monkeypatch):
+    monkeypatch.setattr(Digits, "open", lambda self, split: ArrayDataset(images, torch.zeros(3).long(), ("a",)))
+    says = r"the images of data.source digits are .*, and its settings say torch.uint8 \(1, 8, 8\)"
+    with pytest.raises(UsageError, match=says):
+        open_data(Digits())

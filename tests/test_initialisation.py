@@ -147,7 +147,7 @@ def test_the_attention_block_uses_its_scalars():
 def test_initialise_refuses_what_it_cannot_do_before_it_touches_a_weight():
     for model, init, says in (
         (unet("zero"), "Fixup", "init is 'Fixup'; it must be one of zero, default, small, fixup"),
-        (unet("zero"), "fixup", "set use_norm to false"),
+        (unet("zero"), "fixup", "set model.use_norm to false"),
         (unet("fixup"), "fixup", "this one has Fixup's scalars"),
         (unet("fixup"), "zero", "this one has Fixup's scalars"),
     ):
@@ -334,7 +334,7 @@ def test_without_normalisation_clipping_is_advised(tmp_path):
     [
         (
             ["--model.init", "fixup"],
-            "model.init is fixup, which is for networks without normalisation: set use_norm to false",
+            "model.init is fixup, which is for networks without normalisation: set model.use_norm to false",
         ),
         (["--model.init", "zeros"], "model.init is zeros; it must be one of .*did you mean zero"),
         (["--train.scalar_lr_factor", "0.1"], "only model.init fixup has scalars"),

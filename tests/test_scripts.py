@@ -190,7 +190,7 @@ def test_users_can_verify_that_their_runs_resume(tmp_path):
     ]
     for launcher in ((sys.executable,), ("torchrun", "--nproc_per_node", "2")):
         out = command(*launcher, ROOT / "train.py", *flags, "--data.workers", "1", cwd=tmp_path).stdout
-        assert "4 steps, broken off and continued, end with the same bits as at one go" in out
+        assert "4 steps, interrupted and resumed, end with the same bits as without a break" in out
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from diffusion import GaussianDiffusion, Schedule, UNetModel
+from diffusion import GaussianDiffusion, Schedule, UNetModel, UsageError
 from diffusion.losses import training_losses
 from diffusion.models.layers import zero_module
 from diffusion.randomness import generator_for
@@ -114,3 +114,36 @@ def test_any_network_with_the_interface_can_be_trained():
     step = step_of(Linear(), lr=1e-2)
     means = [step(images()).losses.mean() for _ in range(300)]
     assert sum(means[-50:]) < 0.8 * sum(means[:50])
+
+
+class Half(nn.Module):
+    """A network that forgets the channels of the variance."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x, t):
+        return self.layer(x)
+
+
+def test_wrong_names_and_shapes_get_one_line_from_python_too():
+    x = images(4)
+    for says, call in (
+        ("prediction is eps; it must be one of epsilon", lambda: GaussianDiffusion(PROCESS.schedule, "eps")),
+        ("variance_type is fixed_smal; .* mean fixed_small",
+         lambda: GaussianDiffusion(PROCESS.schedule, "epsilon", "fixed_smal")),
+        ("schedule is cosin; .* mean cosine", lambda: Schedule.named("cosin", 10)),
+        ("loss_type is mae; it must be one of mse", lambda: step_of(unet(), loss="mae")(x)),
+        ("timestep_sampler is imp", lambda: step_of(unet(), timestep_sampler="imp")),
+        ("4 images do not divide into gradient_accumulation 3", lambda: step_of(unet(), gradient_accumulation=3)(x)),
+        ("output has 1 channels; variance_type learned_range needs 2", lambda: step_of(Half())(x)),
+        ("sampler is heun; it must be one of ddpm, ddim",
+         lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), sampler="heun")),
+        ("eta is 3; it must be from 0 to 1",
+         lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), sampler="ddim", options={"eta": 3})),
+        ("guidance is 2, which needs labels", lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), guidance=2)),
+        ("dims is 4; it must be 1, 2 or 3", lambda: unet(dims=4)),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=says):
+            call()

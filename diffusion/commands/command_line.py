@@ -102,21 +102,25 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--verify_resume",
         action="store_true",
-        help="train a few steps, break them off, continue, and say whether that ends with the same bits as at one go; "
+        help="train a few steps with and without an interruption, and check that both end with the same bits; "
         "nothing is kept",
     )
     for name in SECTIONS:
         group = parser.add_argument_group(name)
         for key in (key for key in FIELDS if key.startswith(f"{name}.")):
-            having = classes_with(key)
-            text, types = describe(having, key.split(".")[1])
-            only = f"{', '.join(kind().source for kind in having)}: " if len(having) < len(CLASSES[name]) else ""
-            words = next((words for words in types.values() if words), [])
-            defaults = list(dict.fromkeys(plain(getattr(kind(), key.split(".")[1])) or "empty" for kind in having))
+            field, having = key.split(".")[1], classes_with(key)
+            texts: dict[str, list[str]] = {}  # a field of several sources may mean different things
+            for kind in having:
+                texts.setdefault(describe(kind, field)[0], []).append(getattr(kind(), "source", ""))
+            partial = len(having) < len(CLASSES[name])
+            text = "; ".join(f"{', '.join(owners)}: {text}" if partial else text for text, owners in texts.items())
+            words = [word for kind in having for words in describe(kind, field)[1].values() for word in words]
+            defaults = list(dict.fromkeys(plain(getattr(kind(), field)) or "empty" for kind in having))
+            default = defaults[0] if len(defaults) == 1 or field == "source" else f"by source: {', '.join(defaults)}"
             group.add_argument(
                 f"--{key}",
-                metavar="{" + ",".join(words) + "}" if words else key.partition(".")[2].upper(),
-                help=f"{only}{text} (default: {' or '.join(defaults)})".replace("%", "%%"),
+                metavar="{" + ",".join(dict.fromkeys(words)) + "}" if words else field.upper(),
+                help=f"{text} (default: {default})".replace("%", "%%"),
             )
         if name == "sample":
             for option, samplers in OPTIONS.items():
@@ -136,8 +140,8 @@ def _step(text: str) -> int:
 
 def _from_text(text: str, key: str) -> Any:
     """The value of a flag, by its field's type."""
-    types = describe(classes_with(key), key.split(".")[1])[1]
-    if text == "" or (text != "null" and types.keys() <= {"string", "null"}):
+    types = {name for kind in classes_with(key) for name in describe(kind, key.split(".")[1])[1]}
+    if text == "" or (text != "null" and types <= {"string", "null"}):
         return text
     value = parse_value(text)
     return text if value is None and text not in ("null", "~") else value

@@ -29,7 +29,7 @@ from diffusion.training.run_folder import check_writable_file
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="diffusion.commands.convert", description="Weights of other codebases, in and out.", allow_abbrev=False,
+        description="Weights of other codebases, in and out.", allow_abbrev=False,
         epilog="A run becomes the other's format; anything else becomes a run.",
     )  # fmt: skip
     parser.add_argument("format", choices=["openai", "diffusers"])
@@ -78,7 +78,7 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     _check(saved.network(weights).state_dict(), args.source)
     if args.format == "diffusers":
         kind = "DDIMPipeline" if args.ddim else "DDPMPipeline"
-        classes = "; it passes no classes: call its unet with class_labels (README, Other formats)"
+        classes = "; it passes no classes: call its unet with class_labels (docs/formats.md)"
         return pipeline_writer(saved, weights, args.ddim), kind + (classes if saved.class_names else "")
     if not saved.config.model.use_norm:
         raise UsageError(f"{args.source} is a network without normalisation, and the published code has none such")

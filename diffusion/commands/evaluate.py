@@ -19,12 +19,13 @@ from diffusion.commands.terminal import (
     print_line,
     progress_bar,
 )  # fmt: skip
-from diffusion.data.base import DataConfig
+from diffusion.data.base import DataConfig, open_data
 from diffusion.data.sources import SOURCES
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu
 from diffusion.errors import UsageError
 from diffusion.files import replace_text
 from diffusion.metrics import METRICS, Subject
+from diffusion.samplers import Progress
 from diffusion.training.run_folder import check_writable_file
 
 
@@ -36,8 +37,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data.source", dest="source", choices=SOURCES, help="which data set (default: the run's)")
     add("--data.path", dest="path", help="where the data lie (default: where the run had them)")
     add("--split", choices=["train", "test"], default="train", help="of mnist and cifar10 (default: train)")
-    add("--n", type=int, help="score the first n images only (default: all)")
-    add("--steps", default="", help="steps of the process: a count, or sections like 10,15,20 (default: all)")
+    add("--n", type=int, help="how many images of the data, or generated ones (default: as many as the data have)")
+    add("--steps", default="", help="steps: a count, or sections like 10,15,20 (default: all; to sample, the grids')")
     add("--ema", help="a moving average's rate, or none for the weights in training (default: the run's first)")
     add("--seed", type=int, default=0, help="of the noise, which for an image depends on nothing else (default: 0)")
     add("--batch_size", type=int, default=64, help="images scored at once (default: 64)")
@@ -91,10 +92,10 @@ def main() -> None:
             check_range(name, value, least)
     saved, weights = open_run(args.ckpt, args.ema)
     data = choose_data(saved.config.data, args.source, args.path, args.split)
-    passes = saved.config.diffusion.process(args.steps).num_timesteps
+    saved.config.diffusion.process(args.steps)  # raises for steps that are impossible
     if args.out is not None:
         check_out(args.out)
-    dataset = data.open(args.split)
+    dataset = open_data(data, args.split)
     if saved.class_names and not saved.fits_classes(dataset.class_names):
         given = ", ".join(dataset.class_names) or "none"
         raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
@@ -103,10 +104,14 @@ def main() -> None:
     with accelerate_starts():
         state = PartialState(cpu=on_cpu())
     network = saved.network(weights).eval().to(state.device)
-    n = min(len(dataset), args.n or len(dataset))
-    subject = Subject(saved, network, dataset, state, n, args.steps, args.seed, args.batch_size)
-    with progress_bar(len(subject.batches()) * passes, state.is_main_process) as bar:
-        subject.progress = partial(advance, bar)
+    subject = Subject(saved, network, dataset, state, args.n, args.steps, args.seed, args.batch_size)
+    with progress_bar(0, state.is_main_process) as bar:
+
+        def wrap(total: int) -> Progress:
+            bar.reset(total)
+            return partial(advance, bar)
+
+        subject.bar = wrap
         score = METRICS[args.metric](subject)
     if not state.is_main_process:
         return

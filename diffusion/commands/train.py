@@ -32,7 +32,7 @@ def verify_resume(config: Config) -> None:
     if differs:
         raise UsageError(f"a continued run is not the uninterrupted one: {differs}")
     if state.is_main_process:
-        print_line(f"{verify.STEPS} steps, broken off and continued, end with the same bits as at one go")
+        print_line(f"{verify.STEPS} steps, interrupted and resumed, end with the same bits as without a break")
 
 
 def go_back(out: Path, step: int) -> None:

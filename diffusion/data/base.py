@@ -108,6 +108,17 @@ class ArrayDataset:
         return digest(self.images.numpy(), self.labels.numpy(), self.class_names)
 
 
+def open_data(config: DataConfig, split: str = "train") -> DataSet:
+    """Open the data set of a configuration. Raises UsageError if it cannot be read, or has images of another shape or
+    type than the configuration says."""
+    dataset = config.open(split)
+    images = load(dataset, [0])[0] if len(dataset) else torch.empty(0, *config.shape, dtype=torch.uint8)
+    if images.shape[1:] != config.shape or images.dtype != torch.uint8:
+        raise UsageError(f"the images of data.source {config.source} are {images.dtype} {tuple(images.shape[1:])}, and "
+                         f"its settings say torch.uint8 {config.shape}")  # fmt: skip
+    return dataset
+
+
 def digest(*parts: Any) -> str:
     """A number of 16 hexadecimal digits that other values would not have."""
     found = hashlib.sha256()

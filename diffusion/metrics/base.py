@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,25 +29,33 @@ class Subject:
     dataset: DataSet
     state: PartialState
     """the processes that share the work"""
-    n: int
-    """how many images of the data, or generated ones, are scored"""
+    n: int | None = None
+    """how many images of the data, or generated ones; None: as many as the data have"""
     steps: str = ""
-    """steps of the process: a count or sections; empty: all"""
+    """steps of the process: a count or sections; empty: all for a bound, those of the run's grids for sampling"""
     seed: int = 0
     batch_size: int = 64
-    progress: Progress = iter
+    bar: Callable[[int], Progress] = lambda total: iter
+    """given the number of steps, a function that wraps them"""
 
-    def batches(self) -> list[range]:
-        """This process's images, in batches."""
-        share = math.ceil(self.n / self.state.num_processes)
-        first = min(self.n, self.state.process_index * share)
-        return batches(range(first, min(self.n, first + share)), self.batch_size)
+    def data_batches(self) -> list[range]:
+        """This process's share of the first `n` images of the data, in batches."""
+        return self._share(min(self.n or len(self.dataset), len(self.dataset)))
 
     def generate(self) -> Iterator[tuple[range, Tensor]]:
         """Generate this process's share of `n` images: batches of numbers and images in [-1, 1]."""
-        labels = list(range(len(self.saved.class_names))) or None
-        return generate(self.saved.config, self.network, self.batches(), labels=labels, seed=self.seed,
-                        device=self.state.device, progress=self.progress)  # fmt: skip
+        config, labels = self.saved.config, list(range(len(self.saved.class_names))) or None
+        if self.steps:
+            config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=self.steps))
+        mine = self._share(self.n or len(self.dataset))
+        progress = self.bar(len(mine) * config.diffusion.process(config.sample.steps).num_timesteps)
+        return generate(config, self.network, mine, labels=labels, seed=self.seed, device=self.state.device,
+                        progress=progress)  # fmt: skip
+
+    def _share(self, n: int) -> list[range]:
+        share = math.ceil(n / self.state.num_processes)
+        first = min(n, self.state.process_index * share)
+        return batches(range(first, min(n, first + share)), self.batch_size)
 
 
 @dataclass

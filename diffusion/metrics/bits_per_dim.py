@@ -26,7 +26,9 @@ def bits_per_dim(subject: Subject) -> Score:
     process = saved.config.diffusion.process(subject.steps)
     # Sums over images of: 1, the bound, its square, the prior, and the terms of the bound.
     sums = torch.zeros(4 + process.num_timesteps, dtype=torch.float64)
-    for batch in subject.batches():
+    mine = subject.data_batches()
+    progress = subject.bar(len(mine) * process.num_timesteps)
+    for batch in mine:
         images, y = load(subject.dataset, batch)
         x_start = to_x_start(images.to(device))
         inputs = {"y": y.to(device)} if saved.class_names else {}
@@ -34,7 +36,7 @@ def bits_per_dim(subject: Subject) -> Score:
             inputs["low_res"] = shrink(x_start, saved.config.data.low_res_size)
         noise = partial(image_noise, batch, x_start.shape[1:], device, subject.seed)
         model = partial(subject.network, **inputs)
-        bits = likelihood.bits_per_dim(process, model, x_start, noise, subject.progress)
+        bits = likelihood.bits_per_dim(process, model, x_start, noise, progress)
         total = bits.total.double().cpu()
         head = torch.stack([torch.ones_like(total), total, total**2, bits.prior.double().cpu()])
         sums += torch.cat([head.sum(1), bits.vb.double().sum(0).cpu()])

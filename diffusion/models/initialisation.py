@@ -39,7 +39,7 @@ def check_init(init: str, use_norm: bool) -> None:
     if init not in get_args(InitName):
         raise UsageError(f"init is {init!r}; it must be one of {', '.join(get_args(InitName))}")
     if init == "fixup" and use_norm:
-        raise UsageError("init is fixup, which is for networks without normalisation: set use_norm to false")
+        raise UsageError("init is fixup, which is for networks without normalisation: set model.use_norm to false")
 
 
 def initialise(model: UNetModel, init: InitName) -> None:

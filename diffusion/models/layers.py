@@ -54,7 +54,7 @@ class _Scalable(nn.Module):
 
 
 class SiLU(nn.SiLU):
-    """SiLU, with Fixup behind a scalar bias."""
+    """SiLU, with Fixup preceded by a scalar bias."""
 
     bias_before: nn.Parameter | None
 

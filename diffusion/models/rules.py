@@ -40,6 +40,12 @@ def check_widths(
                     raise UsageError(f"{name} is {value}, which does not divide {int(width)} channels")
 
 
+def check_dims(dims: int) -> None:
+    """Raise UsageError if there is no network over so many axes."""
+    if dims not in (1, 2, 3):
+        raise UsageError(f"dims is {dims}; it must be 1, 2 or 3")
+
+
 def check_sizes(sizes: Sequence[int], levels: int) -> None:
     """Raise UsageError if the levels do not divide `sizes`, of which three axes keep the first one's length."""
     divisor = 2 ** (levels - 1)

@@ -35,7 +35,7 @@ from diffusion.models.layers import (
     timestep_embedding,
     zero_module,
 )  # fmt: skip
-from diffusion.models.rules import check_sizes, check_widths
+from diffusion.models.rules import check_dims, check_sizes, check_widths
 
 
 class ResBlock(nn.Module):
@@ -213,6 +213,7 @@ class UNetModel(nn.Module):
         super().__init__()
         check_widths(model_channels, channel_mult, attention_resolutions, num_heads, num_heads_upsample,
                      num_head_channels)  # fmt: skip
+        check_dims(dims)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.model_channels = model_channels
@@ -305,7 +306,7 @@ class UNetModel(nn.Module):
     def _check(self, x: Tensor, y: Tensor | None) -> None:
         if (y is not None) != (self.num_classes is not None):
             has = "no classes" if self.num_classes is None else f"{self.num_classes} classes"
-            raise UsageError(f"the model has {has}, and the call {'no' if y is None else 'gives'} labels y")
+            raise UsageError(f"the model has {has}, and the call gives {'no ' if y is None else ''}labels y")
         try:
             check_sizes(x.shape[2:], self.levels)
         except UsageError as error:

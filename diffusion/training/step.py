@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffusion.data.decode import shrink
 from diffusion.distributed import on_cpu
 from diffusion.ema import EMA
+from diffusion.errors import UsageError, check_name
 from diffusion.losses import LossType, training_losses
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, seed_for
@@ -55,9 +56,11 @@ class TrainingStep:
     """A callable that trains `network` on one batch.
 
     Args:
-        network: moved to the accelerator's device, and wrapped by it.
+        network: moved to the accelerator's device and wrapped by it. Called with (x_t, t), and y=labels if given.
+        process: what the network's output means.
         optimizer: over the network's parameters. With torch's fused ones, a step never waits for the device.
-        ema_rates: moving averages to keep, in `ema`.
+        ema_rates: moving averages to keep, in `ema`; `ema_warmup`: see `EMA`.
+        seed: of timesteps, noise, flips, dropout and dropped labels.
         loss: see `training_losses`.
         timestep_sampler: uniform, or by importance (`LossSecondMoment`).
         gradient_accumulation: micro-batches that each process's share of a batch is split into.
@@ -89,6 +92,7 @@ class TrainingStep:
         low_res_size: int | None = None,
         accelerator: Accelerator | None = None,
     ):
+        check_name("timestep_sampler", timestep_sampler, get_args(TimestepSamplerName))
         self.network, self.process, self.loss = network, process, loss
         self.accelerator = accelerator or Accelerator(cpu=on_cpu())
         self.network.to(self.accelerator.device)
@@ -112,6 +116,10 @@ class TrainingStep:
             y: (B,), class labels, if the network has classes.
         """
         accelerator = self.accelerator
+        if len(x_start) % self.gradient_accumulation:
+            raise UsageError(
+                f"{len(x_start)} images do not divide into gradient_accumulation {self.gradient_accumulation}"
+            )
         batch = len(x_start) * accelerator.num_processes
         slices = micro_batch_slices(batch, accelerator.process_index, accelerator.num_processes,
                                     self.gradient_accumulation)  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion import checkpoint
 from diffusion.config import Config
-from diffusion.data.base import Batch, DataSet, load
+from diffusion.data.base import Batch, DataSet, load, open_data
 from diffusion.data.decode import shrink, to_uint8, to_x_start
 from diffusion.data.loader import batch_indices, step_batches
 from diffusion.distributed import accelerate_starts, check_agreed, check_known, keep_freed_memory, launcher, on_cpu
@@ -129,7 +129,7 @@ class Trainer:
         """The data set, checked against the batch size, the other processes and the run to be continued."""
         config, out = self.config, self.out
         with self.accelerator.main_process_first():  # one process downloads, the others find it there
-            dataset = config.data.open()
+            dataset = open_data(config.data)
         if len(dataset) < config.train.batch_size:
             raise UsageError(
                 f"the data hold {len(dataset)} images, fewer than train.batch_size {config.train.batch_size}: "

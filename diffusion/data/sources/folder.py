@@ -33,6 +33,7 @@ class Folder(DataConfig):
     image_size: ImageSize = 64
     channels: Annotated[int, Field(ge=1, le=4096)] = 3
     path: PathText | None = None
+    """the folder of images"""
     random_flip: bool = False  # type: ignore[misc]
     """mirror half of the images left to right"""
     on_error: OnError = "fail"  # type: ignore[misc]

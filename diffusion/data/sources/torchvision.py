@@ -23,7 +23,7 @@ class MNIST(DataConfig):
     image_size: ImageSize = 28
     channels: Channels = 1
     path: PathText | None = None
-    """where the data lie: torchvision's root for mnist and cifar10 (null: downloaded to data/), or your folder"""
+    """torchvision's root, the folder that holds MNIST or cifar-10-batches-py; null: downloaded to data/"""
 
     splits = ("train", "test")
     inside: ClassVar[str] = "MNIST"
