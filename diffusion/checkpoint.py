@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,7 +122,7 @@ class Checkpoint:
         try:
             for name, part in parts.items():
                 part.load_state_dict(training[name])
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"checkpoint {self.path}: {path.name} does not hold what a run of this network saves "
                 f"({one_line(error)}): --back_to STEP goes back to an earlier checkpoint"
@@ -337,6 +337,16 @@ def _read_sums(folder: Path) -> dict[str, str]:
     if not sums.keys() >= NEEDED or not all(re.fullmatch(r"\w[\w.-]*", name) for name in sums):
         raise _damaged(path, "it does not name every file, or names others")
     return sums
+
+
+def check_format(run: Path) -> None:
+    """Raise UsageError if a run's newest checkpoint has another format: its settings may have other names."""
+    for folder in folders(run)[:1]:
+        found = FORMAT
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            found = json.loads((folder / "state.json").read_bytes()[:MAX_JSON_BYTES])["format"]
+        if type(found) is int and found != FORMAT:
+            raise UsageError(f"checkpoint {folder} has format {found}; this version reads {FORMAT}")
 
 
 def check_fits(model: torch.nn.Module, weights: Weights, source: Path) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from diffusion.data.base import DataConfig
 from diffusion.data.sources import SOURCES
 from diffusion.errors import UsageError, check_name
-from diffusion.fields import Finite, Natural, PathText, Positive, has_field, section, shown
+from diffusion.fields import Finite, Natural, PathText, Positive, describe, has_field, section, shown
 from diffusion.losses import LossType
 from diffusion.models.initialisation import InitName, check_init, initialise
 from diffusion.models.rules import check_sizes, check_widths
@@ -170,7 +170,7 @@ class SampleConfig:
     """options of the sampler"""
     steps: int | str = 50
     """steps of the sampler: a count, sections like 10,15,20, or ddim50; empty: all"""
-    guidance: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    guidance: Annotated[Finite, Field(ge=0, le=1000)] = 1.0
     """classifier-free guidance, for runs with train.label_dropout: 1 none, above 1 clearer classes and less variety"""
 
     def __post_init__(self) -> None:
@@ -266,6 +266,11 @@ FIELDS = list(
 )
 
 
+RENAMED = {"data.name": "data.source", "data.may_change": "data.allow_change", "diffusion.mean": "diffusion.prediction",
+           "train.timesteps": "train.timestep_sampler", "train.accumulation": "train.gradient_accumulation",
+           "sample.eta": "sample.options.eta"}  # fmt: skip
+
+
 def config_of(sections: Mapping[str, Any]) -> Config:
     """The configuration of plain values; what is left out has its default. Raises UsageError, in one line, for an
     unknown key, a wrong type, a value out of range or an impossible combination."""
@@ -288,12 +293,13 @@ def _section_class(name: str, values: Mapping[str, Any]) -> Any:
 
 
 def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str, Any]]) -> None:
-    """Override values of `base` in place. With another data source, the old one's own fields are dropped, and what all
-    sources share, such as the image size, stays as the old one has it."""
+    """Override values of `base` in place. With another data source, fields that mean the same in both, such as the
+    image size, stay as the old one has them, and others are dropped."""
     source, before = sections.get("data", {}).get("source"), base.get("data", {})
     if isinstance(source, str) and before.get("source", source) != source:
-        old = _section_class("data", before)(**before)
-        base["data"] = {f.name: getattr(old, f.name) for f in dataclasses.fields(DataConfig)}
+        old, new = _section_class("data", before)(**before), _section_class("data", {"source": source})
+        base["data"] = {f.name: getattr(old, f.name) for f in dataclasses.fields(old)
+                        if has_field(new, f.name) and describe(type(old), f.name) == describe(new, f.name)}  # fmt: skip
     for name, values in sections.items():
         base.setdefault(name, {}).update(values)
 
@@ -318,5 +324,7 @@ def classes_with(key: str) -> list[Any]:
 
 def unknown(key: str, known: list[str] | None = None) -> UsageError:
     """What to say of a key that does not exist, with the nearest that does."""
+    if key in RENAMED:
+        return UsageError(f"unknown key {key}: it is {RENAMED[key]} now")
     near = difflib.get_close_matches(key, known or FIELDS, n=1, cutoff=0.4)
     return UsageError(f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all"))

@@ -28,11 +28,17 @@ def find_config(name: str) -> Path:
     Raises UsageError, with the nearest name, where a plain word is neither.
     """
     path = Path(name)
-    if path.suffix or len(path.parts) != 1 or path.exists():
+    if not name:
+        raise UsageError("--config is empty: name a file, or a configuration that ships with the package")
+    if path.suffix or os.sep in name:
         return path
     by_name = {file.stem: file for file in sorted(SHIPPED.glob("**/*.yaml")) if "accelerate" not in file.parts}
     if name in by_name:
+        if path.is_file():
+            raise UsageError(f"--config {name} ships with the package, and is a file here: write ./{name} for the file")
         return by_name[name]
+    if path.exists():
+        return path
     near = difflib.get_close_matches(name, by_name, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(by_name)}"
     raise UsageError(f"--config {name} is not a file or a configuration that ships with the package: {hint}")
@@ -114,12 +120,12 @@ _Dumper.add_representer(
 )
 
 
-def parse_value(text: str) -> Any:
-    """A value as YAML reads it. Raises UsageError if it cannot be read."""
+def parse_value(text: str, flag: str) -> Any:
+    """A flag's value as YAML reads it. Raises UsageError if it cannot be read."""
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # YAML's constructors raise whatever an odd tag or number gives
-        raise UsageError(f"a value cannot be read: {one_line(error)}") from None
+        raise UsageError(f"{flag} is {text!r}, which cannot be read: {one_line(error)}") from None
 
 
 def _parse_yaml(text: str, path: str) -> dict[str, dict[str, Any]]:

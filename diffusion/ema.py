@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from diffusion.errors import UsageError
 from diffusion.sharding import discard_full_weights, local
 
 
@@ -22,6 +23,8 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, rates: Sequence[float], warmup: bool = False):
+        if len(set(rates)) < len(rates) or not all(0 <= rate < 1 for rate in rates):
+            raise UsageError(f"rates are {list(rates)}; they must be different, from 0 to below 1")
         self.warmup = warmup
         self._model = model
         self._parameters = list(model.parameters())

@@ -18,7 +18,7 @@ T = TypeVar("T")
 SCHEMA = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 LIMITS = {"greater_than_equal": ("at least", "ge"), "greater_than": ("above", "gt"),
           "less_than_equal": ("at most", "le"), "less_than": ("below", "lt")}  # fmt: skip
-TYPES = {"object": "section", "integer": "int", "number": "float", "boolean": "bool", "string": "str", "array": "list"}
+TYPES = {"object": "mapping", "integer": "int", "number": "float", "boolean": "bool", "string": "str", "array": "list"}
 
 
 def _checked_path(path: str) -> str:
@@ -103,7 +103,10 @@ def shown(value: Any) -> str:
     """A value in a message."""
     if value == "" or value is None:
         return "empty" if value == "" else "null"
-    text = str(value) if isinstance(value, str | float) else json.dumps(value, default=str)
+    try:
+        text = str(value) if isinstance(value, str | float) else json.dumps(value, default=str)
+    except TypeError:  # keys of other types
+        text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -50,8 +51,10 @@ def sample_batch(
     Returns images (len(batch), *shape) in [-1, 1] on the CPU.
     """
     check_options(sampler, options or {})
-    if guidance != 1 and labels is None:
-        raise UsageError(f"guidance is {guidance}, which needs labels")
+    if not 0 <= guidance < math.inf or (guidance != 1 and labels is None):
+        raise UsageError(f"guidance is {guidance}; it must be a number of at least 0, and without labels 1")
+    if not batch or (labels is not None and labels.min() < -1):
+        raise UsageError(f"batch is {batch} and labels {labels}; there must be images, and labels from -1 (no class)")
     device, conditions = torch.device(device), {"y": labels, "low_res": low_res}
     inputs = {name: value.to(device) for name, value in conditions.items() if value is not None}
     denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)

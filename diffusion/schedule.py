@@ -1,7 +1,6 @@
 """Noise schedules: betas, and the timesteps that are kept. All in float64.
 
-Follows Nichol & Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models": section 3.2
-(cosine schedule) and section 4 (respacing).
+Nichol & Dhariwal (2021), sections 3.2 (cosine schedule) and 4 (respacing).
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ ScheduleName = Literal["linear", "cosine"]
 
 
 def linear_betas(steps: int) -> NDArray[np.float64]:
-    """Betas that grow linearly, as Ho et al. (2020) use them at 1000 steps, scaled to any `steps`.
+    """Betas (steps,) that grow linearly, as in Ho et al. (2020) at 1000 steps, scaled to any `steps`.
 
-    Returns an array (steps,). Raises UsageError if the scaled schedule would reach 1.
+    Raises UsageError if the scaled schedule would reach 1.
     """
     scale = 1000 / steps
     betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
@@ -35,10 +34,7 @@ def linear_betas(steps: int) -> NDArray[np.float64]:
 
 
 def cosine_betas(steps: int, max_beta: float = 0.999) -> NDArray[np.float64]:
-    """Betas whose alphas_cumprod falls like a squared cosine (eq. 17), capped at `max_beta`.
-
-    Returns an array (steps,).
-    """
+    """Betas (steps,) whose alphas_cumprod falls like a squared cosine (eq. 17), capped at `max_beta`."""
 
     def alpha_bar(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -112,6 +108,8 @@ class Schedule:
 
         The kept betas give alphas_cumprod the values that the full schedule has at the kept steps.
         """
+        if steps < 1:
+            raise UsageError(f"steps is {steps}; it must be at least 1")
         check_name("schedule", name, get_args(ScheduleName))
         betas = {"linear": linear_betas, "cosine": cosine_betas}[name](steps)
         kept = space_timesteps(steps, respacing)

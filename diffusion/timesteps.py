@@ -60,12 +60,11 @@ class LossSecondMoment:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises ValueError if it is no such history for as many timesteps."""
-        losses, counts = (torch.as_tensor(state[name]).numpy().copy() for name in ("losses", "counts"))
-        same = (losses.shape, counts.shape) == (self._losses.shape, self._counts.shape)
-        if not same or (losses.dtype, counts.dtype) != (self._losses.dtype, self._counts.dtype):
-            raise ValueError(
-                f"the history of losses is {losses.dtype} {losses.shape}, not float64 {self._losses.shape}"
-            )
-        if not np.isfinite(losses).all() or not ((counts >= 0) & (counts <= losses.shape[1])).all():
+        losses, counts = (torch.as_tensor(state[name]).detach().numpy().copy() for name in ("losses", "counts"))
+        for found, mine in ((losses, self._losses), (counts, self._counts)):
+            if (found.shape, found.dtype) != (mine.shape, mine.dtype):
+                raise ValueError(f"the history is {found.dtype} {found.shape}, not {mine.dtype} {mine.shape}")
+        possible = np.isfinite((losses**2).mean(axis=1)).all() and ((counts >= 0) & (counts <= losses.shape[1])).all()
+        if not possible or ((counts == losses.shape[1]).all() and not losses.any()):
             raise ValueError("the history of losses holds impossible numbers")
         self._losses, self._counts = losses, counts

@@ -14,7 +14,7 @@ from diffusion.training.step import TrainingStep
 
 
 def training(network):
-    moments = {i: {"step": torch.tensor(10.0), "exp_avg": p * 2, "exp_avg_sq": p * 3}
+    moments = {i: {"step": torch.tensor(10.0), "exp_avg": p * 2, "exp_avg_sq": p**2}
                for i, p in enumerate(network.state_dict().values())}  # fmt: skip
     return {"step": {"optimizer": moments, "scaler": None, "importance": None}}
 

@@ -98,11 +98,11 @@ def test_overrides_beat_the_file_and_both_beat_the_defaults(tmp_path):
     assert parse_command_line(["--train.steps", "9", "--config", str(file)]).config == config
 
 
-def test_another_source_keeps_the_size_of_the_file_and_drops_its_own_fields(tmp_path):
+def test_another_source_keeps_what_means_the_same_in_both(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("data:\n  source: cifar10\n  path: x\n  random_flip: true\n  workers: 1\n")
     data = parse("--config", str(file), "--data.source", "folder").data
-    assert (data.shape, data.workers, data.path, data.random_flip) == ((3, 32, 32), 1, None, False)
+    assert (data.shape, data.workers, data.path, data.random_flip) == ((3, 32, 32), 1, None, True)
     assert parse("--data.source", "mnist").data.shape == (1, 28, 28)
     assert parse("--config", str(file), "--data.source", "folder", "--data.path", "y").data.path == "y"
     with pytest.raises(UsageError, match=r"data\.random_flip belongs to the sources cifar10, folder"):
@@ -116,7 +116,14 @@ def test_another_source_keeps_the_size_of_the_file_and_drops_its_own_fields(tmp_
         (["--sample.sampler", "ddim", "--sample.options.eta", "2"], "sample.options.eta is 2; it must be from 0 to 1"),
         (["--sample.sampler", "ddim", "--sample.options.eta", "yes"], "it must be of type float"),
         (["--sample.options", "{clip_denoisd: true}"], "did you mean clip_denoised?"),
-        (["--sample.options", "3"], "sample.options is 3; it must be of type section"),
+        (["--sample.options", "3"], "sample.options is 3; it must be of type mapping"),
+        (
+            ["--sample.options", "null", "--sample.options.clip_denoised", "true"],
+            "sample.options is null; it must be of",
+        ),
+        (["--sample.options.eta", "[1"], "--sample.options.eta is '[1', which cannot be read"),
+        (["--config", ""], "--config is empty"),
+        (["--data.name", "digits"], "unknown key data.name"),
         (["--config", "cifar1"], "did you mean cifar10?"),
         (["--config", "cifar10", "--data.source", "cifar"], "did you mean cifar10?"),
     ],
@@ -131,6 +138,22 @@ def test_shipped_configurations_are_found_by_name():
     assert parse("--config", "cifar10") == load_config(ROOT / "configs/cifar10.yaml")
     assert parse("--config", "adm_lsun") == load_config(ROOT / "configs/published/adm_lsun.yaml")
     assert parse_command_line(["--config", "mnist"]).out == Path("runs/mnist")
+
+
+def test_a_folder_or_a_file_with_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist").mkdir()  # where somebody keeps the data
+    assert parse("--config", "mnist").data.source == "mnist"
+    (tmp_path / "cifar10").write_text("data: {source: digits}")
+    with pytest.raises(UsageError, match=r"cifar10 ships with the package, and is a file here: write \./cifar10"):
+        parse("--config", "cifar10")
+    assert parse("--config", "./cifar10").data.source == "digits"
+
+
+def test_old_names_of_settings_are_told(tmp_path):
+    (tmp_path / "a.yaml").write_text("train:\n  timesteps: uniform\n")
+    with pytest.raises(UsageError, match=r"train\.timesteps: it is train\.timestep_sampler now"):
+        load_config(tmp_path / "a.yaml")
 
 
 def test_samplers_options_are_settings():

@@ -55,3 +55,18 @@ def test_the_command_finds_its_subcommands(argv, code, says, monkeypatch, capsys
     out = capsys.readouterr()
     assert says.replace("--train.lr", "train.lr") in out.out + out.err
     assert len(COMMANDS) == 5
+
+
+@pytest.mark.parametrize("there", ["config.yaml", "a folder", "notes.txt", "a link to nowhere"])
+def test_the_schema_replaces_nothing(there, tmp_path, monkeypatch, capsys):
+    out = tmp_path / there
+    if there == "a folder":
+        out.mkdir()
+    elif there == "a link to nowhere":
+        out.symlink_to(tmp_path / "nowhere")
+    else:
+        out.write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["diffusion", "schema", "--out", str(out)])
+    assert main() == 2
+    assert f"--out {out} is there already" in capsys.readouterr().err
+    assert there not in ("config.yaml", "notes.txt") or out.read_text() == "mine"

@@ -246,7 +246,7 @@ def test_an_array_is_written_through_a_link(run, tmp_path, monkeypatch, capsys):
     with np.load(tmp_path / "real/a.npz") as arrays:
         assert len(arrays["arr_0"]) == 2
     (tmp_path / "b.npz").symlink_to("nowhere/b.npz")
-    assert "is a link to nowhere" in drawn(run, monkeypatch, capsys, "--npz", "--out", tmp_path / "b.npz", code=2)
+    assert "is a broken link" in drawn(run, monkeypatch, capsys, "--npz", "--out", tmp_path / "b.npz", code=2)
 
 
 def test_settings_that_are_no_file_are_refused(run, tmp_path, monkeypatch, capsys):

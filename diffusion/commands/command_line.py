@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion import checkpoint
 from diffusion.commands.terminal import Parser
 from diffusion.config import CLASSES, FIELDS, SECTIONS, Config, classes_with, config_of, override, unknown
 from diffusion.config_file import find_config, parse_value, read_yaml
@@ -56,6 +57,7 @@ def parse_command_line(argv: Sequence[str]) -> Command:
     files = [find_config(file) for file in args.config or ()]
     if not files and out is not None:
         files = run_folder.settings_of(out)
+        checkpoint.check_format(out)
     for file in files:
         run_folder.check_config_file(file, out)
         override(sections, read_yaml(file))
@@ -68,8 +70,10 @@ def parse_command_line(argv: Sequence[str]) -> Command:
     options = {name: given[f"sample.options.{name}"] for name in OPTIONS}
     if any(value is not None for value in options.values()):
         sample = sections.setdefault("sample", {})
-        chosen = {name: parse_value(value) for name, value in options.items() if value is not None}
-        sample["options"] = sample.get("options", {}) | chosen
+        chosen = {name: parse_value(value, f"--sample.options.{name}") for name, value in options.items()
+                  if value is not None}  # fmt: skip
+        given_options = sample.get("options", {})
+        sample["options"] = given_options | chosen if isinstance(given_options, dict) else given_options
     config = config_of(sections)
     if out is None and args.back_to is not None:
         raise UsageError(f"--back_to is {args.back_to}: add --out with the run that is to go back")
@@ -143,7 +147,7 @@ def _from_text(text: str, key: str) -> Any:
     types = {name for kind in classes_with(key) for name in describe(kind, key.split(".")[1])[1]}
     if text == "" or (text != "null" and types <= {"string", "null"}):
         return text
-    value = parse_value(text)
+    value = parse_value(text, f"--{key}")
     return text if value is None and text not in ("null", "~") else value
 
 

@@ -63,6 +63,7 @@ def main() -> None:
     temporary = args.out.with_name(f".{args.out.name}.tmp")  # so that an incomplete file is never used
     _remove(temporary)
     try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.replace(args.out)
     except (OSError, RuntimeError, SafetensorError) as error:  # types raised for a full disk

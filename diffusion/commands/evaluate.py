@@ -23,7 +23,7 @@ from diffusion.data.base import DataConfig, open_data
 from diffusion.data.sources import SOURCES
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu
 from diffusion.errors import UsageError
-from diffusion.files import replace_text
+from diffusion.files import check_no_dangling_link, replace_text
 from diffusion.metrics import METRICS, Subject
 from diffusion.samplers import Progress
 from diffusion.training.run_folder import check_writable_file
@@ -74,9 +74,11 @@ def check_out(out: Path) -> None:
     check_writable_file(out)
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder: name a .json file")
+    check_no_dangling_link(out)
     if out.is_file():
         try:
-            ours = "bits_per_dim" in json.loads(out.read_bytes()) or "metric" in json.loads(out.read_bytes())
+            found = json.loads(out.read_bytes())
+            ours = isinstance(found, dict) and found.get("metric") in METRICS
         except (ValueError, TypeError, RecursionError):
             ours = False
         if not ours:
@@ -92,7 +94,10 @@ def main() -> None:
             check_range(name, value, least)
     saved, weights = open_run(args.ckpt, args.ema)
     data = choose_data(saved.config.data, args.source, args.path, args.split)
-    saved.config.diffusion.process(args.steps)  # raises for steps that are impossible
+    try:
+        saved.config.diffusion.process(args.steps)
+    except UsageError as error:
+        raise UsageError(f"--steps: {error}") from None
     if args.out is not None:
         check_out(args.out)
     dataset = open_data(data, args.split)
@@ -118,6 +123,7 @@ def main() -> None:
     failed = None
     if args.out:  # before anything that a closed terminal could end
         try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             replace_text(args.out, json.dumps({"metric": args.metric} | score.figures, allow_nan=False))
         except OSError as error:
             failed = UsageError(f"--out {args.out} cannot be written: {error.strerror}")

@@ -87,7 +87,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.epilog = "Each batch is written when it is done; the same command continues after an interruption."
     args = parser.parse_args(argv)
     args.options = {
-        option: parse_value(getattr(args, option)) for option in OPTIONS if getattr(args, option) is not None
+        option: parse_value(getattr(args, option), f"--{option}")
+        for option in OPTIONS
+        if getattr(args, option) is not None
     }
     return args
 
@@ -162,7 +164,8 @@ def with_flags(config: Config, args: argparse.Namespace) -> Config:
     """The run's configuration with the flags of this command in its section `sample`. Raises UsageError if they do
     not fit, with the flag's name."""
     given = {name: getattr(args, name) for name in ("sampler", "steps", "guidance") if getattr(args, name) is not None}
-    options = {} if args.sampler not in (None, config.sample.sampler) else config.sample.options
+    known = sampler_options(args.sampler or config.sample.sampler)
+    options = {name: value for name, value in config.sample.options.items() if name in known}
     try:
         sample = dataclasses.replace(config.sample, **given, options=options | args.options)
         config = dataclasses.replace(config, sample=sample)

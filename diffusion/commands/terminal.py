@@ -55,11 +55,11 @@ def open_run(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, 
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Create `folder`. Raises UsageError, with the flag, if no file can be written there."""
+    """Raise UsageError, with the flag, if no file can be written into `folder`, or it cannot be created."""
     try:
         check_no_dangling_link(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UsageError(f"{flag} cannot be written: {one_line(error)}") from None
 

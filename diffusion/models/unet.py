@@ -307,6 +307,10 @@ class UNetModel(nn.Module):
         if (y is not None) != (self.num_classes is not None):
             has = "no classes" if self.num_classes is None else f"{self.num_classes} classes"
             raise UsageError(f"the model has {has}, and the call gives {'no ' if y is None else ''}labels y")
+        if y is not None and (y.shape != x.shape[:1] or y.is_floating_point()):
+            raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x)},)")
+        if x.shape[1] != self.in_channels:
+            raise UsageError(f"the input has {x.shape[1]} channels, and the model {self.in_channels}")
         try:
             check_sizes(x.shape[2:], self.levels)
         except UsageError as error:

@@ -82,6 +82,8 @@ class Meter:
             raise ValueError("the names of unreadable images are not strings")
         sums = checked_tensor(state["sums"], torch.Size([processes, 2, 4]), torch.float32).to(self.sums.device)
         steps = checked_tensor(state["steps"], torch.Size([3]), torch.float32).to(self.sums.device)
+        if not sums.isfinite().all() or not steps.isfinite().all() or (steps < 0).any() or (sums[:, 1] < 0).any():
+            raise ValueError("its sums are impossible")
         if processes == self.accelerator.num_processes:
             self.sums.copy_(sums[self.accelerator.process_index])
         elif self.accelerator.is_main_process:

@@ -93,6 +93,16 @@ class TrainingStep:
         accelerator: Accelerator | None = None,
     ):
         check_name("timestep_sampler", timestep_sampler, get_args(TimestepSamplerName))
+        for name, value, right in (
+            ("grad_clip", grad_clip, grad_clip is None or grad_clip > 0),
+            ("gradient_accumulation", gradient_accumulation, gradient_accumulation >= 1),
+            ("label_dropout", label_dropout, 0 <= label_dropout < 1),
+        ):
+            if not right:
+                raise UsageError(f"{name} is {value}, which is out of range")
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in theirs for p in network.parameters()):
+            raise UsageError("the optimizer has none of the network's parameters")
         self.network, self.process, self.loss = network, process, loss
         self.accelerator = accelerator or Accelerator(cpu=on_cpu())
         self.network.to(self.accelerator.device)
@@ -116,6 +126,14 @@ class TrainingStep:
             y: (B,), class labels, if the network has classes.
         """
         accelerator = self.accelerator
+        if not len(x_start) or not x_start.is_floating_point():
+            raise UsageError(
+                f"x_start is {x_start.dtype} {tuple(x_start.shape)}; it must be images in [-1, 1], as floats"
+            )
+        if y is not None and y.shape != x_start.shape[:1]:
+            raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x_start)},)")
+        if self.label_dropout and y is None:
+            raise UsageError(f"label_dropout is {self.label_dropout}, and there are no labels y")
         if len(x_start) % self.gradient_accumulation:
             raise UsageError(
                 f"{len(x_start)} images do not divide into gradient_accumulation {self.gradient_accumulation}"
@@ -210,6 +228,9 @@ class TrainingStep:
             raise ValueError("it has states of other parameters, or of another optimizer")
         if not all(0 <= values["step"].item() < 2**53 for values in checked.values()):
             raise ValueError("a count of steps is out of range")
+        if not all(values["exp_avg"].isfinite().all() and values["exp_avg_sq"].isfinite().all()
+                   and (values["exp_avg_sq"] >= 0).all() for values in checked.values()):  # fmt: skip
+            raise ValueError("a moment is impossible")
         scaler = _checked_scaler(state["scaler"])
         if self.importance:
             self.importance.load_state_dict(state["importance"])
