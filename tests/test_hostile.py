@@ -25,6 +25,7 @@ from test_trainer import metrics, small
 
 import evaluate
 import sample
+import train
 from diffusion import UsageError, checkpoint
 from diffusion.config import FIELDS, classes_with, config_of
 from diffusion.config_file import load_config, save_config
@@ -74,6 +75,11 @@ TENSORS = {
     "no meter": (("meter",), lambda x: None, "does not hold"),
     "an importance that is not asked for": (("step", "importance"), lambda x: {"losses": 3}, "does not hold"),
     "a scaler of texts": (("step", "scaler"), lambda x: {"scale": "big"}, "loss scale is invalid"),
+    "a scaler that is a tensor": (("step", "scaler"), lambda x: torch.zeros(3), "does not hold"),
+    "a meter without a number": (("meter", "sums"), lambda x: x * float("nan"), "impossible"),
+    "steps below zero": (("meter", "steps"), lambda x: x - 5, "impossible"),
+    "a moment without end": (MOMENT, lambda x: x + float("inf"), "a moment is impossible"),
+    "a negative square": (("step", "optimizer", 0, "exp_avg_sq"), lambda x: x - 1, "a moment is impossible"),
     "10^10 elements": (("more",), lambda x: torch.zeros(1).expand(10**10), "stores fewer"),
 }
 
@@ -96,6 +102,27 @@ def test_every_tensor_of_a_training_state_is_checked(run, kind):
         Trainer(small(train__steps=3), run)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 0, lambda x: x + 1e300, lambda x: {}, lambda x: x.float(),
+                                    lambda x: x[:1], lambda x: x - float("inf")])  # fmt: skip
+def test_an_impossible_history_of_losses_is_refused(change, tmp_path):
+    config = dict(train__timestep_sampler="loss_second_moment", diffusion__steps=2, sample__steps=1)
+    Trainer(small(train__steps=8, **config), tmp_path).run()
+    training = torch.load(newest(tmp_path) / "training.pt", weights_only=True)
+    training["step"]["importance"]["losses"] = change(training["step"]["importance"]["losses"])
+    forge(newest(tmp_path), "training.pt", training)
+    with pytest.raises(UsageError, match=r"training\.pt does not hold what a run of this network saves"):
+        Trainer(small(train__steps=9, **config), tmp_path)
+
+
+def test_a_run_of_an_older_version_is_named_as_one(run, monkeypatch, capsys):
+    for folder in checkpoint.folders(run):
+        forge(folder, "state.json", json.dumps({"format": 4}).encode())
+    (run / "config.yaml").write_text("data:\n  name: digits\n")
+    code, _, err = script(train, monkeypatch, capsys, "--out", run)
+    assert code == 2
+    assert "step_00000002 has format 4; this version reads 5" in err
 
 
 def test_overlapping_memory_is_copied_before_it_is_written(run):

@@ -26,6 +26,7 @@ import evaluate
 import sample
 import train
 from diffusion import checkpoint
+from diffusion.commands import convert
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
 from diffusion.ema import EMA
@@ -524,6 +525,39 @@ def test_figures_that_cannot_be_written_are_shown(run, monkeypatch, capsys):
     assert err.splitlines()[-1] == "evaluate.py: --out /dev/full cannot be written: No space left on device"
 
 
+@pytest.mark.parametrize("content", ['{"metric": "accuracy"}', '["metric"]', '"the metric system"', "{", "1"])
+def test_figures_replace_only_figures(run, monkeypatch, capsys, tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    flags = ["--ckpt", run, "--n", 1, "--steps", 1, "--out", tmp_path / "a.json"]
+    code, _, err = script(evaluate, monkeypatch, capsys, *flags)
+    assert code == 2
+    assert "is there already, and holds no figures" in err
+    assert (tmp_path / "a.json").read_text() == content
+    (tmp_path / "a.json").unlink()
+    assert [script(evaluate, monkeypatch, capsys, *flags)[0] for _ in range(2)] == [0, 0]
+
+
+def test_a_refused_command_leaves_no_folder(run, monkeypatch, capsys, tmp_path):
+    for module, flags in (
+        (evaluate, ["--ckpt", run, "--out", tmp_path / "new/a.json", "--data.source", "folder"]),
+        (sample, ["--ckpt", run, "--out", tmp_path / "new/a.png", "--classes", "99"]),
+        (convert, ["openai", run, "--out", tmp_path / "new/a.pt", "--ema", "0.5"]),
+    ):
+        assert script(module, monkeypatch, capsys, *flags)[0] == 2
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_another_sampler_keeps_the_options_that_it_has(run, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--sample.options.clip_denoised", "false"]
+    assert script(train, monkeypatch, capsys, "--out", out, *SMALL, *flags)[0] == 0
+    kept, said, clipped = (
+        draw(out, monkeypatch, capsys, tmp_path, "--sampler", "ddim", *more)["arr_0"].tobytes()
+        for more in ([], ["--clip_denoised", "false"], ["--clip_denoised", "true"])
+    )
+    assert kept == said != clipped
+
+
 def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_path):
     singles = []
     for n in range(1, 5):
@@ -537,7 +571,7 @@ def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_pa
     ("flags", "says"),
     [
         (["--n", "0"], "--n is 0"),
-        (["--steps", "2000"], "2000 steps are more than"),
+        (["--steps", "2000"], "--steps: respacing '2000': 2000 steps are more than"),
         (["--split", "test"], "digits has no such part"),
         (["--data.path", "x"], "--data.path is x, but data.source is digits, which has no path"),
         (["--data.source", "mnist"], "mnist, whose images are of (channels, height, width) (1, 28, 28); the"),
