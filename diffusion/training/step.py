@@ -126,27 +126,14 @@ class TrainingStep:
             y: (B,), class labels, if the network has classes.
         """
         accelerator = self.accelerator
-        if not len(x_start) or not x_start.is_floating_point():
-            raise UsageError(
-                f"x_start is {x_start.dtype} {tuple(x_start.shape)}; it must be images in [-1, 1], as floats"
-            )
-        if y is not None and y.shape != x_start.shape[:1]:
-            raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x_start)},)")
-        if self.label_dropout and y is None:
-            raise UsageError(f"label_dropout is {self.label_dropout}, and there are no labels y")
-        if len(x_start) % self.gradient_accumulation:
-            raise UsageError(
-                f"{len(x_start)} images do not divide into gradient_accumulation {self.gradient_accumulation}"
-            )
+        self._check(x_start, y)
         batch = len(x_start) * accelerator.num_processes
         slices = micro_batch_slices(batch, accelerator.process_index, accelerator.num_processes,
                                     self.gradient_accumulation)  # fmt: skip
         draws = self.draws(self.step, batch, x_start.shape[1:])
         losses = torch.zeros_like(draws.weights)
-        shares = zip(
-            x_start.chunk(len(slices)), [None] * len(slices) if y is None else y.chunk(len(slices)), strict=True
-        )
-        for part, (images, labels) in zip(slices, shares, strict=True):
+        labels_of = [None] * len(slices) if y is None else y.chunk(len(slices))
+        for part, images, labels in zip(slices, x_start.chunk(len(slices)), labels_of, strict=True):
             mask = draws.flip[part].view(-1, *[1] * (images.ndim - 1))
             images = torch.where(mask, images.flip(-1), images)
             if self._dropout:
@@ -163,8 +150,20 @@ class TrainingStep:
             self.importance.update(draws.t, accelerator.reduce(losses))  # every process learns of the whole batch
         grad_norm, skipped = self._update(losses)
         self.step += 1
-        own = torch.cat([torch.arange(part.start, part.stop) for part in slices]).to(losses.device)
-        return StepResult(losses[own], draws.t[own], grad_norm, skipped)
+        own_losses, own_t = (torch.cat([values[part] for part in slices]) for values in (losses, draws.t))
+        return StepResult(own_losses, own_t, grad_norm, skipped)
+
+    def _check(self, x_start: Tensor, y: Tensor | None) -> None:
+        """Raise UsageError if a batch cannot be trained on."""
+        if not len(x_start) or not x_start.is_floating_point():
+            raise UsageError(f"x_start is {x_start.dtype} {tuple(x_start.shape)}; it must be float images in [-1, 1]")
+        if y is not None and y.shape != x_start.shape[:1]:
+            raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x_start)},)")
+        if self.label_dropout and y is None:
+            raise UsageError(f"label_dropout is {self.label_dropout}, and there are no labels y")
+        if len(x_start) % self.gradient_accumulation:
+            raise UsageError(f"{len(x_start)} images do not divide into gradient_accumulation "
+                             f"{self.gradient_accumulation}")  # fmt: skip
 
     def _update(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Let the optimizer take a step, unless a number is not finite. Returns the gradient's norm and `skipped`."""
@@ -176,13 +175,11 @@ class TrainingStep:
         norm = to_full(norm)
         finite = torch.isfinite(norm) & torch.isfinite(losses).all()
         skipped = (accelerator.reduce((~finite).float()) > 0).float()  # the same in all processes, without a sync
-        guarded = accelerator.scaler is not None  # a scaler skips such a step by itself
-        if not guarded and getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.optimizer.found_inf, guarded = (
-                skipped,
-                True,
-            )  # so do torch's fused optimizers, without a sync
-        if guarded or not skipped:
+        # A scaler skips such a step by itself, and so do torch's fused optimizers if told, without a sync.
+        fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
+        if accelerator.scaler is None and fused:
+            self.optimizer.optimizer.found_inf = skipped
+        if accelerator.scaler is not None or fused or not skipped:
             self.optimizer.step()
         bound_loss_scale(accelerator.scaler)
         self.optimizer.zero_grad()
