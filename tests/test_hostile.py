@@ -263,6 +263,11 @@ def test_a_file_that_would_fill_the_memory_gets_one_line(tmp_path, text, says):
     assert time.monotonic() - began < 20
 
 
+def test_a_mapping_with_odd_keys_is_shown():
+    with pytest.raises(UsageError, match=r"sample\.options is .*; it must be of type mapping"):
+        config_of({"sample": {"options": {b"a": 2}}})
+
+
 def test_every_field_has_a_type_and_a_description():
     for key in FIELDS:
         for kind in classes_with(key):

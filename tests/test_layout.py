@@ -160,7 +160,7 @@ def test_the_page_on_extending_can_be_followed(extended):
     assert "tempered" in run(extended, "sample.py", "--help")
     assert "--data.count" in run(extended, "train.py", "--help")
     out = run(extended, "train.py", "--data.count", "3", code=2)
-    assert "data.count belongs to the sources discs, and data.source is digits" in out
+    assert "data.count belongs to the source discs, and data.source is digits" in out
     out = run(extended, "sample.py", "--ckpt", "runs/digits", "--sampler", "tempered", "--eta", "1", code=2)
     assert "--eta is not an option of tempered: it has temperature" in out
     run(extended, "train.py", "--data.source", "discs", "--out", "runs/discs", "--train.steps", "4")  # continues

@@ -260,6 +260,14 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, change, says):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    train(small(), tmp_path)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UsageError, match=r"train\.steps is 4, and the run .* has done 6: --back_to STEP"):
+        Trainer(small(train__steps=4), tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
 def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
     first = Trainer(small(), tmp_path)
     with pytest.raises(UsageError, match="is in use by another process"):
