@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,6 @@ from torch import Tensor
 
 from diffusion.errors import UsageError, one_line
 
-Image.init()  # all of PIL's formats
-FORMATS: list[str] = [name for name in ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF") if name in Image.OPEN]
-"""The formats that PIL may detect, whatever a file is called: for some others it would start a program."""
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 2**30 // 12
 """Larger images may be meant to exhaust the memory. (PIL only warns up to twice this number, and warning filters are
@@ -42,10 +40,17 @@ def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
         raise UsageError(f"{path} cannot be read as an image ({one_line(error)})") from None
 
 
+@cache
+def formats() -> list[str]:
+    """The formats that PIL may detect, whatever a file is called: for some others it would start a program."""
+    Image.init()  # loads all of PIL's formats
+    return [name for name in ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF") if name in Image.OPEN]
+
+
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image file. Raises ValueError above `MAX_PIXELS`, in every thread alike."""
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(path, formats=formats()) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         yield image
