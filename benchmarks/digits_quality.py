@@ -1,4 +1,4 @@
-"""How often an independent classifier finds the requested class in pictures of the digits run.
+"""How often an independent classifier finds the requested class in images of the digits run.
 
     pip install -e '.[test]'
     python benchmarks/digits_quality.py --ckpt runs/digits
@@ -43,7 +43,7 @@ def main() -> None:
         found = classifier.predict(drawn["arr_0"].reshape(args.n, 64) / 255)
         right = found == drawn["arr_1"]
         by_class = " ".join(f"{c}:{right[drawn['arr_1'] == c].mean():.0%}" for c in range(10))
-        print(f"seed {seed}: {right.mean():.1%} of {args.n} pictures show the class asked for ({by_class})")
+        print(f"seed {seed}: {right.mean():.1%} of {args.n} images show the requested class ({by_class})")
 
 
 if __name__ == "__main__":

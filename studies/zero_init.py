@@ -138,13 +138,8 @@ class Job(NamedTuple):
 
 def jobs(names: list[str]) -> list[Job]:
     """All runs, seed by seed, so that whatever is done is balanced."""
-    return [
-        Job(name, arm, rate, seed)
-        for name in names
-        for seed in range(SETTINGS[name].seeds)
-        for arm, rates in SETTINGS[name].arms.items()
-        for rate in rates
-    ]
+    return [Job(name, arm, rate, seed) for name in names for seed in range(SETTINGS[name].seeds)
+            for arm, rates in SETTINGS[name].arms.items() for rate in rates]  # fmt: skip
 
 
 @lru_cache
@@ -236,14 +231,10 @@ def gather(name: str, folder: Path, path: str | None) -> Results:
     """What the runs of a setting gave; those that are not there are run."""
     setting = SETTINGS[name]
     return {
-        arm: {
-            rate: [
-                json.loads(run(Job(name, arm, rate, seed), folder, path).read_text()) for seed in range(setting.seeds)
-            ]
-            for rate in rates
-        }
+        arm: {rate: [json.loads(run(Job(name, arm, rate, seed), folder, path).read_text())
+                     for seed in range(setting.seeds)] for rate in rates}
         for arm, rates in setting.arms.items()
-    }
+    }  # fmt: skip
 
 
 def figure_of(result: dict[str, Any], figure: str) -> float:
@@ -382,14 +373,13 @@ def report(all_results: dict[str, Results]) -> None:
         put_tables(DOCUMENT, {f"{name} {kind}": of(results) for kind, of in tables.items()})
         if len(results) > 2:  # two arms need no picture
             plot(results, DOCUMENT.with_name(f"zero-init-{name}.png"))
-    print(f"{DOCUMENT} and its pictures are written")
+    print(f"{DOCUMENT} and its figures are written")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--workers", type=int, choices=range(1, 257), metavar="N", default=2, help="runs at a time, of one thread each"
-    )
+    parser.add_argument("--workers", type=int, choices=range(1, 257), metavar="N", default=2,
+                        help="runs at a time, of one thread each")  # fmt: skip
     parser.add_argument("--mnist", help="the folder that holds MNIST/raw; not given: digits alone")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "zero_init")
     args = parser.parse_args()
