@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusion.commands.terminal import (
     Parser,
     advance,
-    check_range,
+    check_counts,
     check_writable,
     non_empty_path,
     open_run,
@@ -89,9 +89,7 @@ def check_out(out: Path) -> None:
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
-    for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
-        if value is not None:
-            check_range(name, value, least)
+    check_counts(args)
     saved, weights = open_run(args.ckpt, args.ema)
     data = choose_data(saved.config.data, args.source, args.path, args.split)
     try:

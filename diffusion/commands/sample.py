@@ -20,7 +20,7 @@ from diffusion.commands.command_line import OPTIONS
 from diffusion.commands.terminal import (
     Parser,
     advance,
-    check_range,
+    check_counts,
     check_writable,
     non_empty_path,
     open_run,
@@ -97,9 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
-    for name, value, least in (("--n", args.n, 1), ("--batch_size", args.batch_size, 1), ("--seed", args.seed, 0)):
-        if value is not None:
-            check_range(name, value, least)
+    check_counts(args)
     form: Form = "images" if args.images else "npz" if args.npz else "grid"
     if args.out is not None:
         check_out(args.out, form)

@@ -29,12 +29,13 @@ def non_empty_path(text: str) -> Path:
     return Path(text)
 
 
-def check_range(name: str, value: float, least: int, most: int = 10**9) -> None:
-    """Raise UsageError, with the flag's name, where its value is out of range."""
-    if not value >= least:
-        raise UsageError(f"{name} is {value}; it must be at least {least}")
-    if value > most:
-        raise UsageError(f"{name} is {value}; it must be at most {most}")
+def check_counts(args: argparse.Namespace) -> None:
+    """Raise UsageError if `--n`, `--batch_size` or `--seed` is out of range."""
+    for name, value, least in (("n", args.n, 1), ("batch_size", args.batch_size, 1), ("seed", args.seed, 0)):
+        if value is not None and not least <= value <= 10**9:
+            raise UsageError(
+                f"--{name} is {value}; it must be {f'at least {least}' if value < least else 'at most 10^9'}"
+            )
 
 
 class Parser(argparse.ArgumentParser):
