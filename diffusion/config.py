@@ -16,7 +16,7 @@ from pydantic import Field
 
 from diffusion.data.base import DataConfig
 from diffusion.data.sources import SOURCES
-from diffusion.errors import UsageError, check_name
+from diffusion.errors import UsageError, check_name, prefixed
 from diffusion.fields import Finite, Natural, PathText, Positive, describe, has_field, section, shown
 from diffusion.losses import LossType
 from diffusion.models.initialisation import InitName, check_init, initialise
@@ -67,12 +67,10 @@ class ModelConfig:
     """normalise in groups"""
 
     def __post_init__(self) -> None:
-        try:
+        with prefixed("model."):
             check_widths(self.model_channels, self.channel_mult, self.attention_resolutions, self.num_heads,
                          self.num_heads_upsample, self.num_head_channels)  # fmt: skip
             check_init(self.init, self.use_norm)
-        except UsageError as error:
-            raise UsageError(f"model.{error}") from None
 
 
 @section("diffusion")
@@ -174,10 +172,8 @@ class SampleConfig:
     """classifier-free guidance, for runs with train.label_dropout: 1 none, above 1 clearer classes and less variety"""
 
     def __post_init__(self) -> None:
-        try:
+        with prefixed("sample.options."):
             check_options(self.sampler, self.options)
-        except UsageError as error:
-            raise UsageError(f"sample.options.{error}") from None
 
 
 @section("checkpoint")
@@ -212,10 +208,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        try:
+        with prefixed("data.image_"):
             check_sizes(self.data.shape[1:], len(self.model.channel_mult))
-        except UsageError as error:
-            raise UsageError(f"data.image_{error}") from None
         if self.train.label_dropout and not self.model.class_cond:
             raise UsageError(
                 f"train.label_dropout is {self.train.label_dropout}, but model.class_cond is false: no class to drop"
@@ -230,10 +224,8 @@ class Config:
                 f"sample.guidance is {self.sample.guidance}, which needs a network that was trained with "
                 "train.label_dropout above 0 (the share of images without their class); without, it can only be 1"
             )
-        try:
+        with prefixed("sample.steps: "):
             space_timesteps(self.diffusion.steps, str(self.sample.steps))
-        except UsageError as error:
-            raise UsageError(f"sample.steps: {error}") from None
 
     def network(self, num_classes: int) -> UNetModel:
         """The network with fresh weights, for data of `num_classes` classes (0: none)."""
@@ -292,14 +284,20 @@ def _section_class(name: str, values: Mapping[str, Any]) -> Any:
     return SOURCES[source]
 
 
+def shared_fields(data: DataConfig, other: type[DataConfig]) -> dict[str, Any]:
+    """The values of those fields of a source that mean the same in another one."""
+    return {f.name: getattr(data, f.name) for f in dataclasses.fields(data)
+            if has_field(other, f.name) and describe(type(data), f.name) == describe(other, f.name)}  # fmt: skip
+
+
 def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Override values of `base` in place. With another data source, fields that mean the same in both, such as the
     image size, stay as the old one has them, and others are dropped."""
     source, before = sections.get("data", {}).get("source"), base.get("data", {})
     if isinstance(source, str) and before.get("source", source) != source:
-        old, new = _section_class("data", before)(**before), _section_class("data", {"source": source})
-        base["data"] = {f.name: getattr(old, f.name) for f in dataclasses.fields(old)
-                        if has_field(new, f.name) and describe(type(old), f.name) == describe(new, f.name)}  # fmt: skip
+        base["data"] = shared_fields(
+            _section_class("data", before)(**before), _section_class("data", {"source": source})
+        )
     for name, values in sections.items():
         base.setdefault(name, {}).update(values)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from diffusion.config import SECTIONS, Config, check_keys, config_of
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, did_you_mean, one_line
 from diffusion.files import replace_text
 
 PACKAGE = Path(__file__).parent
@@ -39,9 +38,8 @@ def find_config(name: str) -> Path:
         return by_name[name]
     if path.exists():
         return path
-    near = difflib.get_close_matches(name, by_name, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(by_name)}"
-    raise UsageError(f"--config {name} is not a file or a configuration that ships with the package: {hint}")
+    raise UsageError(f"--config {name} is not a file or a configuration that ships with the package: "
+                     f"{did_you_mean(name, by_name)}")  # fmt: skip
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Exceptions for the user, and one-line messages."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UsageError(ValueError):
@@ -13,6 +14,21 @@ def one_of(value: object, options: Iterable[str]) -> str:
     """The options for a value in a message, with the nearest one."""
     near = difflib.get_close_matches(str(value), list(options), n=1)
     return f"one of {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Put the section or flag that the caller knows before the message of a UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{prefix}{error}") from None
+
+
+def did_you_mean(value: str, options: Collection[str], otherwise: str = "there are") -> str:
+    """The nearest option to a value in a message, or all of them."""
+    near = difflib.get_close_matches(value, list(options), n=1)
+    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(options)}"
 
 
 def check_name(what: str, value: object, options: Collection[str]) -> None:

@@ -12,7 +12,6 @@ To add a sampler, write such a function and add it to `SAMPLERS`.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, get_type_hints
@@ -20,7 +19,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 from torch import Tensor
 
-from diffusion.errors import UsageError, check_name
+from diffusion.errors import UsageError, check_name, did_you_mean
 from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
 
@@ -103,9 +102,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     known, hints = sampler_options(name), get_type_hints(SAMPLERS[name], include_extras=True)
     for option, value in options.items():
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
-            raise UsageError(f"{option} is not an option of {name}: {hint}")
+            raise UsageError(f"{option} is not an option of {name}: {did_you_mean(option, known, 'it has')}")
         kind = type(known[option])
         numeric = (int, float) if kind is float else kind
         if not isinstance(value, numeric) or isinstance(value, bool) != (kind is bool):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
+
+from diffusion.errors import did_you_mean
 
 COMMANDS = {
     "train": "train a model, or continue a run",
@@ -23,9 +24,7 @@ def main() -> int:
         print("\ndiffusion COMMAND --help lists the flags of a command.")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        print(f"diffusion: unknown command {name}: {hint}", file=sys.stderr)
+        print(f"diffusion: unknown command {name}: {did_you_mean(name, COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"diffusion {name}", *sys.argv[2:]]  # what messages and --help begin with
 

@@ -19,10 +19,11 @@ from diffusion.commands.terminal import (
     print_line,
     progress_bar,
 )  # fmt: skip
+from diffusion.config import shared_fields
 from diffusion.data.base import DataConfig, open_data
 from diffusion.data.sources import SOURCES
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, prefixed
 from diffusion.files import check_no_dangling_link, replace_text
 from diffusion.metrics import METRICS, Subject
 from diffusion.samplers import Progress
@@ -50,12 +51,11 @@ def choose_data(trained: DataConfig, source: str | None, path: str | None, split
     """The data to score. Raises UsageError if they are not images that the model can have."""
     data = trained
     if source not in (None, trained.source):
-        shared = {name: getattr(trained, name) for name in ("image_size", "channels", "low_res_size", "workers")}
         kind = SOURCES[source]
         if not kind.any_size and (native := kind().shape) != trained.shape:  # type: ignore[call-arg]
             raise UsageError(f"--data.source is {source}, whose images are of (channels, height, width) {native}; the "
                              f"model's are {trained.shape}")  # fmt: skip
-        data = kind(**shared)
+        data = kind(**shared_fields(trained, kind))
     if path is not None:
         if not hasattr(data, "path"):
             raise UsageError(
@@ -92,10 +92,8 @@ def main() -> None:
     check_counts(args)
     saved, weights = open_run(args.ckpt, args.ema)
     data = choose_data(saved.config.data, args.source, args.path, args.split)
-    try:
+    with prefixed("--steps: "):
         saved.config.diffusion.process(args.steps)
-    except UsageError as error:
-        raise UsageError(f"--steps: {error}") from None
     if args.out is not None:
         check_out(args.out)
     dataset = open_data(data, args.split)

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion.errors import UsageError
 from diffusion.fields import Channels, ImageSize, section
 
+OnError = Literal["fail", "skip"]
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, *sizes), uint8, and their labels (B,), int64 (0 without classes)."""
 Loaded = tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]
@@ -135,6 +136,3 @@ def load(dataset: DataSet, indices: Sequence[int]) -> Batch:
     if isinstance(loaded, UsageError):
         raise loaded
     return torch.from_numpy(loaded[0]), torch.from_numpy(loaded[1])
-
-
-OnError = Literal["fail", "skip"]

@@ -85,6 +85,13 @@ def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8
     return array[top : top + size, left : left + size].transpose(2, 0, 1)
 
 
+def preprocess_all(images: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
+    """Preprocess images in memory, (N, H, W) or (N, H, W, C): (N, C, size, size). Those that fit are only reordered."""
+    if (*images.shape[1:3], *(images.shape[3:] or (1,))) == (size, size, channels):
+        return images.reshape(*images.shape[:3], channels).transpose(0, 3, 1, 2).copy()
+    return np.stack([preprocess(Image.fromarray(image), size, channels) for image in images])
+
+
 def to_x_start(images: Tensor) -> Tensor:
     """Stored images, uint8, to what the network sees: float32 in [-1, 1]."""
     return images.float() / 127.5 - 1

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, prefixed
 from diffusion.models.layers import (
     Conv1d,
     Downsample,
@@ -311,10 +311,8 @@ class UNetModel(nn.Module):
             raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x)},)")
         if x.shape[1] != self.in_channels:
             raise UsageError(f"the input has {x.shape[1]} channels, and the model {self.in_channels}")
-        try:
+        with prefixed("the input's "):
             check_sizes(x.shape[2:], self.levels)
-        except UsageError as error:
-            raise UsageError(f"the input's {error}") from None
 
 
 class SuperResModel(UNetModel):

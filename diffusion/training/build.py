@@ -20,11 +20,9 @@ def parameter_groups(network: nn.Module, scalar_lr_factor: float = 1.0) -> list[
     scalar_params = scalars(network)
     weights = [p for p in network.parameters() if not any(p is scalar for scalar in scalar_params)]
     groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0}]
-    return (
-        [*groups, {"params": scalar_params, "factor": scalar_lr_factor, "weight_decay": 0.0}]
-        if scalar_params
-        else groups
-    )
+    if scalar_params:
+        groups.append({"params": scalar_params, "factor": scalar_lr_factor, "weight_decay": 0.0})
+    return groups
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:

@@ -65,6 +65,8 @@ class Trainer:
                 f"train.batch_size {train.batch_size} does not divide into {accelerator.num_processes} processes "
                 f"times train.gradient_accumulation {accumulation}"
             )
+        self._slices = micro_batch_slices(train.batch_size, accelerator.process_index, accelerator.num_processes,
+                                          accumulation)  # fmt: skip
         if train.precision == "fp16" and accelerator.device.type == "cpu":
             raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
         check_out(out)
@@ -186,9 +188,7 @@ class Trainer:
         Raises Stopped after a signal, when all is saved, and UsageError when the loss stays non-finite.
         """
         data, train = self.config.data, self.config.train
-        slices = micro_batch_slices(train.batch_size, self.accelerator.process_index, self.accelerator.num_processes,
-                                    train.gradient_accumulation or 1)  # fmt: skip
-        images = step_batches(self.dataset, train.batch_size, train.seed, range(self.step, train.steps), slices,
+        images = step_batches(self.dataset, train.batch_size, train.seed, range(self.step, train.steps), self._slices,
                               data.workers, replaced=self.meter.unreadable.extend,
                               waiting=self._check_waiting)  # fmt: skip
         with closing(self), self._signals, closing(images):
@@ -287,7 +287,7 @@ class Trainer:
             images, y = load(self.dataset, [i % len(self.dataset) for i in range(indices.stop)])
             small, labels = shrink(to_x_start(images), config.data.low_res_size), y.tolist() if labels else None
             low_res = lambda batch: small[batch.start : batch.stop]  # noqa: E731
-        size = config.train.batch_size // (accelerator.num_processes * (config.train.gradient_accumulation or 1))
+        size = self._slices[0].stop - self._slices[0].start
         self.network.eval()
         with self.ema.in_place(config.train.ema_rates[0]):
             generated = [images for _, images in generate(

@@ -7,10 +7,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffusion.data.base import ArrayDataset, DataConfig
-from diffusion.data.decode import preprocess
+from diffusion.data.decode import preprocess_all
 from diffusion.fields import Channels, ImageSize, section
 
 
@@ -25,5 +24,5 @@ class Digits(DataConfig):
     def open(self, split: str = "train") -> ArrayDataset:
         with (files("diffusion.data") / "digits.npz").open("rb") as file, np.load(file) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-        images = np.stack([preprocess(Image.fromarray(image), self.image_size, self.channels) for image in images])
+        images = preprocess_all(images, self.image_size, self.channels)
         return ArrayDataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), tuple("0123456789"))

@@ -7,10 +7,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffusion.data.base import ArrayDataset, DataConfig
-from diffusion.data.decode import preprocess
+from diffusion.data.decode import preprocess_all
 from diffusion.errors import UsageError
 from diffusion.fields import Channels, ImageSize, PathText, section
 
@@ -49,11 +48,8 @@ class MNIST(DataConfig):
                 f"data.path {root} holds {len(images)} images and {len(labels)} labels up to {labels.max(initial=0)}; "
                 f"{self.source} has {len(names)} classes: use --data.source folder for other data"
             )
-        if self.shape[1:] != images.shape[1:3] or self.channels != (images.shape[3:] or (1,))[0]:
-            chw = np.stack([preprocess(Image.fromarray(image), self.image_size, self.channels) for image in images])
-        else:
-            chw = images.reshape(*images.shape[:3], self.channels).transpose(0, 3, 1, 2)
-        return ArrayDataset(torch.from_numpy(chw.copy()), torch.from_numpy(labels.astype(np.int64)), names)
+        chw = preprocess_all(images, self.image_size, self.channels)
+        return ArrayDataset(torch.from_numpy(chw), torch.from_numpy(labels.astype(np.int64)), names)
 
 
 @section("data")
