@@ -23,8 +23,8 @@ from diffusion.models.initialisation import InitName, check_init, initialise
 from diffusion.models.rules import check_sizes, check_widths
 from diffusion.models.unet import SuperResModel, UNetModel
 from diffusion.process import PREDICTIONS, GaussianDiffusion, VarianceType
-from diffusion.samplers import SAMPLERS, check_options
-from diffusion.schedule import Schedule, ScheduleName, space_timesteps
+from diffusion.samplers import SAMPLERS, check_options, check_process, usual_steps
+from diffusion.schedule import Schedule, ScheduleName
 from diffusion.timesteps import TimestepSamplerName
 
 
@@ -81,6 +81,8 @@ class DiffusionConfig:
     """T, the number of steps"""
     schedule: ScheduleName = "cosine"
     """noise schedule"""
+    zero_terminal_snr: bool = False
+    """rescale the schedule so that its last step is pure noise, for prediction v or x_start"""
     respacing: int | str = ""
     """train on some of the steps only: a count, sections like 10,15,20, or ddim50; empty: all"""
     prediction: Literal[tuple(PREDICTIONS)] = "epsilon"  # type: ignore[valid-type]
@@ -97,7 +99,7 @@ class DiffusionConfig:
 
     def process(self, respacing: int | str = "") -> GaussianDiffusion:
         """The process, with `respacing` in place of the training's if given. Raises UsageError if it is impossible."""
-        schedule = Schedule.named(self.schedule, self.steps, str(respacing or self.respacing))
+        schedule = Schedule.named(self.schedule, self.steps, str(respacing or self.respacing), self.zero_terminal_snr)
         return GaussianDiffusion(schedule, self.prediction, self.variance, self.rescale_timesteps)
 
 
@@ -162,12 +164,13 @@ class SampleConfig:
     """optimizer steps between grids; 0: only after the last step"""
     n: Annotated[int, Field(ge=1, le=10_000)] = 100
     """images in a grid"""
-    sampler: Literal[tuple(SAMPLERS)] = "ddpm"  # type: ignore[valid-type]
-    """sampler"""
+    sampler: Literal[tuple(SAMPLERS)] = "dpmpp"  # type: ignore[valid-type]
+    """sampler: dpmpp, ipndm and heun need few steps; ddpm and ddim are the paper's"""
     options: dict[str, Any] = field(default_factory=dict)
     """options of the sampler"""
-    steps: int | str = 50
-    """steps of the sampler: a count, sections like 10,15,20, or ddim50; empty: all"""
+    steps: int | str | Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    """steps of the sampler: a count, sections like 10,15,20, ddim50, logsnr10, karras10, or a list; empty: all;
+    null: the sampler's usual ones (ddpm 250, ddim 50, dpmpp and ipndm logsnr12, heun karras8)"""
     guidance: Annotated[Finite, Field(ge=0, le=1000)] = 1.0
     """classifier-free guidance, for runs with train.label_dropout: 1 none, above 1 clearer classes and less variety"""
 
@@ -225,7 +228,18 @@ class Config:
                 "train.label_dropout above 0 (the share of images without their class); without, it can only be 1"
             )
         with prefixed("sample.steps: "):
-            space_timesteps(self.diffusion.steps, str(self.sample.steps))
+            check_process(self.sample.sampler, self.sample.options, self.sampling_process())
+
+    def sample_steps(self) -> str:
+        """The steps of the section `sample`, as a respacing string: its own, or the sampler's usual ones."""
+        steps = self.sample.steps
+        if steps is None:
+            return usual_steps(self.sample.sampler, self.diffusion.steps)
+        return str(steps if isinstance(steps, int | str) else list(steps))
+
+    def sampling_process(self) -> GaussianDiffusion:
+        """The process with the steps of the section `sample`."""
+        return self.diffusion.process(self.sample_steps())
 
     def network(self, num_classes: int) -> UNetModel:
         """The network with fresh weights, for data of `num_classes` classes (0: none)."""

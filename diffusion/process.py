@@ -33,7 +33,8 @@ class GaussianDiffusion:
 
     Args:
         schedule: the betas.
-        prediction: what the network predicts: the noise (epsilon), x_0 (x_start), or the mean of x_{t-1} (previous_x).
+        prediction: what the network predicts: the noise (epsilon), x_0 (x_start), the mean of x_{t-1} (previous_x), or
+            v = alpha epsilon - sigma x_0 (Salimans & Ho 2022, section 4), with x_t = alpha x_0 + sigma epsilon.
         variance_type: where the variance of p comes from. `fixed_small` is the posterior's, `fixed_large` is beta;
             `learned` reads its logarithm from a second half of the output's channels, `learned_range` reads there
             how far it lies between the two fixed ones (eq. 15).
@@ -58,12 +59,17 @@ class GaussianDiffusion:
 
         betas = schedule.betas
         alphas_cumprod = np.cumprod(1 - betas)
+        if alphas_cumprod[-1] == 0 and prediction not in ("v", "x_start"):
+            raise UsageError(f"prediction is {prediction}, which says nothing of x_0 at the last step of a schedule "
+                             "that ends in pure noise: use v or x_start")  # fmt: skip
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
         # q(x_{t-1} | x_t, x_0), eqs. 10 and 11. Its variance is 0 at t = 0, so its logarithm uses that of t = 1.
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
         coef1 = betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod)
         coef2 = (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod)
+        with np.errstate(divide="ignore"):  # infinite in pure noise, and read there by no prediction that is allowed
+            recip_alphas_cumprod, recip_coef1 = 1 / alphas_cumprod, 1 / coef1
         network_t = np.array(schedule.timestep_map, dtype=np.float32)
         if rescale_timesteps:  # float32 as in the published code: the embedding's fastest sinusoid sees the difference
             network_t = network_t * np.float32(1000 / schedule.original_steps)
@@ -76,13 +82,13 @@ class GaussianDiffusion:
             "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
             "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
             "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_cumprod),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_cumprod - 1),
+            "sqrt_recip_alphas_cumprod": np.sqrt(recip_alphas_cumprod),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(recip_alphas_cumprod - 1),
             "posterior_variance": posterior_variance,
             "posterior_log_variance_clipped": np.log(np.append(first_variance, posterior_variance[1:])),
             "posterior_mean_coef1": coef1,
             "posterior_mean_coef2": coef2,
-            "recip_posterior_mean_coef1": 1 / coef1,
+            "recip_posterior_mean_coef1": recip_coef1,
             "posterior_mean_coef2_over_coef1": coef2 / coef1,
             "fixed_large_log_variance": np.log(np.append(first_variance, betas[1:])),
             "network_t": network_t,
@@ -135,8 +141,8 @@ class GaussianDiffusion:
 
     def predict_eps(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         """The noise that leads from `pred_xstart` to x_t: eq. 9 solved for epsilon."""
-        scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart
-        return scaled / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
+        noise = x_t - self.at("sqrt_alphas_cumprod", t, x_t) * pred_xstart
+        return noise / self.at("sqrt_one_minus_alphas_cumprod", t, x_t)
 
     def mean_target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The target of the network's mean channels at x_t."""
@@ -204,10 +210,22 @@ def _x_start_from_previous_x(process: GaussianDiffusion, mean: Tensor, x_t: Tens
     return process.at("recip_posterior_mean_coef1", t, x_t) * mean - share_of_x_t
 
 
+def _v(process: GaussianDiffusion, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Salimans & Ho (2022), section 4."""
+    signal = process.at("sqrt_alphas_cumprod", t, x_t)
+    return signal * noise - process.at("sqrt_one_minus_alphas_cumprod", t, x_t) * x_start
+
+
+def _x_start_from_v(process: GaussianDiffusion, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    noise = process.at("sqrt_one_minus_alphas_cumprod", t, x_t) * v
+    return process.at("sqrt_alphas_cumprod", t, x_t) * x_t - noise
+
+
 PREDICTIONS = {
     "epsilon": Prediction(lambda process, x_start, x_t, t, noise: noise, _x_start_from_epsilon),
     "x_start": Prediction(lambda process, x_start, x_t, t, noise: x_start, lambda process, x_start, x_t, t: x_start),
     "previous_x": Prediction(
         lambda process, x_start, x_t, t, noise: process.q_posterior(x_start, x_t, t)[0], _x_start_from_previous_x
     ),
+    "v": Prediction(_v, _x_start_from_v),
 }

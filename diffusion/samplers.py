@@ -13,10 +13,14 @@ To add a sampler, write such a function and add it to `SAMPLERS`.
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, get_type_hints
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.errors import UsageError, check_name, did_you_mean
@@ -60,8 +64,7 @@ def ddim(
     """DDIM (Song et al. 2020, eq. 12): x_T (B, C, ...) -> x_0. `eta` 0 is deterministic, 1 adds DDPM's noise."""
     for step in progress(range(process.num_timesteps)):
         t = _timestep(process.num_timesteps - 1 - step, x)
-        pred_xstart = process.p_mean_variance(model(x, process.network_t(t)), x, t, clip_denoised).pred_xstart
-        eps = process.predict_eps(x, t, pred_xstart)
+        pred_xstart, eps = _predict(process, model, x, t, clip_denoised)
         alpha_bar, alpha_bar_prev, _ = process.ddim_alphas(t, x)
         sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
         mean = pred_xstart * torch.sqrt(alpha_bar_prev) + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
@@ -76,18 +79,146 @@ def ddim_reverse(
     """The deterministic DDIM run backwards (Song et al. 2020, section 4.3): x_0 (B, C, ...) -> its x_T."""
     for step in progress(range(process.num_timesteps)):
         t = _timestep(step, x)
-        pred_xstart = process.p_mean_variance(model(x, process.network_t(t)), x, t, clip_denoised).pred_xstart
-        eps = process.predict_eps(x, t, pred_xstart)
+        pred_xstart, eps = _predict(process, model, x, t, clip_denoised)
         _, _, alpha_bar_next = process.ddim_alphas(t, x)
         x = pred_xstart * torch.sqrt(alpha_bar_next) + torch.sqrt(1 - alpha_bar_next) * eps
     return x
+
+
+@torch.no_grad()
+def dpmpp(
+    process: GaussianDiffusion,
+    model: Denoiser,
+    x: Tensor,
+    noise: Noise,
+    progress: Progress = iter,
+    *,
+    order: Annotated[int, (1, 3)] = 2,
+    clip_denoised: bool = True,
+) -> Tensor:
+    """DPM-Solver++ (Lu et al. 2022, algorithm 2), multistep: x_T (B, C, ...) -> x_0, deterministic.
+
+    The exact solution between two steps (their eq. 8) is an integral of exp(lambda) times the predicted x_0, over
+    lambda = log(alpha / sigma). The last `order` predictions are interpolated by a polynomial, whose integral is exact.
+    Order 1 is DDIM.
+    """
+    alphas, sigmas = _alphas_sigmas(process)
+    with np.errstate(divide="ignore"):
+        lambdas = np.log(alphas / sigmas)
+    history: list[Tensor] = []
+    for step in progress(range(process.num_timesteps)):
+        i = process.num_timesteps - 1 - step
+        history = [_predict(process, model, x, _timestep(i, x), clip_denoised)[0], *history[: order - 1]]
+        if i == 0:
+            return history[0]  # the integral up to an infinite lambda
+        nodes = lambdas[i : i + len(history)]
+        weights = _exponential_weights(nodes[np.isfinite(nodes)], lambdas[i - 1])  # pure noise is infinitely far away
+        x = float(sigmas[i - 1] / sigmas[i]) * x
+        for weight, pred_xstart in zip(weights, history, strict=False):
+            x = x + float(alphas[i - 1] * weight) * pred_xstart
+    return x
+
+
+@torch.no_grad()
+def ipndm(
+    process: GaussianDiffusion,
+    model: Denoiser,
+    x: Tensor,
+    noise: Noise,
+    progress: Progress = iter,
+    *,
+    order: Annotated[int, (1, 4)] = 4,
+    clip_denoised: bool = True,
+) -> Tensor:
+    """iPNDM (Zhang & Chen 2022, section 3.3 and appendix): x_T (B, C, ...) -> x_0, deterministic.
+
+    Adams-Bashforth with the coefficients of equal steps, on the predicted noise, in sigma / alpha. Order 1 is DDIM.
+    """
+    history: list[Tensor] = []
+    for step in progress(range(process.num_timesteps)):
+        i = process.num_timesteps - 1 - step
+        pred_xstart, eps = _predict(process, model, x, _timestep(i, x), clip_denoised)
+        history = [eps, *history[: order - 1]]
+        weights = ADAMS_BASHFORTH[len(history) - 1] if i else ADAMS_BASHFORTH[0]
+        slope = torch.stack(history[: len(weights)], dim=-1) @ eps.new_tensor(weights)
+        x = _follow(process, i, pred_xstart, eps, slope if len(weights) > 1 else eps)
+    return x
+
+
+@torch.no_grad()
+def heun(
+    process: GaussianDiffusion,
+    model: Denoiser,
+    x: Tensor,
+    noise: Noise,
+    progress: Progress = iter,
+    *,
+    clip_denoised: bool = True,
+) -> Tensor:
+    """Heun's method (Karras et al. 2022, algorithm 1), order 2, in sigma / alpha: x_T (B, C, ...) -> x_0.
+
+    Deterministic. T steps take 2 T - 1 evaluations of the network.
+    """
+    for step in progress(range(process.num_timesteps)):
+        i = process.num_timesteps - 1 - step
+        pred_xstart, eps = _predict(process, model, x, _timestep(i, x), clip_denoised)
+        x = _follow(process, i, pred_xstart, eps, eps)
+        if i and process.tables["alphas_cumprod"][i]:
+            eps_next = _predict(process, model, x, _timestep(i - 1, x), clip_denoised)[1]
+            x = _follow(process, i, pred_xstart, eps, (eps + eps_next) / 2)
+    return x
+
+
+ADAMS_BASHFORTH = (1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)
+
+
+def _follow(process: GaussianDiffusion, i: int, pred_xstart: Tensor, eps: Tensor, slope: Tensor) -> Tensor:
+    """From step i to the next cleaner one, in y = x / alpha and s = sigma / alpha, where dy / ds = epsilon: DDIM's step
+    along `eps`, and what `slope` adds to it."""
+    alphas, sigmas = _alphas_sigmas(process)
+    alpha, sigma = (float(values[i - 1]) if i else last for values, last in ((alphas, 1.0), (sigmas, 0.0)))
+    x = alpha * pred_xstart + sigma * eps
+    return x if slope is eps else x + (sigma - alpha * float(sigmas[i] / alphas[i])) * (slope - eps)
+
+
+def _exponential_weights(nodes: NDArray[np.float64], end: float) -> NDArray[np.float64]:
+    """The weights w_k, for which sum_k w_k f(nodes_k) is the integral of exp(lambda - end) f(lambda) from nodes_0 to
+    `end`, for every polynomial f of a degree below the number of nodes. Without nodes, the one weight of a constant."""
+    if not len(nodes):
+        return np.ones(1)  # from an infinite distance, a constant
+    h = end - nodes[0]
+    moments = [-math.expm1(-h)]  # of ((lambda - nodes_0) / h)^j, by parts
+    for j in range(1, len(nodes)):
+        moments.append(1 - j * moments[-1] / h)
+    return np.linalg.solve(np.vander((nodes - nodes[0]) / h, increasing=True).T, np.array(moments))
+
+
+def _alphas_sigmas(process: GaussianDiffusion) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """alpha and sigma of x_t = alpha x_0 + sigma epsilon at each step."""
+    return process.tables["sqrt_alphas_cumprod"], process.tables["sqrt_one_minus_alphas_cumprod"]
+
+
+def _predict(
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, t: Tensor, clip_denoised: bool
+) -> tuple[Tensor, Tensor]:
+    """The predicted x_0, and the noise that leads from it to x."""
+    pred_xstart = process.p_mean_variance(model(x, process.network_t(t)), x, t, clip_denoised).pred_xstart
+    return pred_xstart, process.predict_eps(x, t, pred_xstart)
 
 
 def _timestep(t: int, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddpm": ddpm, "ddim": ddim}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "ipndm": ipndm, "heun": heun,
+}  # fmt: skip
+
+
+USUAL_STEPS = {"ddpm": "250", "ddim": "50", "dpmpp": "logsnr12", "ipndm": "logsnr12", "heun": "karras8"}
+"""The steps of each sampler (see `place_timesteps`) if none are given; of one that is not listed, all."""
+LARGEST_SIGNAL = 0.1
+"""alpha of the noisiest step with which a solver begins."""
 
 
 def sampler_options(name: str) -> dict[str, Any]:
@@ -110,6 +241,28 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         for low, high in getattr(hints[option], "__metadata__", ()):
             if not low <= value <= high:
                 raise UsageError(f"{option} is {value}; it must be from {low} to {high}")
+
+
+def usual_steps(name: str, num_timesteps: int) -> str:
+    """The steps of a sampler if none are given: those of `USUAL_STEPS`, or all of a process with less than twice as
+    many."""
+    steps = USUAL_STEPS.get(name, "")
+    return steps if num_timesteps >= 2 * int(re.sub(r"\D", "", steps) or 0) else ""
+
+
+def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffusion) -> None:
+    """Raise UsageError where a sampler cannot work in a process: with fewer steps than its order, or, but for the
+    published ones, from a last step that is far from the pure noise they begin with."""
+    order = {**sampler_options(name), **options}.get("order", 1)
+    if process.num_timesteps < order:
+        raise UsageError(f"{process.num_timesteps} steps are too few for order {order} of {name}: use at least {order}")
+    signal = process.tables["sqrt_alphas_cumprod"][-1]
+    if name not in ("ddpm", "ddim") and signal > LARGEST_SIGNAL:
+        raise UsageError(
+            f"{name} begins with pure noise, and the noisiest step, {process.schedule.timestep_map[-1]} of "
+            f"{process.schedule.original_steps}, still holds {signal:.0%} of the image (at most {LARGEST_SIGNAL:.0%}): "
+            "keep a noisier one, as a count like 10 or logsnr10 does"
+        )
 
 
 def guided(model: Callable[..., Tensor], scale: float, channels: int, y: Tensor, **inputs: Tensor) -> Denoiser:

@@ -14,7 +14,7 @@ from diffusion.config import Config
 from diffusion.errors import UsageError
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
-from diffusion.samplers import SAMPLERS, Progress, check_options, guided
+from diffusion.samplers import SAMPLERS, Progress, check_options, check_process, guided
 
 
 def batches(indices: range, size: int) -> list[range]:
@@ -51,6 +51,7 @@ def sample_batch(
     Returns images (len(batch), *shape) in [-1, 1] on the CPU.
     """
     check_options(sampler, options or {})
+    check_process(sampler, options or {}, process)
     if not 0 <= guidance < math.inf or (guidance != 1 and labels is None):
         raise UsageError(f"guidance is {guidance}; it must be a number of at least 0, and without labels 1")
     if not batch or (labels is not None and labels.min() < -1):
@@ -85,7 +86,7 @@ def generate(
 
     Yields each batch and its images (N, C, *sizes) in [-1, 1], on the CPU.
     """
-    process, settings = config.diffusion.process(config.sample.steps), config.sample
+    process, settings = config.sampling_process(), config.sample
     for batch in indices:
         yield (
             batch,

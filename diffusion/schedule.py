@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from diffusion.errors import UsageError, check_name
 
 ScheduleName = Literal["linear", "cosine"]
+LOWEST_LOG_SNR = -5.1
+"""log(alpha / sigma) below which no timestep is placed by signal-to-noise ratio."""
 
 
 def linear_betas(steps: int) -> NDArray[np.float64]:
@@ -79,11 +81,55 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
     return kept
 
 
+def place_timesteps(alphas_cumprod: NDArray[np.float64], respacing: str) -> list[int]:
+    """The timesteps that a respacing string keeps of a schedule, in ascending order.
+
+    Beside those of `space_timesteps`: `"logsnrN"` keeps N, evenly spaced in log(alpha / sigma) (Lu et al. 2022),
+    `"karrasN"` keeps N, evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5), and `"[t, ...]"` keeps
+    those in the list. The first two begin where log(alpha / sigma) is -5.1, since a network is of no use in the
+    almost pure noise beyond, but for a schedule that ends in pure noise, whose last timestep they keep too.
+
+    Raises UsageError if the string is none of these, asks for too many steps, or lists some out of order or range.
+    """
+    steps = len(alphas_cumprod)
+    if respacing.startswith("["):
+        if not re.fullmatch(r"\[\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*\]", respacing):
+            raise UsageError(f"respacing '{respacing}' is not a list of timesteps like [0, 10, 250, 999]")
+        kept = [int(text) for text in respacing[1:-1].split(",")]
+        if sorted(set(kept)) != kept or kept[-1] >= steps:
+            raise UsageError(f"respacing {respacing}: timesteps must ascend, from 0 to at most {steps - 1}")
+        return kept
+    placed = re.fullmatch(r"(logsnr|karras)(.*)", respacing)
+    if not placed:
+        return space_timesteps(steps, respacing)
+    wanted = _counts(placed[2], respacing)
+    pure_noise = [steps - 1] if alphas_cumprod[-1] == 0 else []
+    reached = alphas_cumprod[: steps - len(pure_noise)]
+    log_snr = 0.5 * np.log(reached / (1 - reached))
+    last = min(int((log_snr >= LOWEST_LOG_SNR).sum()), len(reached) - 1)
+    count = wanted[0] - len(pure_noise)
+    if len(wanted) > 1 or not 1 <= count <= last + 1:
+        raise UsageError(
+            f"respacing '{respacing}': the count must be one number, from {1 + len(pure_noise)} to "
+            f"{last + 1 + len(pure_noise)} of this schedule's {steps} steps"
+        )
+    high, low = float(log_snr[0 if count > 1 else last]), float(log_snr[last])
+    if placed[1] == "logsnr":
+        at = np.linspace(high, low, count)
+    else:
+        at = -7 * np.log(np.linspace(math.exp(-high / 7), math.exp(-low / 7), count))
+    nearest = np.rint(np.interp(-at, -log_snr, np.arange(len(log_snr)))).astype(int)
+    numbers = np.arange(count)
+    distinct = np.minimum(np.maximum.accumulate(nearest - numbers), last + 1 - count) + numbers
+    return [*distinct.tolist(), *pure_noise]
+
+
 def _counts(text: str, respacing: str) -> list[int]:
     parts = text.split(",")
     if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", part) for part in parts):
         raise UsageError(
-            f"respacing '{respacing}' is not understood: use a count like 50, sections like 10,15,20, or ddim50"
+            f"respacing '{respacing}' is not understood: use a count like 50, sections like 10,15,20, ddim50, "
+            "logsnr10, karras10, or a list like [0, 250, 999]"
         )
     return [int(part) for part in parts]
 
@@ -93,7 +139,7 @@ class Schedule:
     """The betas of a process, each with its step in the original process.
 
     Attributes:
-        betas: (T,), float64, each above 0 and below 1.
+        betas: (T,), float64, each above 0, and below 1 but for the last of a zero-terminal-SNR schedule.
         timestep_map: the original step of each of the T steps.
         original_steps: how many steps the process had before respacing.
     """
@@ -103,17 +149,33 @@ class Schedule:
     original_steps: int
 
     @staticmethod
-    def named(name: ScheduleName, steps: int, respacing: str = "") -> Schedule:
-        """The schedule `name` with `steps` steps, of which `respacing` keeps some (see `space_timesteps`).
+    def named(name: ScheduleName, steps: int, respacing: str = "", zero_terminal_snr: bool = False) -> Schedule:
+        """The schedule `name` with `steps` steps, of which `respacing` keeps some (see `place_timesteps`).
 
-        The kept betas give alphas_cumprod the values that the full schedule has at the kept steps.
+        The kept betas give alphas_cumprod the values that the full schedule has at the kept steps. With
+        `zero_terminal_snr` the last step is pure noise (see `with_zero_terminal_snr`).
         """
         if steps < 1:
             raise UsageError(f"steps is {steps}; it must be at least 1")
         check_name("schedule", name, get_args(ScheduleName))
         betas = {"linear": linear_betas, "cosine": cosine_betas}[name](steps)
-        kept = space_timesteps(steps, respacing)
+        if zero_terminal_snr:
+            betas = with_zero_terminal_snr(betas)
+        alphas_cumprod: NDArray[np.float64] = np.cumprod(1 - betas, dtype=np.float64)
+        kept = place_timesteps(alphas_cumprod, respacing)
         if len(kept) == steps:
             return Schedule(betas, tuple(range(steps)), steps)
-        alphas_cumprod = np.cumprod(1 - betas)[kept]
-        return Schedule(1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]), tuple(kept), steps)
+        return Schedule(_betas_of(alphas_cumprod[kept]), tuple(kept), steps)
+
+
+def with_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Betas (T,) whose last alphas_cumprod is 0: its square roots shifted, and scaled to keep the first one (Lin et
+    al. 2023, algorithm 1). Raises UsageError for a single step."""
+    if len(betas) < 2:
+        raise UsageError("a zero-terminal-SNR schedule needs at least 2 steps")
+    roots = np.sqrt(np.cumprod(1 - betas))
+    return _betas_of(((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2)
+
+
+def _betas_of(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])

@@ -112,7 +112,7 @@ def test_another_source_keeps_what_means_the_same_in_both(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--sample.options.eta", "0.5"], "sample.options.eta is not an option of ddpm: it has clip_denoised"),
+        (["--sample.options.eta", "0.5"], "sample.options.eta is not an option of dpmpp: it has order, clip_denoised"),
         (["--sample.sampler", "ddim", "--sample.options.eta", "2"], "sample.options.eta is 2; it must be from 0 to 1"),
         (["--sample.sampler", "ddim", "--sample.options.eta", "yes"], "it must be of type float"),
         (["--sample.options", "{clip_denoisd: true}"], "did you mean clip_denoised?"),

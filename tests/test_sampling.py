@@ -92,7 +92,7 @@ def test_more_of_the_same_are_added(run, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "key"),
-    [(["--seed", 1], "seed was 0"), (["--sampler", "ddim"], "sampler was ddpm"), (["--classes", "3"], "classes"),
+    [(["--seed", 1], "seed was 0"), (["--sampler", "ddim"], "sampler was dpmpp"), (["--classes", "3"], "classes"),
      (["--ema", "none"], "weights was "), (["--batch_size", 2], "batch_size was 4, and is 2")],
 )  # fmt: skip
 def test_samples_of_other_settings_are_not_mixed(run, tmp_path, monkeypatch, capsys, flags, key):

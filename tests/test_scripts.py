@@ -404,7 +404,7 @@ def test_cascades_answer_bad_input_in_one_line(cascade, monkeypatch, capsys, tmp
         (["--ckpt", "RUN", "--seed", "-1"], "--seed is -1"),
         (["--ckpt", "RUN", "--steps", "1001"], "1001 steps are more than the schedule's 1000"),
         (["--ckpt", "RUN", "--steps", "fast"], "'fast' is not understood"),
-        (["--ckpt", "RUN", "--eta", "0.5"], "--eta is not an option of ddpm: it has clip_denoised"),
+        (["--ckpt", "RUN", "--eta", "0.5"], "--eta is not an option of dpmpp: it has order, clip_denoised"),
         (["--ckpt", "RUN", "--sampler", "ddim", "--eta", "2"], "from 0 to 1"),
         (["--ckpt", "RUN", "--sampler", "plms"], "invalid choice: 'plms'"),
         (["--ckpt", "RUN", "--classes", "10"], "'10', which is not a class name or a number from 0 to 9"),

@@ -67,11 +67,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--classes", help="class numbers or names, separated by commas, taken in turn (default: all of them, or those "
                           "of --low_res)")  # fmt: skip
     add("--sampler", choices=SAMPLERS, help="default: as in the run's grids")
-    add("--steps", help="sampling steps: a count, sections like 10,15,20, or ddim50 (default: as in the run's grids)")
+    add("--steps", help="sampling steps: a count, sections like 10,15,20, ddim50, logsnr10, karras10, or a list like "
+        "[0, 250, 999] (default: as in the run's grids; of another sampler, its usual ones)")  # fmt: skip
     for option, samplers in OPTIONS.items():
-        default = sampler_options(samplers[0])[option]
-        add(f"--{option}", metavar=type(default).__name__.upper(), help=f"option of {', '.join(samplers)} (default: as "
-            f"in the run's grids, else {plain(default)})")  # fmt: skip
+        defaults = {name: sampler_options(name)[option] for name in samplers}
+        usual = [plain(value) for value in dict.fromkeys(defaults.values())]
+        texts = usual if len(usual) == 1 else [f"{plain(value)} for {name}" for name, value in defaults.items()]
+        add(f"--{option}", metavar=type(defaults[samplers[0]]).__name__.upper(), help=f"option of {', '.join(samplers)}"
+            f" (default: as in the run's grids, else {', '.join(texts)})")  # fmt: skip
     add("--seed", type=int, default=0, help="image i of a seed is the same at any --n and --batch_size (default: 0)")
     add("--guidance", type=float, help="classifier-free guidance: 1 none, above 1 clearer classes and less variety, "
                                        "0 no class at all (default: as in the run's grids)")  # fmt: skip
@@ -155,7 +158,7 @@ def main() -> None:
 
 def process_length(config: Config) -> int:
     """The number of sampling steps."""
-    return config.diffusion.process(config.sample.steps).num_timesteps
+    return config.sampling_process().num_timesteps
 
 
 def with_flags(config: Config, args: argparse.Namespace) -> Config:
@@ -164,11 +167,11 @@ def with_flags(config: Config, args: argparse.Namespace) -> Config:
     given = {name: getattr(args, name) for name in ("sampler", "steps", "guidance") if getattr(args, name) is not None}
     known = sampler_options(args.sampler or config.sample.sampler)
     options = {name: value for name, value in config.sample.options.items() if name in known}
+    if args.sampler not in (None, config.sample.sampler):
+        given.setdefault("steps", None)  # another sampler, with its own usual steps
     try:
         sample = dataclasses.replace(config.sample, **given, options=options | args.options)
-        config = dataclasses.replace(config, sample=sample)
-        config.diffusion.process(sample.steps)
-        return config
+        return dataclasses.replace(config, sample=sample)
     except UsageError as error:
         raise UsageError(str(error).replace("sample.options.", "--").replace("sample.", "--")) from None
 
@@ -183,7 +186,7 @@ def open_store(
     sample = config.sample
     settings = dict(
         checkpoint=saved.path.name, weights=saved.sums[saved.chosen_file(args.ema)], sampler=sample.sampler,
-        steps=str(sample.steps), options=sample.options, guidance=sample.guidance, seed=args.seed,
+        steps=config.sample_steps(), options=sample.options, guidance=sample.guidance, seed=args.seed,
         batch_size=args.batch_size, device=state.device.type, low_res=low_res.fingerprint(),
     )  # fmt: skip
 

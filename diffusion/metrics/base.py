@@ -48,7 +48,7 @@ class Subject:
         if self.steps:
             config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=self.steps))
         mine = self._share(self.n or len(self.dataset))
-        progress = self.bar(len(mine) * config.diffusion.process(config.sample.steps).num_timesteps)
+        progress = self.bar(len(mine) * config.sampling_process().num_timesteps)
         return generate(config, self.network, mine, labels=labels, seed=self.seed, device=self.state.device,
                         progress=progress)  # fmt: skip
 
