@@ -4,7 +4,7 @@ step_00001500/
     config.yaml            the resolved configuration
     state.json             the step, class names, origin of the weights, environment
     model.safetensors      the weights in training
-    ema_0.999.safetensors  a moving average, one file per rate (none at step 0, whose averages are the weights)
+    ema_0.999.safetensors  a moving average, one file each (none at step 0, whose averages are the weights)
     training.pt            the optimizer's state and the loss scale (read with weights_only)
     SHA256SUMS             a checksum of each of them, as `sha256sum --check` reads them
 """
@@ -12,13 +12,11 @@ step_00001500/
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,17 +25,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusion.checksums import MAX_JSON_BYTES, SUMS, Damaged, damaged, read_sums, reading, sha256, verify
 from diffusion.config import Config
 from diffusion.config_file import load_config, save_config
+from diffusion.ema import LONGEST, reconstruct
 from diffusion.errors import UsageError, one_line
 from diffusion.files import to_disk
 from diffusion.models.unet import UNetModel
 from diffusion.tensor_files import load_plain, load_tensors
 
 FORMAT = 5
-SUMS = "SHA256SUMS"
-NEEDED = {"config.yaml", "state.json", "model.safetensors", "training.pt"}
-MAX_JSON_BYTES = 2**26
 Weights = Mapping[str, Tensor]
 
 
@@ -47,10 +44,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Damaged(UsageError):
-    """A file of a checkpoint is missing, or differs from what was written."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +70,9 @@ class Checkpoint:
         """The weights in training."""
         return self._tensors("model.safetensors")
 
-    def ema(self, rate: float) -> dict[str, Tensor]:
-        """The moving average at `rate`."""
-        return self.weights() if self.step == 0 else self._tensors(f"ema_{rate}.safetensors")
+    def ema(self, key: float | str) -> dict[str, Tensor]:
+        """The moving average `key` (see `diffusion.ema.EMA`)."""
+        return self.weights() if self.step == 0 else self._tensors(f"ema_{key}.safetensors")
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         tensors = load_tensors(self.file(name))
@@ -89,17 +82,58 @@ class Checkpoint:
         return tensors
 
     def chosen_weights(self, wanted: str | None = None) -> dict[str, Tensor]:
-        """The weights that `--ema` selects (see `chosen_file`)."""
-        return self._tensors(self.chosen_file(wanted))
+        """The weights that `--ema` selects: a moving average by its name, "none" for the weights in training, None for
+        the run's first average, or "length0.07" for one that is reconstructed from those in the run's checkpoints.
 
-    def chosen_file(self, wanted: str | None = None) -> str:
-        """The file that `--ema` selects: a moving average by its rate, "none" for the weights in training, or None for
-        the run's first average. Raises UsageError if the run does not have it."""
-        rates = {str(rate): rate for rate in self.config.train.ema_rates}
-        if wanted not in (None, "none", *rates):
-            raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(rates)}, or none")
-        rate = next(iter(rates)) if wanted is None else wanted
-        return "model.safetensors" if rate == "none" or self.step == 0 else f"ema_{rates[rate]}.safetensors"
+        Raises UsageError if the run does not have it."""
+        if not self._is_stored(wanted):
+            return self._reconstructed(float((wanted or "").removeprefix("length")))
+        return self._tensors(self._chosen_file(wanted))
+
+    def fingerprint(self, wanted: str | None = None) -> str:
+        """What distinguishes the weights that `--ema` selects from others."""
+        if not self._is_stored(wanted):
+            return f"{wanted} of {self.sums[self._chosen_file(f'length{self.config.train.ema_lengths[0]}')]}"
+        return self.sums[self._chosen_file(wanted)]
+
+    def _is_stored(self, wanted: str | None) -> bool:
+        """Whether `--ema` selects weights in a file. Raises UsageError if the run does not have them."""
+        names = [str(key) for key in self.config.train.averages]
+        if wanted in (None, "none", *names):
+            return True
+        lengths = self.config.train.ema_lengths
+        length = re.fullmatch(r"length(0?\.\d+)", wanted or "")
+        if self.step and lengths and length and 0 < float(length[1]) <= LONGEST:
+            return float(length[1]) in lengths
+        others = f", a length from length0.01 to length{LONGEST}" if self.step and lengths else ""
+        raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(names)}{others}, or none")
+
+    def _chosen_file(self, wanted: str | None = None) -> str:
+        if wanted == "none" or self.step == 0:
+            return "model.safetensors"
+        if wanted and wanted.startswith("length"):
+            wanted = f"length{float(wanted.removeprefix('length'))}"  # 0.10 is 0.1
+        return f"ema_{self.config.train.averages[0] if wanted is None else wanted}.safetensors"
+
+    def _reconstructed(self, length: float) -> dict[str, Tensor]:
+        """The power-function average of a length, from all that the run has stored up to this checkpoint."""
+        lengths = self.config.train.ema_lengths
+        earlier = folders(self.path.parent.parent) if self.path.parent.name == "checkpoints" else [self.path]
+        parts = [(saved, of) for path in earlier if 0 < step_of(path) <= self.step
+                 for saved in [self if path == self.path else _open_folder(path)] for of in lengths]  # fmt: skip
+        coefficients, error = reconstruct([(of, saved.step) for saved, of in parts], length, self.step)
+        if error > 0.1:
+            steps = ", ".join(str(saved.step) for saved, of in parts if of == lengths[0])
+            raise UsageError(
+                f"--ema is length{length}; the averages of lengths {', '.join(map(str, lengths))} after steps {steps} "
+                f"express it with an error of {error:.0%}, above 10%: name a length nearer to theirs, or keep more "
+                "checkpoints"
+            )
+        total: dict[str, Tensor] = {}
+        for coefficient, (saved, of) in zip(coefficients.tolist(), parts, strict=True):
+            for name, value in saved.ema(f"length{of}").items():
+                total[name] = total.get(name, 0) + coefficient * value.double()
+        return {name: value.float() for name, value in total.items()}
 
     def file(self, name: str) -> Path:
         """The path of a file, verified. Raises Damaged if it is missing or differs from what was written, and
@@ -107,7 +141,7 @@ class Checkpoint:
         if name not in self.sums:
             raise Damaged(f"checkpoint {self.path} is not whole: {SUMS} does not name {name}")
         if not self.verified:
-            _verify(self.path, {name: self.sums[name]})
+            verify(self.path, {name: self.sums[name]})
         return self.path / name
 
     def fits_classes(self, names: tuple[str, ...]) -> bool:
@@ -144,7 +178,7 @@ def save(
     config: Config,
     class_names: tuple[str, ...],
     weights: Weights,
-    averages: Mapping[float, Weights],
+    averages: Mapping[float | str, Weights],
     training: dict[str, Any],
     data: str | None = None,
     origin: dict[str, Any] | None = None,
@@ -162,10 +196,10 @@ def save(
                  "environment": dict(environment or {})}  # fmt: skip
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         save_file(_on_cpu(weights), temporary / "model.safetensors")
-        for rate, average in averages.items():
-            save_file(_on_cpu(average), temporary / f"ema_{rate}.safetensors")
+        for key, average in averages.items():
+            save_file(_on_cpu(average), temporary / f"ema_{key}.safetensors")
         torch.save(training, temporary / "training.pt")
-        sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
         (temporary / SUMS).write_text("".join(sums))
         for path in (*temporary.iterdir(), temporary):
             if path.is_file():
@@ -214,14 +248,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
 
     def verified(saved: Checkpoint) -> Checkpoint:
-        _verify(saved.path, saved.sums)
+        verify(saved.path, saved.sums)
         return dataclasses.replace(saved, verified=True)
 
     return _newest(path, verified)
 
 
 def open_weights(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """Open a checkpoint as `open_checkpoint` does, and the weights that `ema` selects (see `Checkpoint.chosen_file`).
+    """Open a checkpoint as `open_checkpoint` does, and its weights that `ema` selects (see `chosen_weights`).
 
     Only the files that are read are verified. A run in training may remove old checkpoints meanwhile.
     """
@@ -263,35 +297,11 @@ def _newest(path: Path, use: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
                   f"none of the {len(damage)} checkpoints of {path} is whole; of the newest: {first}")  # fmt: skip
 
 
-def _verify(folder: Path, sums: Mapping[str, str]) -> None:
-    """Raise Damaged, with the file's name, if one is missing or differs from what was written, and UsageError if it
-    cannot be read."""
-    for name, wanted in sums.items():
-        with _reading(folder / name):
-            found = _sha256(folder / name)
-        if found != wanted:
-            hint = " (settings are changed on the command line)" if name == "config.yaml" else ""
-            raise _damaged(folder / name, f"it is not what was written there{hint}")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Read a regular file. A missing one is damage; one that cannot be read is not."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise _damaged(path, "it is no file")
-        yield
-    except (FileNotFoundError, NotADirectoryError):
-        raise _damaged(path, "") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {one_line(error)}; nothing was changed") from None
-
-
 def _open_folder(folder: Path) -> Checkpoint:
-    sums = _read_sums(folder)
-    _verify(folder, {name: sums[name] for name in ("state.json", "config.yaml") if name in sums})
+    sums = read_sums(folder)
+    verify(folder, {name: sums[name] for name in ("state.json", "config.yaml") if name in sums})
     path = folder / "state.json"
-    with _reading(path):
+    with reading(path):
         text = path.read_bytes()[:MAX_JSON_BYTES]
     try:
         state = json.loads(text)
@@ -309,11 +319,11 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if not sums:
-            raise _damaged(path, one_line(error)) from None
+            raise damaged(path, one_line(error)) from None
         # The checksum is right, so this is what was written.
         raise UsageError(f"checkpoint {folder}: state.json cannot be used: {one_line(error)}") from None
     if not sums:
-        raise _damaged(folder / SUMS, "")
+        raise damaged(folder / SUMS, "")
     if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
         raise UsageError(f"checkpoint {folder} is of step {step}: give the folder its name back, step_{step:08d}")
     try:
@@ -321,22 +331,6 @@ def _open_folder(folder: Path) -> Checkpoint:
     except UsageError as error:
         raise UsageError(f"checkpoint {folder} cannot be used: {str(error).removeprefix('--config ')}") from None
     return Checkpoint(folder, step, config, class_names, state.get("data"), origin, environment, sums)
-
-
-def _read_sums(folder: Path) -> dict[str, str]:
-    """The checksums by file name; none if their file is missing. Raises Damaged if the file is malformed."""
-    path = folder / SUMS
-    if not path.exists():
-        return {}
-    with _reading(path):
-        text = path.read_bytes()[:MAX_JSON_BYTES]
-    try:
-        sums = {name: wanted for wanted, name in (line.split("  ", 1) for line in text.decode().splitlines())}
-    except ValueError as error:
-        raise _damaged(path, one_line(error)) from None
-    if not sums.keys() >= NEEDED or not all(re.fullmatch(r"\w[\w.-]*", name) for name in sums):
-        raise _damaged(path, "it does not name every file, or names others")
-    return sums
 
 
 def check_format(run: Path) -> None:
@@ -368,16 +362,6 @@ def checked_names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
         raise ValueError("class names must be a list of different strings")
     return tuple(value)
-
-
-def _damaged(path: Path, reason: str) -> Damaged:
-    state = "is damaged" if path.exists() else "is missing"
-    return Damaged(f"checkpoint {path.parent} is not whole: {path.name} {state}{f': {reason}' if reason else ''}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _on_cpu(weights: Weights) -> dict[str, Tensor]:

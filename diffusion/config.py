@@ -16,6 +16,7 @@ from pydantic import Field
 
 from diffusion.data.base import DataConfig
 from diffusion.data.sources import SOURCES
+from diffusion.ema import LONGEST
 from diffusion.errors import UsageError, check_name, prefixed
 from diffusion.fields import Finite, Natural, PathText, Positive, describe, has_field, section, shown
 from diffusion.losses import LossType
@@ -131,6 +132,9 @@ class TrainConfig:
     """mixed precision; null: the launcher's setting, or no"""
     ema_rates: Annotated[tuple[float, ...], Field(strict=False)] = (0.999,)
     """moving averages of the weights to keep; images are sampled with the first"""
+    ema_lengths: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    """power-function averages to keep, by their length relative to the run, usually [0.05, 0.1]: from those in the
+    checkpoints, sample.py --ema length0.07 reconstructs any other length"""
     ema_warmup: bool = True
     """start the averages at a low rate, (1 + step) / (10 + step), so that short runs forget the initial weights"""
     timestep_sampler: TimestepSamplerName = "uniform"
@@ -150,10 +154,18 @@ class TrainConfig:
                 f"train.gradient_accumulation {self.gradient_accumulation} does not divide train.batch_size "
                 f"{self.batch_size}"
             )
-        if not self.ema_rates or not all(0 <= rate < 1 for rate in self.ema_rates):
+        if not self.averages or not all(0 <= rate < 1 for rate in self.ema_rates):
             raise UsageError(f"train.ema_rates is {list(self.ema_rates)}; it needs one or more rates from 0 to below 1")
-        if len(set(self.ema_rates)) < len(self.ema_rates):
-            raise UsageError(f"train.ema_rates is {list(self.ema_rates)}; each rate may stand there once")
+        if not all(0 < length <= LONGEST for length in self.ema_lengths):
+            raise UsageError(f"train.ema_lengths is {list(self.ema_lengths)}; lengths are above 0, up to {LONGEST}")
+        for name, values in (("rate", self.ema_rates), ("length", self.ema_lengths)):
+            if len(set(values)) < len(values):
+                raise UsageError(f"train.ema_{name}s is {list(values)}; each {name} may stand there once")
+
+    @property
+    def averages(self) -> tuple[float | str, ...]:
+        """The moving averages, by rate, or by "length" and the length; images are sampled with the first."""
+        return *self.ema_rates, *(f"length{length}" for length in self.ema_lengths)
 
 
 @section("sample")

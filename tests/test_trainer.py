@@ -591,3 +591,47 @@ def test_images_that_cannot_be_read_are_counted_and_the_run_still_resumes_exactl
     assert_same_bits(state(train(config(9), tmp_path / "run")), state(whole))
     lines = [[{**line, "images_per_second": 0} for line in metrics(tmp_path / name)] for name in ("run", "whole")]
     assert lines[0] == lines[1]
+
+
+# --- power-function averages ------------------------------------------------------------------------------------------
+
+
+def test_an_average_of_another_length_is_reconstructed_from_the_checkpoints(tmp_path):
+    """As one that a run of the same seed tracks directly; also from an earlier checkpoint."""
+    every = dict(train__steps=40, train__ema_rates=(), train__lr=3e-3, checkpoint__every=2)
+    train(small(**every, train__ema_lengths=(0.05, 0.1)), tmp_path / "run")
+    direct = train(small(**every, train__ema_lengths=(0.075,)), tmp_path / "direct").ema.averages["length0.075"]
+    saved, found = checkpoint.open_weights(tmp_path / "run", "length0.075")
+    raw, kept = saved.weights(), saved.ema("length0.05")
+    scale = sum((raw[name] - direct[name]).norm() ** 2 for name in direct)
+    assert sum((kept[name] - direct[name]).norm() ** 2 for name in direct) > 0.01 * scale
+    assert sum((found[name] - direct[name]).norm() ** 2 for name in direct) < 0.003 * scale
+    earlier, _ = checkpoint.open_weights(tmp_path / "run/checkpoints/step_00000020", "length0.075")
+    assert earlier.step == 20
+    assert_same_bits(checkpoint.open_weights(tmp_path / "run", "length0.10")[1], saved.ema("length0.1"))
+    assert_same_bits(checkpoint.open_weights(tmp_path / "run")[1], kept)
+
+
+def test_averages_that_a_run_cannot_give_are_refused(tmp_path):
+    train(small(train__ema_lengths=(0.05, 0.1)), tmp_path / "run")
+    for wanted, says in (
+        ("length0.2", "--ema is length0.2; the averages of lengths 0.05, 0.1 after steps 6 express it with an error of"),
+        ("length0.5", "a length from length0.01 to length0.28, or none"), ("length-1", "or none"), ("0.05", "or none"),
+        ("length0", "or none"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=re.escape(says)):
+            checkpoint.open_weights(tmp_path / "run", wanted)
+    train(small(), tmp_path / "without")
+    with pytest.raises(UsageError, match=r"--ema is length0.1; .* has 0.999, or none"):
+        checkpoint.open_weights(tmp_path / "without", "length0.1")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [({"ema_rates": [], "ema_lengths": []}, "train.ema_rates is []; it needs one or more rates"),
+     ({"ema_lengths": [0.3]}, "train.ema_lengths is [0.3]; lengths are above 0, up to 0.28"),
+     ({"ema_lengths": [0.1, 0.1]}, "each length may stand there once")],
+)  # fmt: skip
+def test_impossible_averages_are_refused_before_the_first_step(values, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        config_of({"train": values})

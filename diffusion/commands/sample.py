@@ -55,7 +55,7 @@ class LowRes(NamedTuple):
     def fingerprint(self) -> str | None:
         """What distinguishes these images, or the run, from others."""
         if self.base is not None:
-            return self.base[0].sums[self.base[0].chosen_file()]
+            return self.base[0].fingerprint()
         return None if self.images is None else hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
 
 
@@ -81,8 +81,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--low_res", type=non_empty_path, help="for an upsampler: a folder or an .npz of small images (files of other "
         "sizes are resized as for training), or a run that generates them with its own sampler")  # fmt: skip
     add("--batch_size", type=int, default=64, help="images generated at once (default: 64)")
-    add("--ema", help="which moving average of the weights: a rate, or none for the weights in training "
-                      "(default: the run's first)")  # fmt: skip
+    add("--ema", help="which moving average of the weights: a rate, length0.07 for one that is reconstructed from "
+        "train.ema_lengths, or none for the weights in training (default: the run's first)")  # fmt: skip
     add("--out", type=non_empty_path, help="where to write (default: RUN/samples/...)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--images", action="store_true", help="a folder with a PNG each (.npy above 4 channels)")
@@ -185,7 +185,7 @@ def open_store(
 
     sample = config.sample
     settings = dict(
-        checkpoint=saved.path.name, weights=saved.sums[saved.chosen_file(args.ema)], sampler=sample.sampler,
+        checkpoint=saved.path.name, weights=saved.fingerprint(args.ema), sampler=sample.sampler,
         steps=config.sample_steps(), options=sample.options, guidance=sample.guidance, seed=args.seed,
         batch_size=args.batch_size, device=state.device.type, low_res=low_res.fingerprint(),
     )  # fmt: skip

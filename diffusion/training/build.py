@@ -44,8 +44,8 @@ def build_step(
     groups = parameter_groups(network, train.scalar_lr_factor)
     return TrainingStep(
         network, process, torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=True),
-        ema_rates=train.ema_rates, ema_warmup=train.ema_warmup, loss=config.diffusion.loss,
-        timestep_sampler=train.timestep_sampler, seed=train.seed,
+        ema_rates=train.ema_rates, ema_warmup=train.ema_warmup, ema_lengths=train.ema_lengths,
+        loss=config.diffusion.loss, timestep_sampler=train.timestep_sampler, seed=train.seed,
         gradient_accumulation=train.gradient_accumulation or 1, grad_clip=train.grad_clip,
         label_dropout=train.label_dropout, random_flip=config.data.random_flip, low_res_size=config.data.low_res_size,
         accelerator=accelerator,

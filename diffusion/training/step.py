@@ -59,7 +59,7 @@ class TrainingStep:
         network: moved to the accelerator's device and wrapped by it. Called with (x_t, t), and y=labels if given.
         process: what the network's output means.
         optimizer: over the network's parameters. With torch's fused ones, a step never waits for the device.
-        ema_rates: moving averages to keep, in `ema`; `ema_warmup`: see `EMA`.
+        ema_rates: moving averages to keep, in `ema`; `ema_warmup`, `ema_lengths`: see `EMA`.
         seed: of timesteps, noise, flips, dropout and dropped labels.
         loss: see `training_losses`.
         timestep_sampler: uniform, or by importance (`LossSecondMoment`).
@@ -82,6 +82,7 @@ class TrainingStep:
         *,
         ema_rates: Sequence[float] = (),
         ema_warmup: bool = False,
+        ema_lengths: Sequence[float] = (),
         loss: LossType = "rescaled_mse",
         timestep_sampler: TimestepSamplerName = "uniform",
         seed: int = 0,
@@ -108,7 +109,7 @@ class TrainingStep:
         self.network.to(self.accelerator.device)
         # Only `model` is wrapped (DDP, autocast). Names and averages are those of `network`, which FSDP2 shards.
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
-        self.ema = EMA(network, ema_rates, ema_warmup)
+        self.ema = EMA(network, ema_rates, ema_warmup, ema_lengths)
         by_importance = timestep_sampler == "loss_second_moment"
         self.importance = LossSecondMoment(process.num_timesteps) if by_importance else None
         self.seed, self.gradient_accumulation, self.grad_clip = seed, gradient_accumulation, grad_clip

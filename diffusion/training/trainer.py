@@ -159,9 +159,9 @@ class Trainer:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         saved.restore(self.parts)
-        for rate, average in self.ema.averages.items():
-            kept = saved.ema(rate)
-            checkpoint.check_fits(self.network, kept, saved.path / f"ema_{rate}.safetensors")
+        for key, average in self.ema.averages.items():
+            kept = saved.ema(key)
+            checkpoint.check_fits(self.network, kept, saved.path / f"ema_{key}.safetensors")
             for name, value in average.items():
                 value.copy_(shard_like(kept[name], value))
         self.training_step.step = saved.step
@@ -289,7 +289,7 @@ class Trainer:
             low_res = lambda batch: small[batch.start : batch.stop]  # noqa: E731
         size = self._slices[0].stop - self._slices[0].start
         self.network.eval()
-        with self.ema.in_place(config.train.ema_rates[0]):
+        with self.ema.in_place(config.train.averages[0]):
             generated = [images for _, images in generate(
                 config, self.network, batches(indices, size), labels=labels, low_res=low_res, seed=config.train.seed,
                 device=accelerator.device, progress=self._signals.interruptible)]  # fmt: skip
@@ -309,7 +309,7 @@ class Trainer:
         if broken[0]:
             raise UsageError(f"after step {self.step}, {broken[0]} is no longer finite, and nothing is saved: "
                              f"{self._again_with('a lower train.lr or with train.grad_clip')}")  # fmt: skip
-        averages = {rate: to_host(average, main) for rate, average in self.ema.averages.items()}
+        averages = {key: to_host(average, main) for key, average in self.ema.averages.items()}
         states = {name: to_host(part.state_dict(), main) for name, part in self.parts.items()}
 
         def write() -> None:

@@ -58,8 +58,8 @@ def copy_weights(
             notes.append(f"train.init_from: {len(names)} of {len(mine)} weights {what}: {'; '.join(names[:3])}{more}")
     if differ:
         notes.append(f"train.init_from: its weights were trained under other settings: {'; '.join(differ)}")
-    rate = config.train.ema_rates[0]
-    if not config.train.ema_warmup and rate > 0.99:
+    rate = config.train.averages[0]
+    if not config.train.ema_warmup and isinstance(rate, float) and rate > 0.99:
         notes.append(f"the average at {rate} follows the weights within some {round(1 / (1 - rate))} steps: until then "
                      "grids show the old network (--train.ema_warmup true follows at once)")  # fmt: skip
     return notes
@@ -87,5 +87,6 @@ def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], 
 
 def origin_of(saved: Checkpoint) -> dict[str, object]:
     """The record of the weights that a run was initialised with."""
-    name = saved.chosen_file()
-    return {"path": str(saved.path.resolve()), "step": saved.step, "file": name, "sha256": saved.sums[name]}
+    sha256 = saved.fingerprint()
+    file = next(name for name, found in saved.sums.items() if found == sha256)
+    return {"path": str(saved.path.resolve()), "step": saved.step, "file": file, "sha256": sha256}

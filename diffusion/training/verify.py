@@ -56,8 +56,8 @@ def _tensors(run: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     saved = checkpoint.open_checkpoint(checkpoint.checkpoint_folder(run, STEPS))
     weights = saved.weights()
     yield from ((f"the weight {name}", value) for name, value in weights.items())
-    for rate in config.train.ema_rates:
-        yield from ((f"the average at {rate} of {name}", value) for name, value in saved.ema(rate).items())
+    for key in config.train.averages:
+        yield from ((f"the average at {key} of {name}", value) for name, value in saved.ema(key).items())
     training = checkpoint.load_plain(saved.path / "training.pt")
     # in the optimizer's order
     model = saved.network(weights)
