@@ -19,7 +19,7 @@ from diffusion.data.sources import SOURCES
 from diffusion.ema import LONGEST
 from diffusion.errors import UsageError, check_name, prefixed
 from diffusion.fields import Finite, Natural, PathText, Positive, describe, has_field, section, shown
-from diffusion.losses import LossType
+from diffusion.losses import LossType, Weighting
 from diffusion.models.initialisation import InitName, check_init, initialise
 from diffusion.models.rules import check_sizes, check_widths
 from diffusion.models.unet import SuperResModel, UNetModel
@@ -92,11 +92,16 @@ class DiffusionConfig:
     """variance of the reverse process"""
     loss: LossType = "rescaled_mse"
     """mse and rescaled_mse: the simple loss, hybrid if the variance is learned; kl: the variational bound"""
+    weighting: Weighting = "none"
+    """min_snr: weight the simple loss by min(signal-to-noise ratio, 5) in terms of x_0"""
     rescale_timesteps: bool = True
     """give the network the timestep on a scale of 0 to 1000 for any T"""
 
     def __post_init__(self) -> None:
         self.process()
+        if self.weighting != "none" and "mse" not in self.loss:
+            raise UsageError(f"diffusion.weighting is {self.weighting}, which weights mse losses only, and "
+                             f"diffusion.loss is {self.loss}")  # fmt: skip
 
     def process(self, respacing: int | str = "") -> GaussianDiffusion:
         """The process, with `respacing` in place of the training's if given. Raises UsageError if it is impossible."""
@@ -116,8 +121,9 @@ class TrainConfig:
     """micro-batches per process and step, to fit in memory; null: the launcher's setting, or 1"""
     lr: Annotated[Finite, Field(gt=0)] = 1e-3
     """learning rate of AdamW, after warm-up"""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """constant, or half a cosine to 0 at the last step"""
+    lr_schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """after the warm-up: constant; half a cosine to 0 at the last step; or constant, then linearly to 0 over the last
+    40% of the steps (wsd: warm-up, stable, decay)"""
     warmup_steps: Natural = 0
     """optimizer steps of linear warm-up"""
     scalar_lr_factor: Annotated[Finite, Field(ge=0)] = 1.0

@@ -13,12 +13,19 @@ from diffusion.errors import check_name
 from diffusion.process import GaussianDiffusion
 
 LossType = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
+Weighting = Literal["none", "min_snr"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """The interface of a network to losses and samplers: (x_t (B, C, ...), timestep input (B,)) -> output."""
 
 
 def training_losses(
-    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, loss_type: LossType
+    process: GaussianDiffusion,
+    model: Denoiser,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    loss_type: LossType,
+    weighting: Weighting = "none",
 ) -> dict[str, Tensor]:
     """The loss of each image at its timestep, and its parts.
 
@@ -31,10 +38,12 @@ def training_losses(
         x_start: (B, C, ...) in [-1, 1].
         t: (B,), int64, in [0, T).
         noise: like `x_start`, standard normal.
+        weighting: of `mse`; `min_snr` weights errors of the predicted x_0 by min(SNR, 5) (Hang et al. 2023, eq. 7).
 
     Returns `loss`, each (B,), and with the mse losses also their parts `mse` and, if the variance is learned, `vb`.
     """
     check_name("loss_type", loss_type, get_args(LossType))
+    check_name("weighting", weighting, get_args(Weighting))
     x_t = process.q_sample(x_start, t, noise)
     output = model(x_t, process.network_t(t))
     process.check_output(output, x_t)
@@ -43,6 +52,8 @@ def training_losses(
         return {"loss": vb * process.num_timesteps if loss_type == "rescaled_kl" else vb}
     mean_output = output.chunk(2, dim=1)[0] if process.learns_variance else output
     mse = mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
+    if weighting == "min_snr":
+        mse = mse * process.at("min_snr_weight", t, mse)
     if not process.learns_variance:
         return {"loss": mse, "mse": mse}
     frozen = torch.cat([mean_output.detach(), output.chunk(2, dim=1)[1]], dim=1)

@@ -17,6 +17,8 @@ from torch import Tensor
 from diffusion.errors import UsageError, check_name
 from diffusion.schedule import Schedule
 
+MIN_SNR_GAMMA = 5.0
+"""The largest weight of an error of the predicted x_0 (Hang et al. 2023, section 3.4)."""
 VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 
 
@@ -92,7 +94,11 @@ class GaussianDiffusion:
             "posterior_mean_coef2_over_coef1": coef2 / coef1,
             "fixed_large_log_variance": np.log(np.append(first_variance, betas[1:])),
             "network_t": network_t,
+            "snr": alphas_cumprod / (1 - alphas_cumprod),
         }
+        self.tables["min_snr_weight"] = np.minimum(self.tables["snr"], MIN_SNR_GAMMA) / PREDICTIONS[prediction].error(
+            self
+        )
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -196,6 +202,8 @@ class Prediction(NamedTuple):
     """(process, x_start, x_t, t, noise) -> what they are trained to be."""
     x_start: Callable[[GaussianDiffusion, Tensor, Tensor, Tensor], Tensor]
     """(process, mean channels, x_t, t) -> the predicted x_0."""
+    error: Callable[[GaussianDiffusion], NDArray[np.float64]]
+    """process -> (T,), the squared error of these channels where that of the predicted x_0 is 1."""
 
 
 def _x_start_from_epsilon(process: GaussianDiffusion, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -222,10 +230,18 @@ def _x_start_from_v(process: GaussianDiffusion, v: Tensor, x_t: Tensor, t: Tenso
 
 
 PREDICTIONS = {
-    "epsilon": Prediction(lambda process, x_start, x_t, t, noise: noise, _x_start_from_epsilon),
-    "x_start": Prediction(lambda process, x_start, x_t, t, noise: x_start, lambda process, x_start, x_t, t: x_start),
-    "previous_x": Prediction(
-        lambda process, x_start, x_t, t, noise: process.q_posterior(x_start, x_t, t)[0], _x_start_from_previous_x
+    "epsilon": Prediction(
+        lambda process, x_start, x_t, t, noise: noise, _x_start_from_epsilon, lambda process: process.tables["snr"]
     ),
-    "v": Prediction(_v, _x_start_from_v),
+    "x_start": Prediction(
+        lambda process, x_start, x_t, t, noise: x_start,
+        lambda process, x_start, x_t, t: x_start,
+        lambda process: np.ones(process.num_timesteps),
+    ),
+    "previous_x": Prediction(
+        lambda process, x_start, x_t, t, noise: process.q_posterior(x_start, x_t, t)[0],
+        _x_start_from_previous_x,
+        lambda process: process.tables["posterior_mean_coef1"] ** 2,
+    ),
+    "v": Prediction(_v, _x_start_from_v, lambda process: process.tables["snr"] + 1),
 }

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -39,6 +38,7 @@ from diffusion.data.loader import batch_indices
 from diffusion.data.sources.digits import Digits
 from diffusion.likelihood import bits_per_dim
 from diffusion.losses import LossType
+from diffusion.metrics.frechet import frechet_distance
 from diffusion.process import VarianceType
 from diffusion.randomness import generator_for, image_noise, seed_for
 from diffusion.sampling import sample_batch
@@ -157,20 +157,12 @@ def features() -> tuple[nn.Sequential, float]:
     return net[:-1].requires_grad_(False), accuracy
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Between the Gaussians fitted to two sets of vectors (N, D)."""
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The product of two positive semi-definite matrices has real eigenvalues of at least 0, up to rounding.
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
-
-
 def distances(x: Tensor) -> dict[str, float]:
     """Fréchet distances of images to the training digits: in the classifier's features, and in plain pixels."""
     real, net = data()[0], features()[0]
     scale = net(real).std()
     pairs = {"fd": (net(x) / scale, net(real) / scale), "pixels": (x.flatten(1), real.flatten(1))}
-    return {name: frechet_distance(a.double().numpy(), b.double().numpy()) for name, (a, b) in pairs.items()}
+    return {name: frechet_distance(a.numpy(), b.numpy()) for name, (a, b) in pairs.items()}
 
 
 def run(name: str, seed: int, folder: Path) -> Path:

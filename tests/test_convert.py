@@ -325,6 +325,9 @@ EXPRESSIBLE = {
     "fixed variance, linear": (*SMALL, "--diffusion.variance", "fixed_large", "--diffusion.schedule", "linear"),
     "added embedding": (*SMALL, "--model.use_scale_shift_norm", "false"),
     "x_start": (*SMALL, "--diffusion.prediction", "x_start", "--diffusion.loss", "mse"),
+    "v": (*SMALL, "--diffusion.prediction", "v"),
+    "v, from pure noise": (*SMALL, "--diffusion.prediction", "v", "--diffusion.zero_terminal_snr", "true",
+                           "--diffusion.variance", "fixed_small", "--diffusion.schedule", "linear"),
     "one head at two widths": (*SMALL, "--model.attention_resolutions", "[1,2]", "--model.num_heads", "1"),
     "sequel": (*SMALL, "--model.attention_resolutions", "[1,2]", "--model.num_head_channels", "16",
                "--model.resblock_updown", "true", "--model.use_new_attention_order", "true",
@@ -498,7 +501,7 @@ def test_what_diffusers_cannot_express_is_refused(overrides, says, tmp_path, mon
         ("scheduler", {"beta_schedule": "linear", "beta_end": 0.01}, "beta_end 0.01"),
         ("scheduler", {"trained_betas": [0.1] * 1000}, "trained_betas [0.1, "),
         ("unet", {"attn_norm_num_groups": None}, "attn_norm_num_groups None, where only 32"),
-        ("scheduler", {"prediction_type": "v_prediction"}, "without counterpart here: 'v_prediction'"),
+        ("scheduler", {"prediction_type": "flow_prediction"}, "without counterpart here: 'flow_prediction'"),
         ("scheduler", {"clip_sample": False}, "clip_sample False"),
     ],
 )

@@ -60,8 +60,8 @@ def test_the_exponent_of_a_length_is_the_published_one(length, gamma):
 
 
 def test_a_power_function_average_has_its_profile():
-    """Weights that are zero but after one update: the average is that update's share, (gamma + 1) t^gamma / T^(gamma + 1),
-    and the standard deviation of the shares over the training time is the length."""
+    """Weights that are zero but after one update: the average is that update's share, (gamma + 1) t^gamma
+    / T^(gamma + 1), and the standard deviation of the shares over the training time is the length."""
     steps, gamma, shares, hits = 400, exponent(0.1), [], range(9, 400, 39)
     for hit in hits:
         model = scalar(0.0)

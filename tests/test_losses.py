@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from helpers import golden, process, small_unet, tensor
 
+from diffusion.config import config_of
+from diffusion.errors import UsageError
 from diffusion.losses import discretized_gaussian_log_likelihood, normal_kl, training_losses
 
 FIGURES = golden("losses.npz")
@@ -51,3 +55,53 @@ def test_the_probabilities_of_all_levels_sum_to_one():
     for mean, log_scale in ((0.0, -3.0), (0.99, -4.0), (-1.2, -1.0)):
         log_p = discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(log_scale))
         assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+# --- v-prediction and min-SNR -----------------------------------------------------------------------------------------
+
+T = torch.tensor([0, 3, 40, 70, 99])
+X0, NOISE = (torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+
+
+def scheduler_of(p, **options):
+    return DDPMScheduler(num_train_timesteps=100, trained_betas=p.schedule.betas, **options)
+
+
+def test_v_is_that_of_diffusers():
+    p = process("cosine", 100, mean="v")
+    x_t = p.q_sample(X0, T, NOISE)
+    v = scheduler_of(p).get_velocity(X0, NOISE, T)
+    torch.testing.assert_close(p.mean_target(X0, x_t, T, NOISE), v, atol=1e-5, rtol=1e-5)
+    output = torch.cat([v, torch.zeros_like(v)], dim=1)
+    torch.testing.assert_close(p.p_mean_variance(output, x_t, T, False).pred_xstart, X0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "previous_x", "v"])
+def test_min_snr_weights_an_error_of_x_0_by_the_clipped_snr(prediction):
+    """Networks that predict x_0 with the same error have the same loss, whatever they predict it by."""
+    p = process("cosine", 100, mean=prediction, variance="fixed_small", rescale=False)
+    snr = compute_snr(scheduler_of(p), T)
+    error = 0.1 * torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def model(x_t, t):
+        wrong = X0 + error
+        return p.mean_target(wrong, x_t, T, p.predict_eps(x_t, T, wrong))
+
+    terms = training_losses(p, model, X0, T, NOISE, "mse", "min_snr")
+    expected = snr.clamp(max=5) * (error**2).flatten(1).mean(1)
+    torch.testing.assert_close(terms["mse"], expected, atol=1e-6, rtol=2e-3)
+
+
+def test_min_snr_leaves_the_bound_as_it_is():
+    p = process("cosine", 100)
+    with torch.no_grad():
+        plain, weighted = (training_losses(p, small_unet(), X0, T, NOISE, "mse", w) for w in ("none", "min_snr"))
+    assert torch.equal(plain["vb"], weighted["vb"])
+    assert not torch.equal(plain["mse"], weighted["mse"])
+
+
+def test_a_weighting_without_mse_is_refused():
+    with pytest.raises(
+        UsageError, match=r"diffusion\.weighting is min_snr, which weights mse losses only, and .* is kl"
+    ):
+        config_of({"diffusion": {"weighting": "min_snr", "loss": "kl"}})

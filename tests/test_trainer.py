@@ -241,6 +241,8 @@ def test_learning_rates():
     cosine = dataclasses.replace(train, lr_schedule="cosine")
     assert [learning_rate(cosine, step) for step in (0, 4, 54)] == pytest.approx([0.5, 2.0, 1.0])
     assert 0 < learning_rate(cosine, 103) < 1e-3
+    wsd = dataclasses.replace(train, lr_schedule="wsd", steps=100)  # it falls over the last 40 steps
+    assert [learning_rate(wsd, step) for step in (0, 4, 60, 80, 99)] == pytest.approx([0.5, 2.0, 2.0, 1.0, 0.05])
 
 
 @pytest.mark.parametrize(
@@ -615,7 +617,7 @@ def test_an_average_of_another_length_is_reconstructed_from_the_checkpoints(tmp_
 def test_averages_that_a_run_cannot_give_are_refused(tmp_path):
     train(small(train__ema_lengths=(0.05, 0.1)), tmp_path / "run")
     for wanted, says in (
-        ("length0.2", "--ema is length0.2; the averages of lengths 0.05, 0.1 after steps 6 express it with an error of"),
+        ("length0.2", "--ema is length0.2; the averages of lengths 0.05, 0.1 after steps 6 express it with an error"),
         ("length0.5", "a length from length0.01 to length0.28, or none"), ("length-1", "or none"), ("0.05", "or none"),
         ("length0", "or none"),
     ):  # fmt: skip

@@ -21,7 +21,7 @@ from diffusion.models.layers import timestep_embedding
 from diffusion.tensor_files import load_tensors
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample"}
+PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}
 
 
 def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         num_train_timesteps=diffusion.steps, beta_schedule=SCHEDULES[diffusion.schedule], trained_betas=None,
         beta_start=1e-4 * 1000 / diffusion.steps, beta_end=0.02 * 1000 / diffusion.steps,
         variance_type=diffusion.variance, prediction_type=PREDICTIONS[diffusion.prediction], clip_sample=True,
-        clip_sample_range=1.0, thresholding=False, rescale_betas_zero_snr=False,
+        clip_sample_range=1.0, thresholding=False, rescale_betas_zero_snr=diffusion.zero_terminal_snr,
         timestep_spacing="linspace",  # as ours spaces a count of steps
     )  # fmt: skip
 
@@ -100,9 +100,11 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
                        class_cond=unet["num_class_embeds"] is not None),
             diffusion=dict(steps=steps, schedule=schedules[scheduler["beta_schedule"]],
                            prediction=predictions[scheduler["prediction_type"]], variance=scheduler["variance_type"],
+                           zero_terminal_snr=scheduler["rescale_betas_zero_snr"],
                            rescale_timesteps=unet["time_embedding_type"] == "learned" or steps == 1000),
-            train=dict(steps=500_000, lr=1e-4, batch_size=128, ema_rates=(0.9999,), ema_warmup=False, log_every=100),
-            sample=dict(every=10_000, n=16, steps=min(250, steps)), checkpoint=dict(every=10_000),
+            train=dict(steps=500_000, lr=1e-4, lr_schedule="constant", batch_size=128, ema_rates=(0.9999,),
+                       ema_warmup=False, log_every=100),
+            sample=dict(every=10_000, n=16), checkpoint=dict(every=10_000),
         ))  # fmt: skip
         _check_settings("unet", unet, unet_config(config, unet["num_class_embeds"] or 0))
         _check_settings("scheduler", scheduler, scheduler_config(config))
@@ -236,7 +238,8 @@ def pipeline_writer(saved: Checkpoint, weights: Weights, ddim: bool) -> Callable
         theirs |= {
             f"conv_out.{leaf}": theirs[f"conv_out.{leaf}"][: config.data.channels] for leaf in ("weight", "bias")
         }
-        scheduler = diffusers.DDIMScheduler.from_config(scheduler.config, timestep_spacing="leading")
+        spacing = "trailing" if config.diffusion.zero_terminal_snr else "leading"  # from the last step, pure noise
+        scheduler = diffusers.DDIMScheduler.from_config(scheduler.config, timestep_spacing=spacing)
         kind = diffusers.DDIMPipeline
     unet = diffusers.UNet2DModel(**settings)
     unet.load_state_dict(theirs)

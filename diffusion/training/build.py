@@ -14,6 +14,9 @@ from diffusion.models.initialisation import scalars
 from diffusion.process import GaussianDiffusion
 from diffusion.training.step import TrainingStep
 
+DECAY_SHARE = 0.4
+"""Share of the steps over which the learning rate of `wsd` falls to 0."""
+
 
 def parameter_groups(network: nn.Module, scalar_lr_factor: float = 1.0) -> list[dict[str, Any]]:
     """All weights, then Fixup's scalars, if any, which do not decay."""
@@ -26,11 +29,13 @@ def parameter_groups(network: nn.Module, scalar_lr_factor: float = 1.0) -> list[
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """The learning rate of optimizer step `step` (0, 1, ...): linear warm-up, then constant or half a cosine."""
+    """The learning rate of optimizer step `step` (0, 1, ...): linear warm-up, then `lr_schedule`."""
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
     if train.lr_schedule == "constant":
         return train.lr
+    if train.lr_schedule == "wsd":
+        return train.lr * min(1.0, (1 - step / train.steps) / DECAY_SHARE)
     done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
     return train.lr * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -45,7 +50,8 @@ def build_step(
     return TrainingStep(
         network, process, torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=True),
         ema_rates=train.ema_rates, ema_warmup=train.ema_warmup, ema_lengths=train.ema_lengths,
-        loss=config.diffusion.loss, timestep_sampler=train.timestep_sampler, seed=train.seed,
+        loss=config.diffusion.loss, weighting=config.diffusion.weighting,
+        timestep_sampler=train.timestep_sampler, seed=train.seed,
         gradient_accumulation=train.gradient_accumulation or 1, grad_clip=train.grad_clip,
         label_dropout=train.label_dropout, random_flip=config.data.random_flip, low_res_size=config.data.low_res_size,
         accelerator=accelerator,

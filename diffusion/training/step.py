@@ -19,7 +19,7 @@ from diffusion.data.decode import shrink
 from diffusion.distributed import on_cpu
 from diffusion.ema import EMA
 from diffusion.errors import UsageError, check_name
-from diffusion.losses import LossType, training_losses
+from diffusion.losses import LossType, Weighting, training_losses
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, seed_for
 from diffusion.sharding import shard_like, to_full
@@ -61,7 +61,7 @@ class TrainingStep:
         optimizer: over the network's parameters. With torch's fused ones, a step never waits for the device.
         ema_rates: moving averages to keep, in `ema`; `ema_warmup`, `ema_lengths`: see `EMA`.
         seed: of timesteps, noise, flips, dropout and dropped labels.
-        loss: see `training_losses`.
+        loss, weighting: see `training_losses`.
         timestep_sampler: uniform, or by importance (`LossSecondMoment`).
         gradient_accumulation: micro-batches that each process's share of a batch is split into.
         grad_clip: the largest norm of the gradient.
@@ -84,6 +84,7 @@ class TrainingStep:
         ema_warmup: bool = False,
         ema_lengths: Sequence[float] = (),
         loss: LossType = "rescaled_mse",
+        weighting: Weighting = "none",
         timestep_sampler: TimestepSamplerName = "uniform",
         seed: int = 0,
         gradient_accumulation: int = 1,
@@ -104,7 +105,7 @@ class TrainingStep:
         theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in theirs for p in network.parameters()):
             raise UsageError("the optimizer has none of the network's parameters")
-        self.network, self.process, self.loss = network, process, loss
+        self.network, self.process, self.loss, self.weighting = network, process, loss, weighting
         self.accelerator = accelerator or Accelerator(cpu=on_cpu())
         self.network.to(self.accelerator.device)
         # Only `model` is wrapped (DDP, autocast). Names and averages are those of `network`, which FSDP2 shards.
@@ -144,7 +145,7 @@ class TrainingStep:
                 inputs["low_res"] = shrink(images, self.low_res_size)
             with nullcontext() if part == slices[-1] else accelerator.no_sync(self.model):
                 loss = training_losses(self.process, partial(self.model, **inputs), images, draws.t[part],
-                                       draws.noise[part], self.loss)["loss"]  # fmt: skip
+                                       draws.noise[part], self.loss, self.weighting)["loss"]  # fmt: skip
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
             losses[part] = loss.detach()
         if self.importance:

@@ -1,0 +1,168 @@
+"""Time to quality: how long a recipe trains until it is as good as the baseline of its track.
+
+    pip install -e '.[studies]'
+    python benchmarks/speedrun.py digits --seeds 10
+
+Each recipe of a track trains --seeds times, in processes of one thread, on nine tenths of the images, and is scored by
+the rest (benchmarks/quality.py): bits per dimension, and Fréchet distances of 1,000 samples at 10 evaluations (DPM-
+Solver++) and, of the baseline and the last recipe, at 250 (ancestral). The targets are the baseline's means. p is of a
+one-sided Welch test against the recipe that `BEATS` names. Runs are kept in runs/speedrun/: what is there is not run
+again. Each recipe's record is appended to benchmarks/records.jsonl, with date, commit and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from quality import Judge
+from scipy.stats import ttest_ind
+
+from diffusion.config import Config, config_of
+from diffusion.data.loader import batch_indices
+from diffusion.distributed import keep_freed_memory
+from diffusion.training.build import build_step, learning_rate
+
+sys.path.append(str(Path(__file__).parents[1] / "studies"))
+from tables import keep, table
+
+ROOT = Path(__file__).parents[1]
+RUNS, RECORDS = ROOT / "runs" / "speedrun", Path(__file__).parent / "records.jsonl"
+
+
+class Recipe(NamedTuple):
+    """Settings by "section.field", and the recipe that this one is to beat."""
+
+    settings: dict[str, Any]
+    beats: str | None = None
+    full: bool = False
+    """also score samples of 250 evaluations"""
+
+
+OLD = {"diffusion.prediction": "epsilon", "train.steps": 1500, "train.batch_size": 64, "train.lr": 1e-3,
+       "train.lr_schedule": "constant", "train.warmup_steps": 0}  # fmt: skip
+THIRD = OLD | {"train.steps": 500}
+SCHEDULE = {"train.lr": 3e-3, "train.lr_schedule": "wsd", "train.warmup_steps": 50}
+SMALL_BATCH = {"train.batch_size": 32, "train.steps": 900}
+V = {"diffusion.prediction": "v"}
+STACK = THIRD | V | SCHEDULE | SMALL_BATCH
+RECIPES = {
+    "digits": {
+        "baseline": Recipe(OLD, full=True),
+        "a third of its steps": Recipe(THIRD),
+        "+ schedule": Recipe(THIRD | SCHEDULE, "a third of its steps"),
+        "+ v": Recipe(THIRD | V, "a third of its steps"),
+        "+ batch 32": Recipe(THIRD | SMALL_BATCH, "a third of its steps"),
+        "+ min-SNR": Recipe(THIRD | {"diffusion.weighting": "min_snr"}, "a third of its steps"),
+        "schedule, v": Recipe(THIRD | V | SCHEDULE, "+ v"),
+        "schedule, v, batch 32, min-SNR": Recipe(STACK | {"diffusion.weighting": "min_snr"}, "schedule, v, batch 32"),
+        "schedule, v, batch 32, cosine decay": Recipe(STACK | {"train.lr_schedule": "cosine"}, "schedule, v, batch 32"),
+        "schedule, v, batch 32": Recipe(STACK, "schedule, v", full=True),
+    },
+}  # fmt: skip
+
+
+@lru_cache
+def judge_of(track: str, path: str | None) -> Judge:
+    return Judge(configuration(track, "baseline", path))
+
+
+def configuration(track: str, name: str, path: str | None) -> Config:
+    sections: dict[str, dict[str, Any]] = {"data": {"source": track} | ({"path": path} if path else {})}
+    for key, value in RECIPES[track][name].settings.items():
+        section, field = key.split(".")
+        sections.setdefault(section, {})[field] = value
+    return config_of(sections)
+
+
+def run(track: str, name: str, seed: int, path: str | None) -> dict[str, float]:
+    """Train a recipe and score its first average."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    judge, config, recipe = judge_of(track, path), configuration(track, name, path), RECIPES[track][name]
+    (x, y), train = judge.train, config.train
+    torch.manual_seed(seed)
+    network = config.network(judge.classes)
+    step = build_step(config, network, config.diffusion.process(), Accelerator(cpu=True))
+    step.seed = seed
+    began = time.process_time()
+    for i in range(train.steps):
+        for group in step.optimizer.param_groups:
+            group["lr"] = learning_rate(train, i)
+        indices = batch_indices(len(x), train.batch_size, seed, i)
+        step(x[indices], y[indices] if config.model.class_cond else None)
+    seconds = time.process_time() - began
+    network.eval()
+    with step.ema.in_place(train.averages[0]):
+        found = {
+            "cpu seconds": seconds,
+            "images": train.steps * train.batch_size,
+            "bits/dim": judge.bits_per_dim(config, network),
+            "distance at 10": judge.distance(
+                judge.samples(config, network, 1000, seed, sampler="dpmpp", steps="logsnr10")
+            ),
+        }
+        if recipe.full:
+            samples = judge.samples(config, network, 1000, seed, sampler="ddpm", steps=250)
+            found["distance at 250"] = judge.distance(samples)
+    return found
+
+
+def worse(found: list[float], others: list[float]) -> float:
+    """p of the hypothesis that `found` are not lower than `others`."""
+    return float(ttest_ind(found, others, equal_var=False, alternative="less").pvalue)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("track", choices=RECIPES)
+    parser.add_argument("--path", help="data.path of the track")
+    parser.add_argument("--recipes", nargs="*", help="default: all")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
+    args = parser.parse_args()
+    recipes = args.recipes or list(RECIPES[args.track])
+    files = {(name, seed): RUNS / args.track / f"{name.replace(' ', '_')}_{seed}.json"
+             for seed in range(args.seeds) for name in recipes}  # fmt: skip
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(run, args.track, *key, args.path): path for key, path in files.items() if not path.exists()}
+        for done in as_completed(jobs):
+            keep(jobs[done], done.result())
+    results: dict[str, dict[str, list[float]]] = {}
+    for (name, _), path in files.items():
+        for figure, value in json.loads(path.read_text()).items():
+            results.setdefault(name, {}).setdefault(figure, []).append(value)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    figures = ["cpu seconds", "images", "bits/dim", "distance at 10", "distance at 250"]
+    rows = []
+    for name in recipes:
+        recipe, found = RECIPES[args.track][name], results[name]
+        p = {figure: worse(found[figure], results[recipe.beats][figure])
+             for figure in figures[2:4] if recipe.beats in results}  # fmt: skip
+        spread = {figure: (statistics.fmean(values), statistics.stdev(values)) for figure, values in found.items()}
+        record = dict(date=time.strftime("%Y-%m-%d"), commit=commit.strip(), track=args.track, recipe=name,
+                      settings=recipe.settings, n=args.seeds, mean_and_sd=spread, p=p, beats=recipe.beats,
+                      machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+                      torch=torch.__version__)  # fmt: skip
+        with RECORDS.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        cells = [f"{spread[figure][0]:.4g} ± {spread[figure][1]:.2g}" if figure in spread else "" for figure in figures]
+        rows.append([name, *cells, ", ".join(f"{value:.2g}" for value in p.values())])
+    print(table(["recipe", *figures, "p (bits, distance)"], rows))
+
+
+if __name__ == "__main__":
+    main()
