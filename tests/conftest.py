@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "studies")]
 
 
 WHOLE = {"scripts", "processes", "launchers", "hostile", "faults", "studies", "signals", "fuzz", "sampling", "safety",
-         "run_folder", "package", "trainer"}  # fmt: skip
+         "run_folder", "package", "trainer", "compile"}  # fmt: skip
 """Files whose tests run whole commands or runs: `make check` leaves them to `make test`."""
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     [*MATHEMATICS, *NETWORK],
     ["files", "fields", "signals", "data"],
     ["config", "config_file"],
-    ["tensor_files", "images", "checksums", "checkpoint", "sampling", "sample_store", "distributed"],
+    ["tensor_files", "images", "checksums", "checkpoint", "sampling", "sample_store", "distributed", "compilation"],
     ["training"],
     ["metrics"],
     ["interop"],

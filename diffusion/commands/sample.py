@@ -27,6 +27,7 @@ from diffusion.commands.terminal import (
     print_line,
     progress_bar,
 )  # fmt: skip
+from diffusion.compilation import compile_network
 from diffusion.config import Config
 from diffusion.config_file import parse_value
 from diffusion.data.base import load
@@ -84,6 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ema", help="which moving average of the weights: a rate, length0.07 for one that is reconstructed from "
         "train.ema_lengths, or none for the weights in training (default: the run's first)")  # fmt: skip
     add("--out", type=non_empty_path, help="where to write (default: RUN/samples/...)")
+    add("--compile", action="store_true", help="compile the network: for many images, since it takes half a minute")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--images", action="store_true", help="a folder with a PNG each (.npy above 4 channels)")
     form.add_argument("--npz", action="store_true", help="write arr_0 (N, H, W, C), uint8, and arr_1, the classes")
@@ -123,6 +125,8 @@ def main() -> None:
         state = PartialState(cpu=on_cpu())
     store = open_store(args, form, saved, config, n, labels, low_res, state)
     network, passes = saved.network(weights).eval().to(state.device), process_length(config)
+    if args.compile and (reason := compile_network(network, state.device)) and state.is_main_process:
+        print_line(f"sample.py: --compile: nothing can be compiled here ({reason}): going on without", error=True)
     if low_res.base is not None:
         first = low_res.base[0].config
         first_network = low_res.base[0].network(low_res.base[1]).eval().to(state.device)

@@ -294,6 +294,8 @@ class UNetModel(nn.Module):
         if y is not None:
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
         h = x
+        if self.dims == 2 and x.device.type == "cpu":  # faster there by 3 to 13%, in measurements
+            h = h.contiguous(memory_format=torch.channels_last)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb)

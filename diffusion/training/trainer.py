@@ -15,8 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.compiler import set_stance
 
 from diffusion import checkpoint
+from diffusion.compilation import compile_network
 from diffusion.config import Config
 from diffusion.data.base import Batch, DataSet, load, open_data
 from diffusion.data.decode import shrink, to_uint8, to_x_start
@@ -31,9 +33,9 @@ from diffusion.signals import SamplingInterrupted, StopSignals
 from diffusion.training.build import build_step, learning_rate
 from diffusion.training.meter import Meter
 from diffusion.training.resume import changes, continued_config
-from diffusion.training.run_folder import RunFolder, append_line, check_is_run, check_out
+from diffusion.training.run_folder import RunFolder, append_line, check_out
 from diffusion.training.step import micro_batch_slices
-from diffusion.training.transfer import copy_weights, origin_of
+from diffusion.training.transfer import start_from
 
 WAIT_SECONDS = 20
 """How long one of several processes that received a signal waits for images, before it ends without the others."""
@@ -108,19 +110,17 @@ class Trainer:
         self.process = config.diffusion.process()
         torch.manual_seed(seed_for(train.seed, "weights"))
         self.network = config.network(len(self.class_names))
-        self.origin: dict[str, Any] | None = saved.origin if saved else None
-        notes: list[str] = []
+        self.origin, notes = (saved.origin if saved else None), list[str]()
         if saved:
             weights = saved.weights()
             checkpoint.check_fits(self.network, weights, saved.path)
             self.network.load_state_dict(weights)
         elif train.init_from is not None:
-            check_is_run(Path(train.init_from))
-            source, weights = checkpoint.open_weights(Path(train.init_from))
-            notes = copy_weights(self.network, weights, source, config, self.class_names)
-            self.origin = origin_of(source)
+            notes, self.origin = start_from(Path(train.init_from), self.network, config, self.class_names)
         self.training_step = build_step(config, self.network, self.process, accelerator)
         self.ema, self.meter = self.training_step.ema, Meter(accelerator)
+        if train.compile and (reason := compile_network(self.network, accelerator.device)):
+            notes.append(f"train.compile: the network is not compiled, since nothing can be compiled here ({reason})")
         if saved:
             self._restore(saved)
             notes += changes(saved, config, self.environment)
@@ -289,7 +289,7 @@ class Trainer:
             low_res = lambda batch: small[batch.start : batch.stop]  # noqa: E731
         size = self._slices[0].stop - self._slices[0].start
         self.network.eval()
-        with self.ema.in_place(config.train.averages[0]):
+        with self.ema.in_place(config.train.averages[0]), set_stance("force_eager"):  # compiled for training alone
             generated = [images for _, images in generate(
                 config, self.network, batches(indices, size), labels=labels, low_res=low_res, seed=config.train.seed,
                 device=accelerator.device, progress=self._signals.interruptible)]  # fmt: skip

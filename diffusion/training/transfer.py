@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from diffusion.checkpoint import Checkpoint, Weights
+from diffusion.checkpoint import Checkpoint, Weights, open_weights
 from diffusion.config import Config
 from diffusion.errors import UsageError
 from diffusion.fields import plain
 from diffusion.models.unet import UNetModel
+from diffusion.training.run_folder import check_is_run
 
 CLASSES = "label_emb.weight"
 MEANING = {
     "model": ("model_channels", "num_res_blocks", "channel_mult", "attention_resolutions", "num_heads",
               "num_heads_upsample", "num_head_channels", "use_new_attention_order", "use_norm", "use_scale_shift_norm",
               "conv_resample", "resblock_updown"),
-    "diffusion": ("steps", "schedule", "prediction", "variance", "rescale_timesteps"),
+    "diffusion": ("steps", "schedule", "zero_terminal_snr", "prediction", "variance", "rescale_timesteps"),
 }  # fmt: skip
 """Settings that change the shape, place or meaning of weights."""
+
+
+def start_from(
+    path: Path, network: UNetModel, config: Config, class_names: Sequence[str]
+) -> tuple[list[str], dict[str, object]]:
+    """Copy the weights of a run, checkpoint or converted model (see `copy_weights`). Returns messages about them, and
+    the record of their origin."""
+    check_is_run(path)
+    source, weights = open_weights(path)
+    return copy_weights(network, weights, source, config, class_names), origin_of(source)
 
 
 @torch.no_grad()
