@@ -119,8 +119,10 @@ class TrainConfig:
     """images in an optimizer step, over all processes and accumulation"""
     gradient_accumulation: Positive | None = None
     """micro-batches per process and step, to fit in memory; null: the launcher's setting, or 1"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon: orthogonalised momentum for hidden matrices and convolutions, adamw for the rest"""
     lr: Annotated[Finite, Field(gt=0)] = 1e-3
-    """learning rate of AdamW, after warm-up"""
+    """learning rate, after warm-up"""
     lr_schedule: Literal["constant", "cosine", "wsd"] = "constant"
     """after the warm-up: constant; half a cosine to 0 at the last step; or constant, then linearly to 0 over the last
     40% of the steps (wsd: warm-up, stable, decay)"""

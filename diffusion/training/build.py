@@ -7,22 +7,30 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from diffusion.config import Config, TrainConfig
+from diffusion.errors import UsageError
 from diffusion.models.initialisation import scalars
 from diffusion.process import GaussianDiffusion
+from diffusion.training.muon import Muon
 from diffusion.training.step import TrainingStep
 
 DECAY_SHARE = 0.4
 """Share of the steps over which the learning rate of `wsd` falls to 0."""
+OUTER = "input_blocks.0.", "label_emb.", "out."
+"""Layers between images or labels and features, which Muon leaves to AdamW."""
 
 
-def parameter_groups(network: nn.Module, scalar_lr_factor: float = 1.0) -> list[dict[str, Any]]:
-    """All weights, then Fixup's scalars, if any, which do not decay."""
+def parameter_groups(network: nn.Module, scalar_lr_factor: float = 1.0, muon: bool = False) -> list[dict[str, Any]]:
+    """All weights, then Fixup's scalars, if any, which do not decay. With `muon`, the hidden matrices and convolutions
+    are first, in a group of their own."""
     scalar_params = scalars(network)
-    weights = [p for p in network.parameters() if not any(p is scalar for scalar in scalar_params)]
-    groups: list[dict[str, Any]] = [{"params": weights, "factor": 1.0}]
+    hidden = [p for name, p in network.named_parameters() if p.ndim > 1 and not name.startswith(OUTER)] if muon else []
+    apart = {id(p) for p in (*scalar_params, *hidden)}
+    groups: list[dict[str, Any]] = [{"params": hidden, "factor": 1.0, "muon": True}] if muon else []
+    groups.append({"params": [p for p in network.parameters() if id(p) not in apart], "factor": 1.0})
     if scalar_params:
         groups.append({"params": scalar_params, "factor": scalar_lr_factor, "weight_decay": 0.0})
     return groups
@@ -43,12 +51,15 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 def build_step(
     config: Config, network: nn.Module, process: GaussianDiffusion, accelerator: Accelerator
 ) -> TrainingStep:
-    """The training step of a configuration, with AdamW."""
-    train = config.train
+    """The training step of a configuration. Raises UsageError if its optimizer cannot train sharded weights."""
+    train, muon = config.train, config.train.optimizer == "muon"
+    if muon and accelerator.distributed_type == DistributedType.FSDP:
+        raise UsageError("train.optimizer is muon, which needs whole matrices, and FSDP shards them: use adamw")
     network.to(accelerator.device)  # before its weights are given to the optimizer
-    groups = parameter_groups(network, train.scalar_lr_factor)
+    groups = parameter_groups(network, train.scalar_lr_factor, muon)
+    kind = Muon if muon else torch.optim.AdamW
     return TrainingStep(
-        network, process, torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=True),
+        network, process, kind(groups, lr=train.lr, weight_decay=train.weight_decay, fused=True),
         ema_rates=train.ema_rates, ema_warmup=train.ema_warmup, ema_lengths=train.ema_lengths,
         loss=config.diffusion.loss, weighting=config.diffusion.weighting,
         timestep_sampler=train.timestep_sampler, seed=train.seed,

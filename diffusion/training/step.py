@@ -217,26 +217,28 @@ class TrainingStep:
 
         Raises ValueError, LookupError, TypeError or AttributeError where `state` does not fit this network.
         """
-        moments, parameters = state["optimizer"], [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments, groups = state["optimizer"], self.optimizer.param_groups
+        parameters = [(p, "muon" in group) for group in groups for p in group["params"]]
         checked = {
-            i: {"step": checked_tensor(moments[i]["step"], torch.Size(), torch.float32)}
-            | {name: checked_tensor(moments[i][name], p.shape, p.dtype) for name in ("exp_avg", "exp_avg_sq")}
-            for i, p in enumerate(parameters)
-        }
+            i: {name: checked_tensor(moments[i][name], p.shape if name != "step" else torch.Size(), p.dtype)
+                for name in ("step", *(("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")))}
+            for i, (p, muon) in enumerate(parameters)
+        }  # fmt: skip
         if moments.keys() != checked.keys() or any(moments[i].keys() != checked[i].keys() for i in checked):
             raise ValueError("it has states of other parameters, or of another optimizer")
         if not all(0 <= values["step"].item() < 2**53 for values in checked.values()):
             raise ValueError("a count of steps is out of range")
-        if not all(values["exp_avg"].isfinite().all() and values["exp_avg_sq"].isfinite().all()
-                   and (values["exp_avg_sq"] >= 0).all() for values in checked.values()):  # fmt: skip
-            raise ValueError("a moment is impossible")
+        for values in checked.values():
+            for name, value in values.items():
+                if not value.isfinite().all() or (name == "exp_avg_sq" and (value < 0).any()):
+                    raise ValueError("a moment is impossible")
         scaler = _checked_scaler(state["scaler"])
         if self.importance:
             self.importance.load_state_dict(state["importance"])
         elif state["importance"] is not None:
             raise ValueError("it has a history of losses")
         sharded = {
-            i: {name: shard_like(value, p) for name, value in checked[i].items()} for i, p in enumerate(parameters)
+            i: {name: shard_like(value, p) for name, value in checked[i].items()} for i, (p, _) in enumerate(parameters)
         }
         self.optimizer.load_state_dict({"state": sharded, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.accelerator.scaler and scaler:
