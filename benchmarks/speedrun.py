@@ -52,25 +52,22 @@ class Recipe(NamedTuple):
     """also score samples of 250 evaluations"""
 
 
-OLD = {"diffusion.prediction": "epsilon", "train.steps": 1500, "train.batch_size": 64, "train.lr": 1e-3,
-       "train.lr_schedule": "constant", "train.warmup_steps": 0}  # fmt: skip
+OLD = {"diffusion.prediction": "epsilon", "train.steps": 1500, "train.batch_size": 64, "train.optimizer": "adamw",
+       "train.lr": 1e-3, "train.lr_schedule": "constant", "train.warmup_steps": 0}  # fmt: skip
 THIRD = OLD | {"train.steps": 500}
-SCHEDULE = {"train.lr": 3e-3, "train.lr_schedule": "wsd", "train.warmup_steps": 50}
-SMALL_BATCH = {"train.batch_size": 32, "train.steps": 900}
+SCHEDULE = {"train.lr": 3e-3, "train.lr_schedule": "wsd", "train.warmup_steps": 30}
 V = {"diffusion.prediction": "v"}
-STACK = THIRD | V | SCHEDULE | SMALL_BATCH
+MUON = {"train.optimizer": "muon"}
+STACK = THIRD | V | SCHEDULE | MUON | {"train.lr": 4e-3, "train.steps": 450}
 RECIPES = {
     "digits": {
         "baseline": Recipe(OLD, full=True),
         "a third of its steps": Recipe(THIRD),
         "+ schedule": Recipe(THIRD | SCHEDULE, "a third of its steps"),
         "+ v": Recipe(THIRD | V, "a third of its steps"),
-        "+ batch 32": Recipe(THIRD | SMALL_BATCH, "a third of its steps"),
-        "+ min-SNR": Recipe(THIRD | {"diffusion.weighting": "min_snr"}, "a third of its steps"),
-        "schedule, v": Recipe(THIRD | V | SCHEDULE, "+ v"),
-        "schedule, v, batch 32, min-SNR": Recipe(STACK | {"diffusion.weighting": "min_snr"}, "schedule, v, batch 32"),
-        "schedule, v, batch 32, cosine decay": Recipe(STACK | {"train.lr_schedule": "cosine"}, "schedule, v, batch 32"),
-        "schedule, v, batch 32": Recipe(STACK, "schedule, v", full=True),
+        "+ Muon": Recipe(THIRD | MUON, "a third of its steps"),
+        "v and schedule": Recipe(THIRD | V | SCHEDULE, "+ v"),
+        "v, schedule and Muon, 450 steps": Recipe(STACK, "v and schedule", full=True),
     },
 }  # fmt: skip
 

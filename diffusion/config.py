@@ -86,8 +86,8 @@ class DiffusionConfig:
     """rescale the schedule so that its last step is pure noise, for prediction v or x_start"""
     respacing: int | str = ""
     """train on some of the steps only: a count, sections like 10,15,20, or ddim50; empty: all"""
-    prediction: Literal[tuple(PREDICTIONS)] = "epsilon"  # type: ignore[valid-type]
-    """output of the network"""
+    prediction: Literal[tuple(PREDICTIONS)] = "v"  # type: ignore[valid-type]
+    """output of the network: v and the schedules below train fastest; the paper predicts epsilon"""
     variance: VarianceType = "learned_range"
     """variance of the reverse process"""
     loss: LossType = "rescaled_mse"
@@ -113,20 +113,20 @@ class DiffusionConfig:
 class TrainConfig:
     """The training run."""
 
-    steps: Positive = 1500
+    steps: Positive = 450
     """optimizer steps"""
     batch_size: Positive = 64
     """images in an optimizer step, over all processes and accumulation"""
     gradient_accumulation: Positive | None = None
     """micro-batches per process and step, to fit in memory; null: the launcher's setting, or 1"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     """adamw; or muon: orthogonalised momentum for hidden matrices and convolutions, adamw for the rest"""
-    lr: Annotated[Finite, Field(gt=0)] = 1e-3
+    lr: Annotated[Finite, Field(gt=0)] = 4e-3
     """learning rate, after warm-up"""
-    lr_schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    lr_schedule: Literal["constant", "cosine", "wsd"] = "wsd"
     """after the warm-up: constant; half a cosine to 0 at the last step; or constant, then linearly to 0 over the last
     40% of the steps (wsd: warm-up, stable, decay)"""
-    warmup_steps: Natural = 0
+    warmup_steps: Natural = 30
     """optimizer steps of linear warm-up"""
     scalar_lr_factor: Annotated[Finite, Field(ge=0)] = 1.0
     """factor of the learning rate for Fixup's scalars (0.1 in its paper)"""
@@ -182,7 +182,7 @@ class TrainConfig:
 class SampleConfig:
     """The grids sampled during training, and the defaults of sample.py."""
 
-    every: Natural = 500
+    every: Natural = 150
     """optimizer steps between grids; 0: only after the last step"""
     n: Annotated[int, Field(ge=1, le=10_000)] = 100
     """images in a grid"""
@@ -205,7 +205,7 @@ class SampleConfig:
 class CheckpointConfig:
     """Checkpoints."""
 
-    every: Natural = 500
+    every: Natural = 150
     """optimizer steps between checkpoints; 0: only after the last step"""
     keep_last: Natural = 0
     """number of checkpoints to keep; 0: all"""

@@ -102,7 +102,7 @@ def dpmpp(
     lambda = log(alpha / sigma). The last `order` predictions are interpolated by a polynomial, whose integral is exact.
     Order 1 is DDIM.
     """
-    alphas, sigmas = _alphas_sigmas(process)
+    alphas, sigmas = process.tables["sqrt_alphas_cumprod"], process.tables["sqrt_one_minus_alphas_cumprod"]
     with np.errstate(divide="ignore"):
         lambdas = np.log(alphas / sigmas)
     history: list[Tensor] = []
@@ -175,7 +175,7 @@ ADAMS_BASHFORTH = (1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24
 def _follow(process: GaussianDiffusion, i: int, pred_xstart: Tensor, eps: Tensor, slope: Tensor) -> Tensor:
     """From step i to the next cleaner one, in y = x / alpha and s = sigma / alpha, where dy / ds = epsilon: DDIM's step
     along `eps`, and what `slope` adds to it."""
-    alphas, sigmas = _alphas_sigmas(process)
+    alphas, sigmas = process.tables["sqrt_alphas_cumprod"], process.tables["sqrt_one_minus_alphas_cumprod"]
     alpha, sigma = (float(values[i - 1]) if i else last for values, last in ((alphas, 1.0), (sigmas, 0.0)))
     x = alpha * pred_xstart + sigma * eps
     return x if slope is eps else x + (sigma - alpha * float(sigmas[i] / alphas[i])) * (slope - eps)
@@ -191,11 +191,6 @@ def _exponential_weights(nodes: NDArray[np.float64], end: float) -> NDArray[np.f
     for j in range(1, len(nodes)):
         moments.append(1 - j * moments[-1] / h)
     return np.linalg.solve(np.vander((nodes - nodes[0]) / h, increasing=True).T, np.array(moments))
-
-
-def _alphas_sigmas(process: GaussianDiffusion) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """alpha and sigma of x_t = alpha x_0 + sigma epsilon at each step."""
-    return process.tables["sqrt_alphas_cumprod"], process.tables["sqrt_one_minus_alphas_cumprod"]
 
 
 def _predict(

@@ -300,7 +300,9 @@ FIXUP = dict(model__use_norm=False, model__init="fixup")
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])
 def test_a_fixup_run_continues_with_the_bits_of_an_uninterrupted_one(tmp_path, factor):
-    changes = FIXUP | dict(train__scalar_lr_factor=factor, train__weight_decay=0.1, model__dropout=0.1)
+    changes = FIXUP | dict(train__scalar_lr_factor=factor, train__weight_decay=0.1, model__dropout=0.1,
+                           train__optimizer="adamw", train__lr=1e-3, train__lr_schedule="constant",
+                           train__warmup_steps=0)  # fmt: skip
     whole = Trainer(small(**changes), tmp_path / "whole")
     whole.run()
     Trainer(small(train__steps=3, **changes), tmp_path / "run").run()

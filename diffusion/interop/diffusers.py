@@ -102,8 +102,8 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
                            prediction=predictions[scheduler["prediction_type"]], variance=scheduler["variance_type"],
                            zero_terminal_snr=scheduler["rescale_betas_zero_snr"],
                            rescale_timesteps=unet["time_embedding_type"] == "learned" or steps == 1000),
-            train=dict(steps=500_000, lr=1e-4, lr_schedule="constant", batch_size=128, ema_rates=(0.9999,),
-                       ema_warmup=False, log_every=100),
+            train=dict(steps=500_000, optimizer="adamw", lr=1e-4, lr_schedule="constant", warmup_steps=0,
+                       batch_size=128, ema_rates=(0.9999,), ema_warmup=False, log_every=100),
             sample=dict(every=10_000, n=16), checkpoint=dict(every=10_000),
         ))  # fmt: skip
         _check_settings("unet", unet, unet_config(config, unet["num_class_embeds"] or 0))
