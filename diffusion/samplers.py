@@ -110,7 +110,8 @@ def dpmpp(
         i = process.num_timesteps - 1 - step
         history = [_predict(process, model, x, _timestep(i, x), clip_denoised)[0], *history[: order - 1]]
         if i == 0:
-            return history[0]  # the integral up to an infinite lambda
+            x = history[0]  # the integral up to an infinite lambda
+            continue
         nodes = lambdas[i : i + len(history)]
         weights = _exponential_weights(nodes[np.isfinite(nodes)], lambdas[i - 1])  # pure noise is infinitely far away
         x = float(sigmas[i - 1] / sigmas[i]) * x
@@ -211,7 +212,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 
 
 USUAL_STEPS = {"ddpm": "250", "ddim": "50", "dpmpp": "logsnr12", "ipndm": "logsnr12", "heun": "karras8"}
-"""The steps of each sampler (see `place_timesteps`) if none are given; of one that is not listed, all."""
+"""The steps of each sampler (see `place_timesteps`) if none are given; of one that is not listed, 250."""
 LARGEST_SIGNAL = 0.1
 """alpha of the noisiest step with which a solver begins."""
 
@@ -241,8 +242,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 def usual_steps(name: str, num_timesteps: int) -> str:
     """The steps of a sampler if none are given: those of `USUAL_STEPS`, or all of a process with less than twice as
     many."""
-    steps = USUAL_STEPS.get(name, "")
-    return steps if num_timesteps >= 2 * int(re.sub(r"\D", "", steps) or 0) else ""
+    steps = USUAL_STEPS.get(name, "250")
+    return steps if num_timesteps >= 2 * int(re.sub(r"\D", "", steps)) else ""
 
 
 def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffusion) -> None:
@@ -250,7 +251,8 @@ def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffus
     published ones, from a last step that is far from the pure noise they begin with."""
     order = {**sampler_options(name), **options}.get("order", 1)
     if process.num_timesteps < order:
-        raise UsageError(f"{process.num_timesteps} steps are too few for order {order} of {name}: use at least {order}")
+        given = process.num_timesteps
+        raise UsageError(f"{name} of order {order} needs at least {order} steps, and is given {given}")
     signal = process.tables["sqrt_alphas_cumprod"][-1]
     if name not in ("ddpm", "ddim") and signal > LARGEST_SIGNAL:
         raise UsageError(

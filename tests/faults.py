@@ -43,7 +43,12 @@ def configuration(steps):
     return changed(
         model=dict(dropout=0.1),
         train=dict(
-            steps=steps, batch_size=8, gradient_accumulation=2, log_every=1, timestep_sampler="loss_second_moment"
+            steps=steps,
+            batch_size=8,
+            gradient_accumulation=2,
+            log_every=1,
+            timestep_sampler="loss_second_moment",
+            lr_schedule="constant",
         ),
         sample=dict(every=7, n=2, steps=2),
         checkpoint=dict(every=2, keep_last=3),

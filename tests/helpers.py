@@ -16,7 +16,8 @@ from diffusion import GaussianDiffusion, Schedule, UNetModel
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 BIN = Path(sys.executable).parent
-SMALL = ["--train.steps", "3", "--train.batch_size", "16", "--train.log_every", "1",
+SMALL = ["--train.steps", "3", "--train.warmup_steps", "0", "--train.lr_schedule", "constant",
+         "--train.batch_size", "16", "--train.log_every", "1",
          "--sample.n", "6", "--sample.steps", "2"]  # fmt: skip
 
 

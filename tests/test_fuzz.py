@@ -38,7 +38,8 @@ options = st.dictionaries(
 names = st.sampled_from(["digits", "mnist", "folder", "linear", "cosine", "epsilon", "x_start", "previous_x", "learned",
                          "learned_range", "fixed_small", "fixed_large", "mse", "rescaled_mse", "kl", "rescaled_kl",
                          "uniform", "loss_second_moment", "ddpm", "ddim", "bf16", "fp16", "no", "stop", "continue",
-                         "skip", "fail", "constant", "zero", "fixup", "all_zero"])  # fmt: skip
+                         "skip", "fail", "constant", "zero", "fixup", "all_zero", "muon", "adamw", "wsd", "min_snr",
+                         "v", "dpmpp", "heun"])  # fmt: skip
 rates = st.sampled_from([0.0, 0.1, 0.5, 0.999, 1.0, -0.1, 1e-3, 1e30])
 fitting: dict = {
     "data.image_size": sizes, "data.channels": sizes, "data.low_res_size": sizes, "data.workers": st.just(1),
@@ -48,7 +49,8 @@ fitting: dict = {
     "model.num_heads": sizes, "model.num_heads_upsample": sizes, "model.num_head_channels": sizes,
     "diffusion.steps": sizes, "diffusion.respacing": sizes, "train.batch_size": sizes,
     "train.gradient_accumulation": sizes,
-    "train.ema_rates": st.lists(rates, max_size=2), "train.warmup_steps": sizes, "train.log_every": sizes,
+    "train.ema_rates": st.lists(rates, max_size=2), "train.warmup_steps": sizes,
+    "train.ema_lengths": st.lists(rates, max_size=2), "train.compile": st.just(False), "train.log_every": sizes,
     "train.max_skipped": sizes, "train.steps": st.sampled_from([1, 2, 3]), "sample.n": sizes, "sample.every": sizes,
     "sample.steps": st.one_of(sizes, st.sampled_from(["ddim2", "1,1", ""])), "checkpoint.every": sizes,
     "checkpoint.keep_last": sizes, "checkpoint.keep_every": sizes, "data.path": st.sampled_from([".", "/nowhere", ""]),
@@ -57,10 +59,11 @@ fitting: dict = {
 fitting |= dict.fromkeys(
     ["data.random_flip", "data.allow_change", "model.use_new_attention_order", "model.conv_resample",
      "model.resblock_updown", "model.use_scale_shift_norm", "model.use_checkpoint", "model.class_cond",
-     "diffusion.rescale_timesteps", "train.ema_warmup", "model.use_norm"], st.booleans())  # fmt: skip
+     "diffusion.rescale_timesteps", "diffusion.zero_terminal_snr", "train.ema_warmup",
+     "model.use_norm"], st.booleans())  # fmt: skip
 fitting |= dict.fromkeys(
     ["data.source", "data.on_error", "diffusion.schedule", "diffusion.prediction", "diffusion.variance",
-     "diffusion.loss",
+     "diffusion.loss", "diffusion.weighting", "train.optimizer",
      "train.lr_schedule", "train.precision", "model.init", "train.timestep_sampler", "sample.sampler",
      "checkpoint.on_error"],
     names)  # fmt: skip

@@ -59,10 +59,11 @@ def losses(run):
 
 def test_one_process_two_and_accumulation_agree_after_50_steps_and_continue_each_other(tmp_path):
     flags = ["--train.batch_size", "16", "--train.log_every", "25", "--sample.n", "4", "--sample.steps", "2",
-             "--sample.every", "0", "--train.lr", "1e-4", "--train.steps"]  # fmt: skip
+             "--sample.every", "0", "--train.lr", "1e-4", "--train.optimizer", "adamw", "--train.warmup_steps", "0",
+             "--train.lr_schedule", "constant", "--train.steps"]  # fmt: skip
 
     def alone(out, steps, **changes):
-        values = dict(train__steps=steps, train__log_every=25, train__lr=1e-4) | changes
+        values = dict(train__steps=steps, train__log_every=25, train__lr=1e-4, train__optimizer="adamw") | changes
         Trainer(small(**values), out).run()
 
     def together(out, steps):
@@ -181,7 +182,8 @@ def test_machines_that_do_not_share_the_runs_folder_are_told(tmp_path):
 def test_a_network_that_fsdp2_cuts_up_trains_and_resumes_like_any_other(tmp_path):
     """Weights, averages, clipping, the grid and checkpoints; a run may change between this and other ways."""
     flags = [*SMALL, "--train.grad_clip", "1", "--model.dropout", "0.1", "--train.gradient_accumulation", "2",
-             "--sample.every", "2", "--train.steps"]  # fmt: skip
+             "--sample.every", "2", "--train.optimizer", "adamw", "--train.lr", "1e-3",
+             "--train.steps"]  # fmt: skip
     sharded = [*ACCELERATE, CONFIGS / "fsdp2.yaml", "tests/sharded.py"]
     command(*sharded, "--out", tmp_path / "whole", *flags, 6)
     command(*sharded, "--out", tmp_path / "broken", *flags, 3)

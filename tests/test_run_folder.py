@@ -55,7 +55,7 @@ def listing(root):
     }  # fmt: skip
 
 
-ONE = ["--train.steps", "1", "--train.batch_size", "1", "--sample.n", "1", "--sample.steps", "1"]
+ONE = ["--train.steps", "1", "--train.batch_size", "1", "--sample.n", "1", "--sample.steps", "2"]
 COMMANDS = {
     "train --out": (train, ["--out", "IT"]),
     "train --out, with settings": (train, ["--out", "IT", "--train.steps", "3"]),
@@ -66,10 +66,10 @@ COMMANDS = {
                                   "--out", "NEW", *ONE]),
     "train --train.init_from": (train, ["--train.init_from", "IT", "--out", "NEW", *ONE]),
     "train --back_to": (train, ["--out", "IT", "--back_to", "3"]),
-    "sample --ckpt": (sample, ["--ckpt", "IT", "--n", "1", "--steps", "1"]),
-    "sample --out": (sample, ["--ckpt", "RUN", "--n", "1", "--steps", "1", "--out", "IT"]),
-    "sample --images --out": (sample, ["--ckpt", "RUN", "--n", "1", "--steps", "1", "--images", "--out", "IT"]),
-    "sample --npz --out": (sample, ["--ckpt", "RUN", "--n", "1", "--steps", "1", "--npz", "--out", "IT"]),
+    "sample --ckpt": (sample, ["--ckpt", "IT", "--n", "1", "--steps", "2"]),
+    "sample --out": (sample, ["--ckpt", "RUN", "--n", "1", "--steps", "2", "--out", "IT"]),
+    "sample --images --out": (sample, ["--ckpt", "RUN", "--n", "1", "--steps", "2", "--images", "--out", "IT"]),
+    "sample --npz --out": (sample, ["--ckpt", "RUN", "--n", "1", "--steps", "2", "--npz", "--out", "IT"]),
     "evaluate --ckpt": (evaluate, ["--ckpt", "IT", "--n", "1", "--steps", "1"]),
     "evaluate --out": (evaluate, ["--ckpt", "RUN", "--n", "1", "--steps", "1", "--out", "IT"]),
     "convert": (convert, ["openai", "IT", "--out", "NEW"]),
@@ -193,7 +193,7 @@ def test_a_link_is_what_it_leads_to(tmp_path, monkeypatch, capsys):
     Trainer(small(train__steps=1), tmp_path / "run").run()
     (tmp_path / "link").symlink_to(tmp_path / "run/checkpoints/step_00000001")
     assert locate(tmp_path / "link").run == tmp_path / "run"
-    code, said, _ = script(sample, monkeypatch, capsys, "--ckpt", tmp_path / "link", "--n", 1, "--steps", 1)
+    code, said, _ = script(sample, monkeypatch, capsys, "--ckpt", tmp_path / "link", "--n", 1, "--steps", 2)
     assert code == 0
     assert str(tmp_path / "run/samples") in said
 
@@ -266,7 +266,7 @@ def test_classes_are_taken_over_by_name(source, tmp_path):
     [
         ({"data__channels": 3}, "3 of 129 weights begin anew (0.3% of the parameters): input_blocks.0.0.weight is"),
         ({"model__class_cond": False}, "of it have no place here: label_emb.weight"),
-        ({"diffusion__prediction": "x_start"}, "other settings: diffusion.prediction was epsilon and is x_start"),
+        ({"diffusion__prediction": "x_start"}, "other settings: diffusion.prediction was v and is x_start"),
         ({"model__num_heads": 4}, "other settings: model.num_heads was 2 and is 4"),
         ({"train__ema_warmup": False, "train__ema_rates": (0.9999,)}, "follows the weights within some 10000 steps"),
     ],

@@ -72,7 +72,7 @@ def commands_of(page):
 
 
 def test_the_pages_show_the_commands_that_this_file_runs():
-    assert [len(commands_of(page)) for page in PAGES] == [5, 12, 10, 5]
+    assert [len(commands_of(page)) for page in PAGES] == [5, 15, 11, 5]
 
 
 def in_process_or_whole(argv, monkeypatch, capsys, folder):
@@ -507,7 +507,8 @@ def test_every_image_is_scored_once_whatever_the_batch(run, monkeypatch, capsys,
 def test_a_fixup_run_is_drawn_and_scored_by_every_way(tmp_path, monkeypatch, capsys):
     """Learned variance and classes too: they are the configuration's."""
     out = tmp_path / "run"
-    fixup = ["--model.init", "fixup", "--model.use_norm", "false", "--train.grad_clip", 1, "--train.lr", 1e-2]
+    fixup = ["--model.init", "fixup", "--model.use_norm", "false", "--train.grad_clip", 1, "--train.lr", 1e-2,
+             "--train.optimizer", "adamw", "--diffusion.prediction", "epsilon"]  # fmt: skip
     code, _, err = script(train, monkeypatch, capsys, "--out", out, *SMALL, *fixup, "--train.label_dropout", 0.1)
     assert code == 0, err
     variants = [["--sampler", "ddpm"], ["--sampler", "ddim"], ["--sampler", "ddim", "--eta", 1], ["--ema", "none"],

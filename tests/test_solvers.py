@@ -243,8 +243,8 @@ def test_clipping_keeps_the_samples_in_range():
 
 @pytest.mark.parametrize(
     ("sampler", "options", "respacing", "message"),
-    [("dpmpp", {"order": 3}, "2", "2 steps are too few for order 3 of dpmpp: use at least 3"),
-     ("ipndm", {}, "3", "3 steps are too few for order 4 of ipndm: use at least 4"),
+    [("dpmpp", {"order": 3}, "2", "dpmpp of order 3 needs at least 3 steps, and is given 2"),
+     ("ipndm", {}, "3", "ipndm of order 4 needs at least 4 steps, and is given 3"),
      ("dpmpp", {}, "[0, 100, 500]", "begins with pure noise, and the noisiest step, 500 of 1000, still holds 70% of"),
      ("heun", {}, "1", "still holds 100% of the image")],
 )  # fmt: skip
