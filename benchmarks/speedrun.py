@@ -5,7 +5,7 @@
 
 Each recipe of a track trains --seeds times, in processes of one thread, on nine tenths of the images, and is scored by
 the rest (benchmarks/quality.py): bits per dimension, and Fréchet distances of 1,000 samples at 10 evaluations (DPM-
-Solver++) and, of the baseline and the last recipe, at 250 (ancestral). The targets are the baseline's means. p is of a
+Solver++) and, of the baseline and full stacks, at 250 (ancestral). The targets are the baseline's means. p is of a
 one-sided Welch test against the recipe that `BEATS` names. Runs are kept in runs/speedrun/: what is there is not run
 again. Each recipe's record is appended to benchmarks/records.jsonl, with date, commit and machine.
 """
@@ -68,6 +68,7 @@ RECIPES = {
         "+ Muon": Recipe(THIRD | MUON, "a third of its steps"),
         "v and schedule": Recipe(THIRD | V | SCHEDULE, "+ v"),
         "v, schedule and Muon, 450 steps": Recipe(STACK, "v and schedule", full=True),
+        "v, schedule and Muon, 700 steps": Recipe(STACK | {"train.steps": 700}, "baseline", full=True),
     },
 }  # fmt: skip
 

@@ -113,7 +113,7 @@ class DiffusionConfig:
 class TrainConfig:
     """The training run."""
 
-    steps: Positive = 450
+    steps: Positive = 750
     """optimizer steps"""
     batch_size: Positive = 64
     """images in an optimizer step, over all processes and accumulation"""
@@ -182,7 +182,7 @@ class TrainConfig:
 class SampleConfig:
     """The grids sampled during training, and the defaults of sample.py."""
 
-    every: Natural = 150
+    every: Natural = 250
     """optimizer steps between grids; 0: only after the last step"""
     n: Annotated[int, Field(ge=1, le=10_000)] = 100
     """images in a grid"""
@@ -205,7 +205,7 @@ class SampleConfig:
 class CheckpointConfig:
     """Checkpoints."""
 
-    every: Natural = 150
+    every: Natural = 250
     """optimizer steps between checkpoints; 0: only after the last step"""
     keep_last: Natural = 0
     """number of checkpoints to keep; 0: all"""
