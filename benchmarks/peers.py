@@ -62,7 +62,8 @@ def configuration(name: str) -> Config:
     return config_of({
         "data": {"source": "folder", "image_size": SIZE, "channels": 3, "path": "."},
         "model": NETWORKS[name][0] | {"class_cond": False},
-        "train": {"batch_size": NETWORKS[name][1], "lr": LR, "ema_rates": (RATE,), "ema_warmup": False},
+        "train": {"batch_size": NETWORKS[name][1], "optimizer": "adamw", "lr": LR, "ema_rates": (RATE,),
+                  "ema_warmup": False},
     })  # fmt: skip
 
 

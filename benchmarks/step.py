@@ -3,7 +3,7 @@
     python benchmarks/step.py --config configs/cifar10.yaml --train.batch_size 16
 
 Takes train.py's flags. The training steps are those of the product's own loop, data, logging and averages included.
-The peak is measured: the fastest of several products of two square matrices in the training's precision.
+The peak is measured: the fastest of several large matrix products and convolutions in the training's precision.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.commands.command_line import parse_command_line
@@ -48,10 +49,13 @@ def seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> list
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix product."""
+    """FLOP/s of the fastest large matrix product or convolution, which may be of different libraries."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / min(seconds(lambda: a @ a, device, 10))
+    x = torch.randn(8, 256, 32, 32, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    convolution = 2 * 9 * 256 * x.numel() / min(seconds(lambda: F.conv2d(x, weight, padding=1), device, 10))
+    return max(2 * size**3 / min(seconds(lambda: a @ a, device, 10)), convolution)
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -122,7 +126,7 @@ def measure(config: Config, folder: Path) -> None:
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {name}, {torch.get_num_threads()} CPU threads")
     precision = config.train.precision or "no"
     print(f"{config.data.source}: {parameters:.2f}M parameters, batch {batch}, precision {precision}")
-    print(f"peak, matrix products in {dtype}: {peak / 1e9:.0f} GFLOP/s")
+    print(f"peak, matrix products and convolutions in {dtype}: {peak / 1e9:.0f} GFLOP/s")
     for what, figures, cost in (("training", per_second, trained), ("sampling", sampling, drawn)):
         median = statistics.median(figures)
         print(
