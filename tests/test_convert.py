@@ -17,8 +17,9 @@ from diffusion import UNetModel, UsageError, checkpoint
 from diffusion.commands import convert
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
+from diffusion.config import config_of
 from diffusion.config_file import load_config
-from diffusion.interop.openai import config_from_flags, parse_flags
+from diffusion.interop.openai import config_from_flags, flags_from_config, parse_flags
 from diffusion.models.unet import SuperResModel
 from diffusion.randomness import image_noise
 from diffusion.samplers import ddim, ddpm
@@ -626,3 +627,16 @@ def test_class_names_can_be_given(tmp_path, monkeypatch, capsys):
         assert code == wanted
         if not wanted:
             assert checkpoint.open_checkpoint(tmp_path / "back").class_names == ("cat", "dog", "owl")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prediction": "v"}, {"prediction": "previous_x"}, {"prediction": "x_start", "zero_terminal_snr": True}]
+)
+def test_no_flags_are_printed_that_mean_another_process(changes):
+    config = config_of({"data": {"source": "folder", "path": "."}, "model": {"class_cond": False},
+                        "diffusion": {"prediction": "epsilon"} | changes})  # fmt: skip
+    with pytest.raises(UsageError, match="their scripts have no flag for"):
+        flags_from_config(config, 0)
+    assert "--predict_xstart False" in flags_from_config(
+        config_of({"data": {"source": "folder", "path": "."}, "model": {"class_cond": False},
+                   "diffusion": {"prediction": "epsilon"}}), 0)  # fmt: skip

@@ -117,8 +117,14 @@ def flags_from_config(config: Config, num_classes: int) -> str:
     if data.channels != 3 or num_classes not in (0, 1000):
         raise UsageError("their scripts build networks for 3 channels and 1000 classes or none, and this has "
                          f"{data.channels} and {num_classes}")  # fmt: skip
-    if not model.conv_resample or diffusion.prediction == "previous_x" or diffusion.variance == "learned":
-        raise UsageError("their scripts have no flag for conv_resample false, mean previous_x and variance learned")
+    if (
+        not model.conv_resample
+        or diffusion.prediction not in ("epsilon", "x_start")
+        or diffusion.variance == "learned"
+        or diffusion.zero_terminal_snr
+    ):
+        raise UsageError("their scripts have no flag for conv_resample false, prediction v and previous_x, variance "
+                         "learned and zero_terminal_snr")  # fmt: skip
     resolutions = [data.image_size // factor for factor in model.attention_resolutions]
     pairs = dict(
         num_channels=model.model_channels, channel_mult=",".join(map(str, model.channel_mult)),
