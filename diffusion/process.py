@@ -17,8 +17,7 @@ from torch import Tensor
 from diffusion.errors import UsageError, check_name
 from diffusion.schedule import Schedule
 
-MIN_SNR_GAMMA = 5.0
-"""The largest weight of an error of the predicted x_0 (Hang et al. 2023, section 3.4)."""
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 
 

@@ -240,8 +240,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def usual_steps(name: str, num_timesteps: int) -> str:
-    """The steps of a sampler if none are given: those of `USUAL_STEPS`, or all of a process with less than twice as
-    many."""
+    """The steps of a sampler if none are given: of `USUAL_STEPS`, or all of a process with less than twice as many."""
     steps = USUAL_STEPS.get(name, "250")
     return steps if num_timesteps >= 2 * int(re.sub(r"\D", "", steps)) else ""
 
