@@ -76,7 +76,7 @@ def report(results: dict[str, list[float]], out: Path, title: str) -> str:
                     cells.append("")
                     continue
                 mean, half = interval(found) if len(found) > 1 else (found[0], float("nan"))
-                cells.append(f"{mean:.2f} ± {half:.2f}")
+                cells.append(f"{mean:.3f} ± {half:.3f}")
                 points.append((evaluations, mean, half))
             if points:
                 rows.append([name, "yes" if clip else "no", *cells])
@@ -128,7 +128,7 @@ def main() -> None:
     lines = report(results, args.out, f"{saved.config.data.source}, {args.n} images a set")
     args.out.with_suffix(".md").write_text(
         f"{lines}\n\nMeans and 95% intervals of {args.seeds} sets of {args.n} images. {len(judge.held_out[0])} "
-        f"held-out images: {first:.2f}. The classifier is right on {judge.accuracy:.1%} of them.\n"
+        f"held-out images: {first:.3f}. The classifier is right on {judge.accuracy:.1%} of them.\n"
     )
 
 

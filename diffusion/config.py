@@ -192,7 +192,7 @@ class SampleConfig:
     """options of the sampler"""
     steps: int | str | Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """steps of the sampler: a count, sections like 10,15,20, ddim50, logsnr10, karras10, or a list; empty: all;
-    null: the sampler's usual ones (ddpm 250, ddim 50, dpmpp and ipndm logsnr12, heun karras8)"""
+    null: the sampler's usual ones (ddpm 250, ddim 50, dpmpp and ipndm logsnr12, heun logsnr10)"""
     guidance: Annotated[Finite, Field(ge=0, le=1000)] = 1.0
     """classifier-free guidance, for runs with train.label_dropout: 1 none, above 1 clearer classes and less variety"""
 

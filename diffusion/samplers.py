@@ -211,7 +211,7 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 
-USUAL_STEPS = {"ddpm": "250", "ddim": "50", "dpmpp": "logsnr12", "ipndm": "logsnr12", "heun": "karras8"}
+USUAL_STEPS = {"ddpm": "250", "ddim": "50", "dpmpp": "logsnr12", "ipndm": "logsnr12", "heun": "logsnr10"}
 """The steps of each sampler (see `place_timesteps`) if none are given; of one that is not listed, 250."""
 LARGEST_SIGNAL = 0.1
 """alpha of the noisiest step with which a solver begins."""
