@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 from quality import Judge
 
 from diffusion.checkpoint import open_weights
@@ -58,5 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()
