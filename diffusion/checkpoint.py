@@ -88,13 +88,13 @@ class Checkpoint:
         Raises UsageError if the run does not have it."""
         if not self._is_stored(wanted):
             return self._reconstructed(float((wanted or "").removeprefix("length")))
-        return self._tensors(self._chosen_file(wanted))
+        return self._tensors(self.chosen_file(wanted))
 
     def fingerprint(self, wanted: str | None = None) -> str:
         """What distinguishes the weights that `--ema` selects from others."""
         if not self._is_stored(wanted):
-            return f"{wanted} of {self.sums[self._chosen_file(f'length{self.config.train.ema_lengths[0]}')]}"
-        return self.sums[self._chosen_file(wanted)]
+            return f"{wanted} of {self.sums[self.chosen_file(f'length{self.config.train.ema_lengths[0]}')]}"
+        return self.sums[self.chosen_file(wanted)]
 
     def _is_stored(self, wanted: str | None) -> bool:
         """Whether `--ema` selects weights in a file. Raises UsageError if the run does not have them."""
@@ -108,7 +108,8 @@ class Checkpoint:
         others = f", a length from length0.01 to length{LONGEST}" if self.step and lengths else ""
         raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(names)}{others}, or none")
 
-    def _chosen_file(self, wanted: str | None = None) -> str:
+    def chosen_file(self, wanted: str | None = None) -> str:
+        """The file that `--ema` selects, of those that are stored."""
         if wanted == "none" or self.step == 0:
             return "model.safetensors"
         if wanted and wanted.startswith("length"):

@@ -99,6 +99,5 @@ def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], 
 
 def origin_of(saved: Checkpoint) -> dict[str, object]:
     """The record of the weights that a run was initialised with."""
-    sha256 = saved.fingerprint()
-    file = next(name for name, found in saved.sums.items() if found == sha256)
-    return {"path": str(saved.path.resolve()), "step": saved.step, "file": file, "sha256": sha256}
+    name = saved.chosen_file()
+    return {"path": str(saved.path.resolve()), "step": saved.step, "file": name, "sha256": saved.sums[name]}
