@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,24 +104,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="results: OUT.json, OUT.md and OUT.png")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--most", type=int, default=250, help="evaluations, but for ddpm")
+    parser.add_argument("--evaluations", default=",".join(map(str, EVALUATIONS)), help="ddpm also takes 250")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     args = parser.parse_args()
     saved, _ = open_weights(args.ckpt)
     judge = Judge(saved.config)
     path = args.out.with_suffix(".json")
     results: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+    few = [int(evaluations) for evaluations in args.evaluations.split(",")]
     jobs = {}
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        for seed in range(args.seeds):
-            for name, way in WAYS.items():
-                for evaluations in EVALUATIONS:
-                    for clip in (True, False):
-                        order = dict(way.options).get("order", 4 if way.sampler == "ipndm" else 1)
-                        tried = evaluations <= args.most or (way.sampler == "ddpm" and clip)
-                        key = f"{name}|{evaluations}|{clip}"
-                        if tried and evaluations >= order and len(results.get(key, [])) <= seed:
-                            jobs[pool.submit(score, args.ckpt, way, evaluations, clip, args.n, seed, judge)] = key
+        for clip, seed, name in product((True, False), range(args.seeds), WAYS):
+            way = WAYS[name]
+            order = dict(way.options).get("order", 4 if way.sampler == "ipndm" else 1)
+            for evaluations in sorted({*few, *([250] if name == "ddpm" and clip else [])}):
+                key = f"{name}|{evaluations}|{clip}"
+                if evaluations >= order and len(results.get(key, [])) <= seed:
+                    jobs[pool.submit(score, args.ckpt, way, evaluations, clip, args.n, seed, judge)] = key
         for done in as_completed(jobs):
             results.setdefault(jobs[done], []).append(done.result())
             keep(path, results)

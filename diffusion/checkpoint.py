@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -184,6 +185,7 @@ def save(
     data: str | None = None,
     origin: dict[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
+    held_out_loss: float | None = None,
 ) -> None:
     """Write a checkpoint atomically: into a temporary folder, which is renamed once all is on disk. The run's own
     folder must exist."""
@@ -194,7 +196,7 @@ def save(
         temporary.mkdir()
         save_config(config, temporary / "config.yaml")
         state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "origin": origin,
-                 "environment": dict(environment or {})}  # fmt: skip
+                 "environment": dict(environment or {}), "held_out_loss": held_out_loss}  # fmt: skip
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         save_file(_on_cpu(weights), temporary / "model.safetensors")
         for key, average in averages.items():
@@ -229,10 +231,37 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def best(run: Path) -> Path | None:
+    """The checkpoint with the lowest loss of held-out images, if a run has any."""
+    losses = {}
+    for folder in folders(run):
+        with suppress(OSError, ValueError, AttributeError):
+            loss = json.loads((folder / "state.json").read_bytes()[:MAX_JSON_BYTES]).get("held_out_loss")
+            if isinstance(loss, float):
+                losses[folder] = loss
+    return min(losses, key=lambda folder: losses[folder]) if losses else None
+
+
+def link_best(run: Path) -> Path | None:
+    """Let the link `best` of a run point to its best checkpoint, if there is one, and return that."""
+    chosen = best(run)
+    with suppress(OSError):  # some file systems have no links
+        if chosen is None:
+            (run / "best").unlink(missing_ok=True)
+        else:
+            temporary = run / f".best.{os.getpid()}.tmp"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(chosen.relative_to(run))
+            temporary.replace(run / "best")
+    return chosen
+
+
 def prune(run: Path, keep_last: int, keep_every: int) -> None:
-    """Remove a run's checkpoints but the last `keep_last` (0: all stay) and those of each `keep_every`-th step."""
+    """Remove a run's checkpoints but the last `keep_last` (0: all stay), those of each `keep_every`-th step, and the
+    best by held-out images."""
+    chosen = link_best(run)
     for path in folders(run)[keep_last:] if keep_last else []:
-        if not keep_every or step_of(path) % keep_every:
+        if path != chosen and (not keep_every or step_of(path) % keep_every):
             removed = path.rename(path.with_name(f".{path.name}.tmp"))  # it must not look like a checkpoint
             shutil.rmtree(removed, ignore_errors=True)
 

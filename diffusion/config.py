@@ -233,8 +233,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        with prefixed("data.image_"):
-            check_sizes(self.data.shape[1:], len(self.model.channel_mult))
+        if self.data.image_size is not None:
+            with prefixed("data.image_"):
+                check_sizes(self.data.sizes, len(self.model.channel_mult))
         if self.train.label_dropout and not self.model.class_cond:
             raise UsageError(
                 f"train.label_dropout is {self.train.label_dropout}, but model.class_cond is false: no class to drop"
@@ -251,6 +252,13 @@ class Config:
             )
         with prefixed("sample.steps: "):
             check_process(self.sample.sampler, self.sample.options, self.sampling_process())
+
+    def resolved(self) -> Config:
+        """This configuration with the size of the first image of the data, if `data.image_size` is null."""
+        if self.data.image_size is not None:
+            return self
+        found = list(self.data.found_sizes())
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, image_size=found))
 
     def sample_steps(self) -> str:
         """The steps of the section `sample`, as a respacing string: its own, or the sampler's usual ones."""
@@ -323,7 +331,7 @@ def _section_class(name: str, values: Mapping[str, Any]) -> Any:
 def shared_fields(data: DataConfig, other: type[DataConfig]) -> dict[str, Any]:
     """The values of those fields of a source that mean the same in another one."""
     return {f.name: getattr(data, f.name) for f in dataclasses.fields(data)
-            if has_field(other, f.name) and describe(type(data), f.name) == describe(other, f.name)}  # fmt: skip
+            if has_field(other, f.name) and describe(type(data), f.name)[0] == describe(other, f.name)[0]}  # fmt: skip
 
 
 def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str, Any]]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffusion.data.decode import PIL_MODES
@@ -19,10 +20,20 @@ from diffusion.files import replace_bytes
 
 TILE = 64
 """Smaller images are enlarged to about this many pixels in a grid."""
+SLICES = 8
+"""How many slices of a volume are shown."""
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """Images (N, C, H, W), uint8, as one image, row by row. Above 4 channels, each channel is a grey tile."""
+    """Images (N, C, *sizes), uint8, as one image, row by row.
+
+    Above 4 channels, each channel is a grey tile. A signal is drawn as lines, a volume as some of its slices.
+    """
+    if images.ndim == 3:
+        images = torch.stack([_plot(signal) for signal in images])
+    elif images.ndim == 5:
+        some = torch.linspace(0, images.shape[2] - 1, min(SLICES, images.shape[2])).round().long()
+        images = rearrange(images[:, :, some], "n c d h w -> n c h (d w)")
     if images.shape[1] not in PIL_MODES:
         columns *= images.shape[1]
         images = rearrange(images, "n c h w -> (n c) 1 h w")
@@ -37,9 +48,21 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return to_pil(F.pad(sheet, (border, 0, border, 0), value=255))
 
 
+def _plot(signal: Tensor) -> Tensor:
+    """A signal (C, length), uint8, as lines from left to right: (1, TILE, width)."""
+    width = min(4 * TILE, max(TILE, signal.shape[1]))
+    image = Image.new("L", (width, TILE), 255)
+    for i, channel in enumerate(signal.tolist()):
+        points = [
+            (x * (width - 1) / max(1, len(channel) - 1), (255 - y) * (TILE - 1) / 255) for x, y in enumerate(channel)
+        ]
+        ImageDraw.Draw(image).line(points, fill=160 * i // len(signal))
+    return torch.from_numpy(np.array(image))[None]
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """One image (C, H, W), uint8, with 1 to 4 channels."""
-    array: NDArray[np.uint8] = rearrange(image.cpu(), "c h w -> h w c").numpy()
+    """One image (C, H, W), uint8, with 1 to 4 channels, or uint16 with one."""
+    array: NDArray[Any] = rearrange(image.cpu(), "c h w -> h w c").numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
@@ -58,8 +81,8 @@ def grid_columns(n: int, num_classes: int) -> int:
     return num_classes * max(1, round(math.sqrt(n) / num_classes))
 
 
-def png(image: NDArray[np.uint8]) -> bytes:
-    """One image (C, H, W) with 1 to 4 channels as the content of a PNG file."""
+def png(image: NDArray[Any]) -> bytes:
+    """One image (C, H, W) with 1 to 4 channels of 8 bits, or one of 16, as the content of a PNG file."""
     buffer = BytesIO()
     to_pil(torch.from_numpy(image)).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -4,7 +4,7 @@ A folder of images is its own store. A grid and an array are assembled at the en
 
 samples.npz.parts/
     samples.json     the settings of the images; parts of other settings are not used
-    00000000.npy     images of the batch that begins at 0, (N, H, W, C), uint8
+    00000000.npy     images of the batch that begins at 0, (N, *sizes, C)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.decode import PIL_MODES, to_uint8
+from diffusion.data.decode import PIL_MODES, to_stored
 from diffusion.errors import UsageError
 from diffusion.files import lock, replace_bytes, unlock
 from diffusion.images import png, save_grid
@@ -42,9 +42,10 @@ class SampleStore:
         out: the file or folder.
         form: grid, images or npz.
         n: how many images.
-        shape: of one, (C, H, W).
+        shape: of one, (C, *sizes).
         labels: the class numbers, taken in turn; None without classes.
         settings: everything that the images depend on; samples of other settings are not continued.
+        declared: the range of values that is written (see `to_stored`); None: 8 bits, as always in a grid.
 
     `begin` is called by one process, `is_done` and `write` by any, and `finish` by one when all are done.
     """
@@ -57,9 +58,12 @@ class SampleStore:
         shape: Sequence[int],
         labels: Sequence[int] | None,
         settings: dict[str, Any],
+        declared: tuple[float, float] | None = None,
     ):
         out = Path(os.path.realpath(out)) if out.is_symlink() else out  # links are followed
         self.out, self.form, self.n, self.shape, self.labels = out, form, n, tuple(shape), labels
+        self.declared = None if form == "grid" else declared
+        self.dtype = to_stored(torch.zeros(1), self.declared).dtype
         self.settings = settings | {"classes": None if labels is None else list(labels)}
         self.folder = out if form == "images" else out.with_name(f"{out.name}.parts")
         self._lock: int | None = None
@@ -122,11 +126,11 @@ class SampleStore:
         except (ValueError, EOFError, OSError):
             return False
         one = (*size, channels)
-        return array.dtype == np.uint8 and array.shape == (one if self.form == "images" else (len(batch), *one))
+        return array.dtype == self.dtype and array.shape == (one if self.form == "images" else (len(batch), *one))
 
     def write(self, batch: range, images: Tensor) -> None:
         """Write a batch of images in [-1, 1], each file atomically."""
-        arrays = rearrange(to_uint8(images).cpu(), "n c ... -> n ... c").numpy()
+        arrays = rearrange(to_stored(images, self.declared), "n c ... -> n ... c")
         if self.form != "images":
             replace_bytes(self._files(batch)[0], _npy(arrays), sync=False)
             return
@@ -148,7 +152,7 @@ class SampleStore:
         labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in range(self.n)]
         if self.form == "grid":
             images = torch.from_numpy(np.concatenate(list(self._arrays(batches))))
-            images = rearrange(images, "n h w c -> n c h w")
+            images = rearrange(images, "n ... c -> n c ...")
             save_grid(images, self.out, len(self.labels or ()))
         elif self.form == "npz":
             temporary = self.folder / ".whole.tmp"
@@ -165,17 +169,22 @@ class SampleStore:
     def _files(self, batch: range) -> list[Path]:
         if self.form != "images":
             return [self.folder / f"{batch.start:08d}-{batch.stop:08d}.npy"]
-        suffix = ".png" if len(self.shape) == 3 and self.shape[0] in PIL_MODES else ".npy"
+        whole = self.dtype == np.uint8 or (self.dtype == np.uint16 and self.shape[0] == 1)
+        suffix = ".png" if whole and len(self.shape) == 3 and self.shape[0] in PIL_MODES else ".npy"
         return [self.folder / f"{i:06d}{suffix}" for i in batch]
 
-    def _arrays(self, batches: Sequence[range]) -> Iterator[NDArray[np.uint8]]:
+    def _arrays(self, batches: Sequence[range]) -> Iterator[NDArray[Any]]:
         for batch in batches:
             yield np.load(self._files(batch)[0], allow_pickle=False)
 
     def _save_npz(self, path: Path, batches: Sequence[range], labels: list[int] | None) -> None:
         """`np.savez` of arr_0 and arr_1, of which only one batch at a time is in memory."""
         channels, *size = self.shape
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.n, *size, channels)}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.n, *size, channels),
+        }
         with zipfile.ZipFile(path, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(cast(BinaryIO, file), header)

@@ -30,7 +30,8 @@ from diffusion import UsageError, checkpoint
 from diffusion.config import FIELDS, classes_with, config_of
 from diffusion.config_file import load_config, save_config
 from diffusion.data.base import load
-from diffusion.data.sources.folder import Folder, FolderDataset
+from diffusion.data.image_files import FileDataset
+from diffusion.data.sources.folder import Folder
 from diffusion.data.sources.torchvision import MNIST
 from diffusion.errors import Stopped
 from diffusion.fields import describe
@@ -289,7 +290,7 @@ def images(tmp_path):
 
 
 def on_disk(images, monkeypatch, **changes):
-    monkeypatch.setattr("diffusion.data.sources.folder.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("diffusion.data.image_files.IN_MEMORY_BYTES", 0)
     return small(data__source="folder", data__path=str(images), model__class_cond=False, train__batch_size=4,
                  train__log_every=1, **changes)  # fmt: skip
 
@@ -298,7 +299,7 @@ def test_a_signal_is_obeyed_while_images_are_waited_for(images, tmp_path, monkey
     """A disk that does not answer any more: what was done is saved, and the run ends with the bits of a whole one."""
     whole = Trainer(on_disk(images, monkeypatch, train__steps=6), tmp_path / "whole")
     whole.run()
-    works = FolderDataset._read
+    works = FileDataset.read
     stuck = tmp_path / "stuck"
 
     def read(self, path):
@@ -306,7 +307,7 @@ def test_a_signal_is_obeyed_while_images_are_waited_for(images, tmp_path, monkey
             time.sleep(600)
         return works(self, path)
 
-    monkeypatch.setattr(FolderDataset, "_read", read)
+    monkeypatch.setattr(FileDataset, "read", read)
     config = on_disk(images, monkeypatch, train__steps=6, data__workers=1, train__gradient_accumulation=2)
 
     def cut(step, _):
@@ -482,7 +483,7 @@ def test_one_image_of_one_pixel_is_trained_on(tmp_path):
 
 def test_images_in_memory_are_those_of_the_loader(images):
     data = Folder(path=str(images), image_size=8, channels=1).open()
-    read = FolderDataset(sorted(images.iterdir()), torch.zeros(20, dtype=torch.int64), (), 8, 1)
+    read = Folder(path=str(images), image_size=8, channels=1).list_files()
     assert torch.equal(load(data, range(20))[0], load(read, range(20))[0])
     assert load(read, [3])[0].dtype == torch.uint8
     assert isinstance(read.__getitems__([1])[0], np.ndarray)

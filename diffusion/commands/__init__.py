@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "generate images with a trained model",
     "evaluate": "score a trained model",
     "convert": "take in or write weights of improved-diffusion, guided-diffusion and diffusers",
+    "check-data": "tell what a data set holds, and what the network would see of it",
     "schema": "print the JSON schema of configuration files",
 }
 
@@ -20,7 +21,7 @@ def main() -> int:
     """Run `diffusion COMMAND ...`, and return the exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: diffusion COMMAND ...\n\n" + "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
+        print("usage: diffusion COMMAND ...\n\n" + "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items()))
         print("\ndiffusion COMMAND --help lists the flags of a command.")
         return 0
     if name not in COMMANDS:
@@ -30,4 +31,4 @@ def main() -> int:
 
     from diffusion.commands.terminal import exit_code
 
-    return exit_code(importlib.import_module(f"diffusion.commands.{name}").main)
+    return exit_code(importlib.import_module(f"diffusion.commands.{name.replace('-', '_')}").main)

@@ -36,6 +36,7 @@ class Command:
     back_to: int | None = None
     """The step of the checkpoint to go back to."""
     verify_resume: bool = False
+    dry_run: bool = False
 
 
 def parse_command_line(argv: Sequence[str]) -> Command:
@@ -79,7 +80,7 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         raise UsageError(f"--back_to is {args.back_to}: add --out with the run that is to go back")
     if out is None:
         out = run_folder.default_out(files[-1] if files else Path("digits"))
-    return Command(config, out, args.back_to, args.verify_resume)
+    return Command(config, out, args.back_to, args.verify_resume, args.dry_run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train a few steps with and without an interruption, and check that both end with the same bits; "
         "nothing is kept",
     )
+    add("--dry_run", "--dry-run", action="store_true",
+        help="train a few steps and tell what the run would cost and what looks wrong; nothing is kept")  # fmt: skip
     for name in SECTIONS:
         group = parser.add_argument_group(name)
         for key in (key for key in FIELDS if key.startswith(f"{name}.")):

@@ -31,7 +31,7 @@ from diffusion.compilation import compile_network
 from diffusion.config import Config
 from diffusion.config_file import parse_value
 from diffusion.data.base import load
-from diffusion.data.decode import to_uint8, to_x_start
+from diffusion.data.decode import scale, to_uint8, to_x_start
 from diffusion.data.sources.folder import Folder
 from diffusion.distributed import accelerate_starts, check_launcher, launcher, on_cpu
 from diffusion.errors import UsageError
@@ -87,8 +87,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=non_empty_path, help="where to write (default: RUN/samples/...)")
     add("--compile", action="store_true", help="compile the network: for many images, since it takes half a minute")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--images", action="store_true", help="a folder with a PNG each (.npy above 4 channels)")
-    form.add_argument("--npz", action="store_true", help="write arr_0 (N, H, W, C), uint8, and arr_1, the classes")
+    form.add_argument("--images", action="store_true", help="a folder with a PNG each (.npy of what PNG cannot hold)")
+    form.add_argument("--npz", action="store_true", help="write arr_0 (N, *sizes, C), uint8 or as data.range says, and "
+                                                         "arr_1, the classes")  # fmt: skip
     parser.epilog = "Each batch is written when it is done; the same command continues after an interruption."
     args = parser.parse_args(argv)
     args.options = {
@@ -144,7 +145,7 @@ def main() -> None:
                 return to_x_start(low_res.images[batch.start : batch.stop])
             classes = labels if low_res.base[0].class_names else None
             [(_, images)] = generate(first, first_network, [batch], labels=classes, **common)
-            return to_x_start(to_uint8(images))
+            return to_x_start(to_uint8(images)) if config.data.range is None else images
 
         try:
             for batch, images in generate(config, network, mine, labels=labels if saved.class_names else None,
@@ -195,7 +196,7 @@ def open_store(
     )  # fmt: skip
 
     def at(out: Path) -> SampleStore:
-        return SampleStore(out, form, n, config.data.shape, labels, settings)
+        return SampleStore(out, form, n, config.data.shape, labels, settings, config.data.range)
 
     guided = f"_guidance{sample.guidance:g}" if sample.guidance != 1 else ""
     name = f"{saved.path.name}_{sample.sampler}{process_length(config)}_seed{args.seed}{guided}{SUFFIXES[form]}"
@@ -245,7 +246,7 @@ def open_low_res(saved: Checkpoint, path: Path | None, classes_given: bool) -> L
         return LowRes()
     if not path.exists():
         raise UsageError(f"--low_res {path} is not there")
-    small = (data.channels, *[size] * (len(data.shape) - 1))
+    small = (data.channels, *data.low_res_sizes)
     if is_run_or_checkpoint(path):
         base, weights = open_run(path)
         if (base.config.data.shape, base.config.data.low_res_size) != (small, None):
@@ -256,12 +257,13 @@ def open_low_res(saved: Checkpoint, path: Path | None, classes_given: bool) -> L
             raise UsageError(f"--low_res {path} has other classes than {saved.path}")
         return LowRes(base=(base, weights))
     if path.is_dir():
-        folder = Folder(path=str(path), image_size=size, channels=data.channels).open()
+        folder = Folder(path=str(path), image_size=data.low_res_sizes, channels=data.channels,
+                        range=data.range).open()  # fmt: skip
         images, y = load(folder, range(len(folder)))
         known = folder.class_names and set(folder.class_names) <= set(saved.class_names)
         labels = [saved.class_names.index(folder.class_names[i]) for i in y] if known else None
     elif path.suffix == ".npz":
-        images, labels = read_npz(path, len(saved.class_names))
+        images, labels = read_npz(path, len(saved.class_names), data.range)
     else:
         raise UsageError(f"--low_res is {path}; it must be a run, a folder of images, or an .npz that --npz wrote")
     if images.shape[1:] != small:
@@ -272,15 +274,16 @@ def open_low_res(saved: Checkpoint, path: Path | None, classes_given: bool) -> L
     return LowRes(images, labels)
 
 
-def read_npz(path: Path, num_classes: int) -> tuple[Tensor, list[int] | None]:
-    """The images (N, C, *sizes), uint8, of a file that `--npz` wrote, and their labels, if it has any."""
+def read_npz(path: Path, num_classes: int, declared: tuple[float, float] | None) -> tuple[Tensor, list[int] | None]:
+    """The images (N, C, *sizes) of a file that `--npz` wrote, and their labels, if it has any."""
     try:
         if not path.is_file():
             raise ValueError("it is not a file")
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays and num_classes else None
-        if images.ndim < 3 or images.dtype != np.uint8 or len(images) == 0:
+        if images.ndim < 3 or (declared is None and images.dtype != np.uint8) or len(images) == 0:
             raise ValueError(f"arr_0 is {images.shape} {images.dtype}, not (N, H, W, C) uint8")
+        images = scale(images, declared)
         if labels is not None and (
             labels.shape != images.shape[:1]
             or labels.dtype.kind not in "iu"

@@ -10,6 +10,7 @@ from typing import Any
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import print_line, progress_bar
 from diffusion.config import Config
+from diffusion.data.summary import describe_data
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
 from diffusion.errors import UsageError
 from diffusion.training import run_folder
@@ -51,7 +52,13 @@ def main() -> None:
     if command.back_to is not None:
         go_back(out, command.back_to)
         return
-    config = with_launchers_settings(config)
+    config = with_launchers_settings(config).resolved()
+    if command.dry_run:
+        from diffusion.training.dry_run import dry_run
+
+        for line in dry_run(config):
+            print_line(line)
+        return
     if command.verify_resume:
         verify_resume(config)
         return
@@ -68,6 +75,10 @@ def main() -> None:
         precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
         where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
         print_line(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}{precision}")
+        for line in describe_data(config.data, trainer.dataset):
+            print_line(f"  {line}")
+        if trainer.data.held_out is not None:
+            print_line(f"  {len(trainer.data.held_out)} more images are held out")
     if trainer.step >= config.train.steps:
         if main_process:
             print_line(f"all {trainer.step} steps are done (train.steps is {config.train.steps})")

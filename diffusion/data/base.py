@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from diffusion.data.decode import Array, Target
 from diffusion.errors import UsageError
-from diffusion.fields import Channels, ImageSize, section
+from diffusion.fields import Channels, ImageSize, Positive, section
 
-OnError = Literal["fail", "skip"]
+Labels = NDArray[np.int64]
 Batch = tuple[Tensor, Tensor]
-"""Images (B, C, *sizes), uint8, and their labels (B,), int64 (0 without classes)."""
-Loaded = tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]
+"""Images (B, C, *sizes), uint8 or float32 in [-1, 1], and their labels (B,), int64 (0 without classes)."""
+Loaded = tuple[Array, Labels, list[str]]
 """A batch, and the errors of images that were replaced by others. Arrays, not tensors: torch passes tensors from worker
 processes through /dev/shm, which may be small, and then loses them without an error."""
 
@@ -45,8 +46,14 @@ class DataSet(Protocol):
     def name_of(self, index: int) -> str:
         """What an image is called in messages."""
 
+    def key_of(self, index: int) -> str:
+        """The name of an image that is the same wherever the data lie."""
+
     def fingerprint(self) -> str:
         """A number that differs for other data."""
+
+    def select(self, indices: NDArray[np.int64]) -> DataSet:
+        """A part of the images, in order."""
 
 
 @section("data")
@@ -56,11 +63,14 @@ class DataConfig:
     source: str
     """data set: digits ship with the package, folder is your own images"""
     image_size: ImageSize
-    """height and width in pixels, after the paper's preprocessing"""
+    """height and width in pixels, after the paper's preprocessing; of files and arrays also [height, width], [length]
+    of signals, [depth, height, width] of volumes, which are not resized, or null: that of the first image"""
     channels: Channels
-    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha; folder: any other number, of (height, width, channels) .npy"""
-    low_res_size: Annotated[int, Field(ge=1)] | None = None
+    """1 grey, 2 grey + alpha, 3 RGB, 4 RGB + alpha; any other number of arrays, whose last axis it is"""
+    low_res_size: Positive | Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """train an upsampler: the network is also given each image shrunk to this size; null: no upsampler"""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of the images, chosen by their names and train.seed, that is not trained on, and whose loss is logged"""
     allow_change: bool = False
     """continue a run although its images have changed"""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
@@ -72,28 +82,67 @@ class DataConfig:
     random_flip: ClassVar[Any] = False
     on_error: ClassVar[Any] = "fail"
 
+    range: ClassVar[Any] = None
+
     def __post_init__(self) -> None:
-        if self.low_res_size is not None and self.low_res_size >= self.image_size:
-            raise UsageError(f"data.low_res_size is {self.low_res_size}; it must be at most {self.image_size - 1}")
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise UsageError(f"data.range is {list(self.range)}; it must go from a lower to a higher value")
+        for name, size in (("image_size", self.image_size), ("low_res_size", self.low_res_size)):
+            if isinstance(size, tuple) and not (1 <= len(size) <= 3 and all(1 <= side <= 2**20 for side in size)):
+                raise UsageError(f"data.{name} is {list(size)}; it must be one to three sizes of at least 1")
+        if self.low_res_size is not None and self.image_size is not None:
+            if isinstance(self.low_res_size, int) and len(set(self.sizes)) > 1:
+                raise UsageError(f"data.low_res_size is {self.low_res_size}; for images of {list(self.sizes)}, it must "
+                                 "be a list, too")  # fmt: skip
+            if len(self.low_res_sizes) != len(self.sizes) or not all(np.less(self.low_res_sizes, self.sizes)):
+                most = [size - 1 for size in self.sizes]
+                raise UsageError(f"data.low_res_size is {self.low_res_size}; it must be at most "
+                                 f"{most[0] if len(set(most)) == 1 else most}")  # fmt: skip
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of one image: (height, width); (length,) of a signal; (depth, height, width) of a volume."""
+        assert self.image_size is not None, "image_size is null: see Config.resolved"
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+
+    @property
+    def low_res_sizes(self) -> tuple[int, ...]:
+        """The sizes of the small images that an upsampler enlarges."""
+        assert self.low_res_size is not None
+        return self.low_res_size if isinstance(self.low_res_size, tuple) else (self.low_res_size,) * len(self.sizes)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one image, (C, *sizes)."""
-        return self.channels, self.image_size, self.image_size
+        return self.channels, *self.sizes
+
+    @property
+    def target(self) -> Target:
+        """What images of this source become."""
+        return Target(self.sizes, self.channels)
 
     def open(self, split: str = "train") -> DataSet:
         """Open the data set. Raises UsageError if it is missing or cannot be read."""
         raise NotImplementedError
 
+    def found_sizes(self) -> tuple[int, ...]:
+        """The sizes of the first image, for an image_size of null."""
+        raise NotImplementedError
+
 
 @dataclass
 class ArrayDataset:
-    """Images in memory: (N, C, *sizes), uint8, and labels (N,), int64."""
+    """Images in memory: (N, C, *sizes), uint8 or float32 in [-1, 1], and labels (N,), int64.
+
+    `files` are what they were read from, if from files, and `numbers` those of the images in the whole, if a part.
+    """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    files: DataSet | None = None
+    numbers: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -102,11 +151,21 @@ class ArrayDataset:
         return self.images[list(indices)].numpy(), self.labels[list(indices)].numpy(), []
 
     def name_of(self, index: int) -> str:
-        return f"number {index}"
+        return self.files.name_of(index) if self.files else self.key_of(index)
+
+    def key_of(self, index: int) -> str:
+        if self.files:
+            return self.files.key_of(index)
+        return f"number {index if self.numbers is None else self.numbers[index]}"
 
     def fingerprint(self) -> str:
         """A number that other images, labels, classes or another order would not have."""
         return digest(self.images.numpy(), self.labels.numpy(), self.class_names)
+
+    def select(self, indices: NDArray[np.int64]) -> ArrayDataset:
+        numbers = indices if self.numbers is None else self.numbers[indices]
+        files = self.files.select(indices) if self.files else None
+        return ArrayDataset(self.images[indices], self.labels[indices], self.class_names, self.left_out, files, numbers)
 
 
 def open_data(config: DataConfig, split: str = "train") -> DataSet:
@@ -114,10 +173,27 @@ def open_data(config: DataConfig, split: str = "train") -> DataSet:
     type than the configuration says."""
     dataset = config.open(split)
     images = load(dataset, [0])[0] if len(dataset) else torch.empty(0, *config.shape, dtype=torch.uint8)
-    if images.shape[1:] != config.shape or images.dtype != torch.uint8:
+    if images.shape[1:] != config.shape or images.dtype not in (torch.uint8, torch.float32):
         raise UsageError(f"the images of data.source {config.source} are {images.dtype} {tuple(images.shape[1:])}, and "
-                         f"its settings say torch.uint8 {config.shape}")  # fmt: skip
+                         f"its settings say torch.uint8 or torch.float32 {config.shape}")  # fmt: skip
     return dataset
+
+
+def hold_out(dataset: DataSet, share: float, seed: int) -> tuple[DataSet, DataSet | None]:
+    """Divide a data set into what is trained on and what is held out, if any.
+
+    Which images are held out depends on nothing but their names and the seed: images that are added or removed change
+    nothing for the others. Raises UsageError if nothing is left for one of the two.
+    """
+    if not share:
+        return dataset, None
+    limit = int(share * 2**32)
+    out = np.array([int.from_bytes(hashlib.blake2b(f"{seed} {dataset.key_of(i)}".encode("utf-8", "surrogateescape"),
+                                                   digest_size=4).digest()) < limit
+                    for i in range(len(dataset))])  # fmt: skip
+    if out.all() or not out.any():
+        raise UsageError(f"data.held_out is {share}, which of {len(dataset)} images holds out {int(out.sum())}")
+    return dataset.select(np.flatnonzero(~out)), dataset.select(np.flatnonzero(out))
 
 
 def digest(*parts: Any) -> str:

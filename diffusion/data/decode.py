@@ -1,43 +1,79 @@
-"""Image files to arrays: decoding, the paper's preprocessing, and the scale that networks see."""
+"""Image files and arrays to what networks see: decoding, the paper's preprocessing, and the scale of values."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-
-from diffusion.errors import UsageError, one_line
 
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 2**30 // 12
 """Larger images may be meant to exhaust the memory. (PIL only warns up to twice this number, and warning filters are
 not thread-safe.)"""
+Array = NDArray[Any]
+"""uint8, or float32 in [-1, 1]."""
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = None  # `open_image` has the limit
 
 
-def read_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
-    """Read and preprocess one file: (C, size, size), uint8. Raises UsageError with its name where it cannot be read."""
-    try:
-        if not path.is_file():  # a pipe would block
-            raise ValueError("it is not a file" if path.exists() else "it is a broken link")
-        if path.suffix.lower() == ".npy":
-            array = np.load(path, allow_pickle=False)
-            if array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] != channels:
-                raise ValueError(f"{array.shape} {array.dtype}, not (height, width, {channels}) uint8")
-            return np.concatenate([preprocess(Image.fromarray(array[:, :, c]), size, 1) for c in range(channels)])
-        with open_image(path) as image:
-            return preprocess(image, size, channels)
-    except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error, ... for broken files
-        raise UsageError(f"{path} cannot be read as an image ({one_line(error)})") from None
+@dataclass(frozen=True)
+class Target:
+    """What images become: arrays (channels, *sizes).
+
+    Attributes:
+        range: the values that become -1 and 1; None: all that 8 or 16 bits can hold.
+        background: the grey level, 0 to 255, under transparent pixels, where no channel is for alpha.
+        max_pixels: larger images are refused.
+    """
+
+    sizes: tuple[int, ...]
+    channels: int
+    range: tuple[float, float] | None = None
+    background: int = 255
+    max_pixels: int = MAX_PIXELS
+
+
+def decode(file: BinaryIO, suffix: str, target: Target) -> Array:
+    """The image in an open file, preprocessed: (C, *sizes), uint8, or float32 in [-1, 1] of data of more than 8 bits.
+
+    Raises an exception of any type if it cannot be read.
+    """
+    if suffix == ".npy":
+        return fit(np.load(file, allow_pickle=False), target)
+    with open_image(file, target.max_pixels) as image:
+        if image.format == "TIFF" and (more := _beyond_pil(image)):
+            return fit(_read_tiff(file, more), target)
+        return preprocess(image, target)
+
+
+def native_sizes(file: BinaryIO, suffix: str, target: Target) -> tuple[int, ...]:
+    """The sizes of the image in an open file before any preprocessing. Raises an exception of any type."""
+    if suffix == ".npy":
+        shape = np.load(file, allow_pickle=False).shape
+    else:
+        with open_image(file, target.max_pixels) as image:
+            if image.format != "TIFF" or not (more := _beyond_pil(image)):
+                return ImageOps.exif_transpose(image).size[::-1]
+            shape = _read_tiff(file, more).shape
+    return sizes_of(shape, target.channels)
+
+
+def sizes_of(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """The sizes of an array (*sizes, C), or (*sizes) with one channel. Raises ValueError if there are none."""
+    sizes = shape[:-1] if shape[-1:] == (channels,) and len(shape) > 1 else shape
+    if not 1 <= len(sizes) <= 3 or (sizes == shape and channels != 1):
+        raise ValueError(f"it is {shape}, and data.channels is {channels}")
+    return sizes
 
 
 @cache
@@ -48,53 +84,168 @@ def formats() -> list[str]:
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image file. Raises ValueError above `MAX_PIXELS`, in every thread alike."""
-    with Image.open(path, formats=formats()) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+def open_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Open an image file. Raises ValueError above `max_pixels`, in every thread alike."""
+    try:
+        opened = Image.open(file, formats=formats())
+    except UnidentifiedImageError:  # its message would name the object, not the file
+        raise ValueError(f"cannot identify the format: it is no {', '.join(formats())}, or broken") from None
+    with opened as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}")
         yield image
 
 
-def preprocess(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
-    """Resize and crop an image as the paper's pipeline does: (C, size, size), uint8.
+def describe_image(image: Image.Image) -> tuple[str, list[str]]:
+    """The format and mode of an opened image, of which only the head is read, and which of
+    `diffusion.data.summary.REMARKS` deserve to be made."""
+    deep, grey = _is_deep(image), image.mode.startswith("I;16")
+    found = {
+        "16 bits": grey or image.mode in ("I", "F"),
+        "reduced": deep and not grey,
+        "alpha": "a" in image.mode.lower().replace("lab", "") or "transparency" in image.info,
+        "frames": getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "TIFF"),  # a camera's preview
+    }
+    return f"{image.format} {image.mode}", [name for name, value in found.items() if value]
+
+
+def _is_deep(image: Any) -> bool:
+    """Whether the file has 16 bits a channel."""
+    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()) or ())
+
+
+def _beyond_pil(image: Image.Image) -> str:
+    """What a TIFF holds beyond what PIL reads of it, or nothing."""
+    tags: Any = getattr(image, "tag_v2", {})
+    samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
+    if samples > len(image.getbands()):
+        return f"{samples} bands"
+    if bits > 8 and not image.mode.startswith(("I", "F")):
+        return f"{bits} bits a channel"
+    pages = getattr(image, "n_frames", 1)
+    return f"{pages} pages" if pages > 1 else ""
+
+
+def _read_tiff(file: BinaryIO, more: str) -> Array:
+    """The first series of a TIFF, channels last: (..., H, W) or (..., H, W, C)."""
+    try:
+        import tifffile
+    except ImportError:
+        raise ValueError(f"it is a TIFF of {more}, which PIL does not read: pip install tifffile") from None
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        series = tiff.series[0]
+        array, axes = series.asarray(), series.axes
+    return np.moveaxis(array, axes.index("S"), -1) if "S" in axes else array
+
+
+def preprocess(image: Image.Image, target: Target) -> Array:
+    """Resize and crop an image as the paper's pipeline does.
 
     The image is turned upright by its EXIF orientation (which the published code ignores), halved by box filter while
-    its short side is at least twice `size`, resized to `size` by bicubic filter, and cropped to the centre.
+    its sides are at least twice those of the target, resized by bicubic filter to cover it, and cropped to the centre.
     """
-    if channels not in PIL_MODES:
-        raise ValueError(f"{channels} channels need .npy files")
+    deep, channels = _is_deep(image), target.channels
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # PIL would clip 16 bits at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are of PIL mode {image.mode}, whose range is not known; save it with 8 or 16 bits"
-        )
-    if "transparency" in image.info:
+    if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
+        array = np.asarray(image)
+        if channels not in (1, 3):
+            raise ValueError(f"it is grey, with no alpha, and data.channels is {channels}")
+        return fit(np.repeat(array[:, :, None], channels, axis=2), target)
+    if channels not in PIL_MODES:
+        raise ValueError(f"{channels} channels need .npy or .tif files")
+    if target.range not in (None, (0, 255)):
+        if deep:
+            raise ValueError("it has 16 bits a channel, of which PIL reads 8: save it as .npy or .tif")
+        return fit(np.asarray(_with_channels(image, target)).reshape(image.height, image.width, channels), target)
+    image = _cover(_with_channels(image, target), target.sizes)
+    return np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
+
+
+def _with_channels(image: Image.Image, target: Target) -> Image.Image:
+    """Convert an image to the target's number of channels. Transparent pixels show the background, not what colour
+    lies hidden under them. (Before any resizing: palette indices cannot be averaged.)"""
+    if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
         image = image.convert("RGBA")
-    image = image.convert(PIL_MODES[channels])  # before any resizing: palette indices cannot be averaged
-    while min(image.size) >= 2 * size:
+    if image.mode in ("RGBA", "LA") and target.channels in (1, 3) and image.getchannel("A").getextrema()[0] != 255:
+        grey = target.background
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (grey, grey, grey, 255)), image.convert("RGBA"))
+    return image.convert(PIL_MODES[target.channels])
+
+
+def _cover(image: Image.Image, sizes: Sequence[int]) -> Image.Image:
+    """Shrink or enlarge an image until it covers (height, width), and crop it to the centre."""
+    if len(sizes) != 2:
+        raise ValueError(f"it is an image, and data.image_size is {list(sizes)}")
+    height, width = sizes
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    if max(image.size) * scale > 100 * size:
-        raise ValueError(f"its sides {image.width} and {image.height} are too unequal to be cropped to a square")
+    scale = max(width / image.width, height / image.height)
+    if max(image.width * scale / width, image.height * scale / height) > 100:
+        raise ValueError(f"its sides {image.width} and {image.height} are too unequal to be cropped to "
+                         f"{width} x {height}")  # fmt: skip
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    array = np.asarray(image).reshape(image.height, image.width, channels)
-    top, left = (image.height - size) // 2, (image.width - size) // 2
-    return array[top : top + size, left : left + size].transpose(2, 0, 1)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-def preprocess_all(images: NDArray[np.uint8], size: int, channels: int) -> NDArray[np.uint8]:
-    """Preprocess images in memory, (N, H, W) or (N, H, W, C): (N, C, size, size). Those that fit are only reordered."""
-    if (*images.shape[1:3], *(images.shape[3:] or (1,))) == (size, size, channels):
-        return images.reshape(*images.shape[:3], channels).transpose(0, 3, 1, 2).copy()
-    return np.stack([preprocess(Image.fromarray(image), size, channels) for image in images])
+def fit(array: Array, target: Target) -> Array:
+    """An array (*sizes) or (*sizes, C) of any number type, scaled and preprocessed: (C, *sizes).
+
+    Only images, of two sizes, are resized. Raises ValueError if the array has other axes, sizes or values.
+    """
+    sizes, channels = target.sizes, target.channels
+    shape = array.shape
+    if array.ndim == len(sizes) and channels == 1:
+        array = array[..., None]
+    if array.ndim != len(sizes) + 1 or array.shape[-1] != channels or 0 in shape:
+        axes = {1: "length", 2: "height, width", 3: "depth, height, width"}[len(sizes)]
+        raise ValueError(f"{shape} {array.dtype}, not ({axes}, {channels})")
+    array = scale(array, target.range)
+    if array.shape[:-1] == sizes:
+        return np.moveaxis(array, -1, 0)
+    if len(sizes) != 2:
+        raise ValueError(f"its sizes are {list(array.shape[:-1])}, and data.image_size is {list(sizes)}")
+    parts = [
+        np.asarray(_cover(Image.fromarray(np.ascontiguousarray(part)), sizes)) for part in np.moveaxis(array, -1, 0)
+    ]
+    return np.stack(parts).clip(-1, 1) if array.dtype == np.float32 else np.stack(parts)
+
+
+def scale(array: Array, declared: tuple[float, float] | None) -> Array:
+    """Scale values from `declared` to [-1, 1] in float32; 8 bits stay as they are. Without, 16 bits are scaled whole.
+
+    Raises ValueError if the range is not known, or does not hold all values.
+    """
+    if array.dtype == np.uint8 and declared in (None, (0, 255)):
+        return array
+    low, high = (0, 65535) if declared is None else declared
+    lowest, highest = (array.min(), array.max()) if array.size and array.dtype.kind in "biuf" else (np.nan, np.nan)
+    if declared is None and array.dtype != np.uint16:
+        raise ValueError(f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known: "
+                         "declare it, such as with --data.range [0.0, 1.0]")  # fmt: skip
+    if not (low <= lowest and highest <= high):
+        raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
+    return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)
+
+
+def stack(images: Sequence[Array]) -> Array:
+    """Images of one shape as a batch: uint8 if all are, else float32 in [-1, 1]."""
+    if all(image.dtype == np.uint8 for image in images):
+        return np.stack(images)
+    return np.stack([image / np.float32(127.5) - 1 if image.dtype == np.uint8 else image for image in images])
+
+
+def preprocess_all(images: NDArray[np.uint8], target: Target) -> NDArray[np.uint8]:
+    """Preprocess images in memory, (N, H, W) or (N, H, W, C): (N, C, *sizes). Those that fit are only reordered."""
+    if (*images.shape[1:3], *(images.shape[3:] or (1,))) == (*target.sizes, target.channels):
+        return images.reshape(*images.shape[:3], target.channels).transpose(0, 3, 1, 2).copy()
+    return np.stack([preprocess(Image.fromarray(image), target) for image in images])
 
 
 def to_x_start(images: Tensor) -> Tensor:
-    """Stored images, uint8, to what the network sees: float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """Stored images to what the network sees: float32 in [-1, 1]. uint8 is scaled; floats are so already."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -102,6 +253,19 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def shrink(x_start: Tensor, size: int) -> Tensor:
+def to_stored(images: Tensor, declared: tuple[float, float] | None) -> Array:
+    """Images in [-1, 1] to the values of the data: uint8; or, of a declared range, uint16 where its ends are whole
+    numbers of 16 bits, else float32."""
+    low, high = declared or (0, 255)
+    whole = isinstance(low, int) and isinstance(high, int)
+    if whole and (low, high) == (0, 255):
+        return to_uint8(images).cpu().numpy()
+    values = ((images.cpu().double().clamp(-1, 1) + 1) * ((high - low) / 2) + low).numpy()
+    if whole and low >= 0 and high - low >= 255 and high <= 65535:
+        return values.round().astype(np.uint16)
+    return values.astype(np.float32)
+
+
+def shrink(x_start: Tensor, size: int | Sequence[int]) -> Tensor:
     """The low-resolution input that an upsampler is trained on: the mean of each area, as in the published code."""
-    return F.interpolate(x_start, size, mode="area")
+    return F.interpolate(x_start, size if isinstance(size, int) else tuple(size), mode="area")

@@ -40,6 +40,8 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
         raise _not_in_diffusers("resampling without convolutions (model.conv_resample false)")
     if model.channel_mult[0] != 1:
         raise _not_in_diffusers(f"a first level of {model.channel_mult[0]} times the timestep embedding's width")
+    if len(data.sizes) != 2 or data.range is not None:
+        raise _not_in_diffusers(f"images of {list(data.sizes)} with data.range {data.range}: it has 8-bit pictures")
     if data.low_res_size is not None:
         raise _not_in_diffusers("an upsampler's second input: its pipeline gives the network noise alone")
     if diffusion.prediction not in PREDICTIONS or diffusion.variance == "learned" or diffusion.respacing:
@@ -51,7 +53,7 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
     # Only a table of sinusoids can give this network another number than the scheduler's timestep.
     table = diffusion.rescale_timesteps and diffusion.steps != 1000
     return dict(
-        sample_size=data.image_size, in_channels=data.channels,
+        sample_size=data.sizes[0] if data.sizes[0] == data.sizes[1] else list(data.sizes), in_channels=data.channels,
         out_channels=data.channels * (2 if diffusion.variance == "learned_range" else 1),
         center_input_sample=False, freq_shift=0, flip_sin_to_cos=True, act_fn="silu", norm_eps=1e-5,
         time_embedding_type="learned" if table else "positional", time_embedding_dim=None,

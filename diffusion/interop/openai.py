@@ -125,6 +125,8 @@ def flags_from_config(config: Config, num_classes: int) -> str:
     ):
         raise UsageError("their scripts have no flag for conv_resample false, prediction v and previous_x, variance "
                          "learned and zero_terminal_snr")  # fmt: skip
+    if not isinstance(data.image_size, int) or data.range is not None:
+        raise UsageError(f"their scripts take square 8-bit images, and data.image_size is {data.image_size}")
     resolutions = [data.image_size // factor for factor in model.attention_resolutions]
     pairs = dict(
         num_channels=model.model_channels, channel_mult=",".join(map(str, model.channel_mult)),

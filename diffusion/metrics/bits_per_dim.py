@@ -30,6 +30,9 @@ def bits_per_dim(subject: Subject) -> Score:
     progress = subject.bar(len(mine) * process.num_timesteps)
     for batch in mine:
         images, y = load(subject.dataset, batch)
+        if images.dtype != torch.uint8:
+            raise UsageError("bits_per_dim counts the 256 levels of 8-bit images, and these data have others "
+                             "(data.range, or 16 bits)")  # fmt: skip
         x_start = to_x_start(images.to(device))
         inputs = {"y": y.to(device)} if saved.class_names else {}
         if saved.config.data.low_res_size is not None:

@@ -34,7 +34,7 @@ from diffusion.errors import UsageError, one_line
 from diffusion.files import check_no_dangling_link, lock, replace_text, unlock
 
 OWN = {"config.yaml": Path.is_file, "metrics.jsonl": Path.is_file, "metrics_superseded.jsonl": Path.is_file,
-       "checkpoints": Path.is_dir, "samples": Path.is_dir, ".lock": Path.is_file}  # fmt: skip
+       "checkpoints": Path.is_dir, "samples": Path.is_dir, ".lock": Path.is_file, "best": Path.is_symlink}  # fmt: skip
 
 
 # --- what a path is ---------------------------------------------------------------------------------------------------
@@ -322,6 +322,7 @@ def go_back(out: Path, step: int) -> Path | None:
             temporary.rename(aside)
             for path in (*grids, *checkpoints):  # newest first: the run always keeps the older ones
                 path.rename(aside / path.parent.name / path.name)
+            checkpoint.link_best(out)
             lines = _read_metrics(out / "metrics.jsonl")
             replace_text(out / "metrics.jsonl", "".join(line for at, line in lines if at <= step))
         return aside

@@ -91,7 +91,7 @@ class TrainingStep:
         grad_clip: float | None = None,
         label_dropout: float = 0.0,
         random_flip: bool = False,
-        low_res_size: int | None = None,
+        low_res_size: int | Sequence[int] | None = None,
         accelerator: Accelerator | None = None,
     ):
         check_name("timestep_sampler", timestep_sampler, get_args(TimestepSamplerName))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -20,10 +18,10 @@ from torch.compiler import set_stance
 from diffusion import checkpoint
 from diffusion.compilation import compile_network
 from diffusion.config import Config
-from diffusion.data.base import Batch, DataSet, load, open_data
+from diffusion.data.base import Batch, load
 from diffusion.data.decode import shrink, to_uint8, to_x_start
 from diffusion.data.loader import batch_indices, step_batches
-from diffusion.distributed import accelerate_starts, check_agreed, check_known, keep_freed_memory, launcher, on_cpu
+from diffusion.distributed import accelerate_starts, check_known, keep_freed_memory, launcher, on_cpu
 from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, one_line
 from diffusion.images import save_grid
 from diffusion.randomness import seed_for
@@ -31,6 +29,8 @@ from diffusion.sampling import batches, generate
 from diffusion.sharding import shard_like, to_host
 from diffusion.signals import SamplingInterrupted, StopSignals
 from diffusion.training.build import build_step, learning_rate
+from diffusion.training.data import open_run_data
+from diffusion.training.held_out import held_out_loss
 from diffusion.training.meter import Meter
 from diffusion.training.resume import changes, continued_config
 from diffusion.training.run_folder import RunFolder, append_line, check_out
@@ -51,6 +51,7 @@ class Trainer:
 
     def __init__(self, config: Config, out: Path, warn: Callable[[str], None] = lambda message: None):
         self.config, self.out, self.warn = config, out, warn
+        self._scored: tuple[int, float | None] = -1, None
         with accelerate_starts():
             self.accelerator = accelerator = Accelerator(
                 mixed_precision=config.train.precision or "no",
@@ -106,7 +107,8 @@ class Trainer:
         if saved:
             self.config = continued_config(saved, self.config, self.out)
         config, accelerator, train = self.config, self.accelerator, self.config.train
-        self.dataset = self._open_data(saved)
+        self.data = open_run_data(config, saved, self.out, accelerator)
+        self.dataset, self.class_names = self.data.dataset, self.data.class_names
         self.process = config.diffusion.process()
         torch.manual_seed(seed_for(train.seed, "weights"))
         self.network = config.network(len(self.class_names))
@@ -126,36 +128,6 @@ class Trainer:
             notes += changes(saved, config, self.environment)
         if accelerator.is_main_process:
             self._warn_at_start(saved, notes)
-
-    def _open_data(self, saved: checkpoint.Checkpoint | None) -> DataSet:
-        """The data set, checked against the batch size, the other processes and the run to be continued."""
-        config, out = self.config, self.out
-        with self.accelerator.main_process_first():  # one process downloads, the others find it there
-            dataset = open_data(config.data)
-        if len(dataset) < config.train.batch_size:
-            raise UsageError(
-                f"the data hold {len(dataset)} images, fewer than train.batch_size {config.train.batch_size}: "
-                f"make it {len(dataset)} or less"
-            )
-        self.class_names = dataset.class_names if config.model.class_cond else ()
-        if saved and saved.class_names != self.class_names:
-            here, there = (", ".join(names) or "none" for names in (self.class_names, saved.class_names))
-            raise UsageError(f"the data's classes are {here}, and {there} in {out}")
-        self.fingerprint = dataset.fingerprint()
-        newest, settings = saved.path.name if saved else "none", json.dumps(dataclasses.asdict(config))
-        check_agreed(
-            ("the newest checkpoint is", newest, f"--out {out} must be a folder that all machines share"),
-            ("the data are", self.fingerprint, "they must be the same for all processes"),
-            ("the configuration is", settings, "give all processes the same command"),
-        )
-        if saved and saved.data not in (None, self.fingerprint) and not config.data.allow_change:
-            errors = dataset.left_out
-            unread = f"; {len(errors)} cannot be read, the first is {errors[0]}" if errors else ""
-            raise UsageError(
-                f"the data are not those that the run in {out} began with ({saved.data} then, {self.fingerprint} now"
-                f"{unread}): continue on these with --data.allow_change true, or begin another run with --out"
-            )
-        return dataset
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         saved.restore(self.parts)
@@ -223,7 +195,7 @@ class Trainer:
         metrics, not_written = None, None
         try:
             if saves or self.step % config.train.log_every == 0:
-                metrics = self._log(grad_norm, lr)
+                metrics = self._log(grad_norm, lr, saves)
         except NotWritten as error:  # the disk of the checkpoints may be another
             not_written = error
         on_step(self.step, metrics)
@@ -297,9 +269,23 @@ class Trainer:
         images = gather(to_uint8(torch.cat(generated)).to(accelerator.device))[: config.sample.n]
         self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
 
+    def score_held_out(self) -> float | None:
+        """The loss of the held-out images after this step, with the first moving average; None without any."""
+        if self.data.held_out is not None and self._scored[0] != self.step:
+            size = self._slices[0].stop - self._slices[0].start
+            self.network.eval()
+            with self.ema.in_place(self.config.train.averages[0]), set_stance("force_eager"):
+                loss = held_out_loss(
+                    self.config, self.network, self.process, self.data.held_out, self.accelerator, size
+                )
+            self.network.train()
+            self._scored = self.step, loss if math.isfinite(loss) else None
+        return self._scored[1]
+
     def save(self) -> None:
         """Write a checkpoint of the run."""
         config, main = self.config.checkpoint, self.accelerator.is_main_process
+        held_out = self.score_held_out()
         folder = checkpoint.checkpoint_folder(self.out, self.step)
 
         # What all processes have to gather, before the first one writes.
@@ -321,7 +307,8 @@ class Trainer:
                 weights=weights,
                 averages=averages,
                 training=states,
-                data=self.fingerprint,
+                data=self.data.fingerprint,
+                held_out_loss=held_out,
                 origin=self.origin,
                 environment=self.environment,
             )
@@ -367,11 +354,17 @@ class Trainer:
             more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
             self.warn(f"{len(errors)} {what}: {'; '.join(errors[:5])}{more}")
 
-    def _log(self, grad_norm: Tensor, lr: float) -> Metrics:
-        """Write a line of metrics. Raises UsageError if too many steps in a row were skipped."""
+    def _log(self, grad_norm: Tensor, lr: float, saves: bool) -> Metrics:
+        """Write a line of metrics, with the loss of held-out images if a checkpoint is due.
+
+        Raises UsageError if too many steps in a row were skipped.
+        """
         unreadable = gather_object(list(self.meter.unreadable)) if self.config.data.on_error == "skip" else []
         metrics: Metrics = {"step": self.step, **self.meter.compute(), "grad_norm": grad_norm.item(), "lr": lr}
         metrics["unreadable"] = len(unreadable)
+        if saves and self.data.held_out:
+            with self.meter.paused():
+                metrics["held_out_loss"] = self.score_held_out()
         if self.accelerator.is_main_process:
             self._warn_of("image files replaced by others, since they cannot be read", sorted(set(unreadable)))
             if metrics["skipped"]:

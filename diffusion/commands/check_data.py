@@ -1,0 +1,64 @@
+"""`diffusion check-data`: what a data set holds, and what the network would see of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusion.commands.command_line import parse_command_line
+from diffusion.commands.terminal import Parser, check_writable, non_empty_path, print_line, progress_bar
+from diffusion.data.base import DataSet, hold_out, load, open_data
+from diffusion.data.decode import to_uint8, to_x_start
+from diffusion.data.image_files import ImageFiles
+from diffusion.data.summary import check_images, describe_data, evenly
+from diffusion.errors import UsageError
+from diffusion.images import save_grid
+from diffusion.training.run_folder import check_writable_file
+
+ON_SHEET, NAMED = 100, 5
+
+
+def main() -> None:
+    parser = Parser(
+        allow_abbrev=False,
+        usage="%(prog)s [--sheet FILE.png] [--config FILE] [--out RUN] [--data.KEY VALUE ...]",
+        description="Read every image of a data set and tell what was found, before a run is begun. Takes the flags of "
+        "train.py, and trains nothing.",
+    )
+    parser.add_argument("--sheet", type=non_empty_path, default=Path("check-data.png"), metavar="FILE.png",
+                        help="what the network would see of 100 images (default: check-data.png)")  # fmt: skip
+    args, rest = parser.parse_known_args(sys.argv[1:])
+    config = parse_command_line(rest).config.resolved()
+    check_writable_file(args.sheet)
+    if args.sheet.suffix != ".png" or args.sheet.is_dir():
+        raise UsageError(f"--sheet is {args.sheet}; it must be a .png file")
+    check_writable(args.sheet.parent, f"--sheet {args.sheet}")
+    data = config.data
+    if isinstance(data, ImageFiles):  # what cannot be read is named, and ends nothing
+        dataset: DataSet = dataclasses.replace(data, on_error="fail").list_files()
+    else:
+        dataset = open_data(data)
+    with progress_bar(len(dataset), shown=True) as bar:
+        found = check_images(dataset, bar.update)
+    _print(found.errors, "cannot be read (train without them with --data.on_error skip)")
+    if not len(found.readable):
+        raise UsageError(f"none of the {len(dataset)} images can be read")
+    good = dataset.select(found.readable)
+    for line in describe_data(data, good, looked=len(good)):
+        print_line(line)
+    _, out = hold_out(good, data.held_out, config.train.seed)
+    if out is not None:
+        print_line(f"{len(out)} of them are held out")
+    _print(found.flat, "of a single value")
+    _print([" = ".join(group[:3]) for group in found.duplicates], "groups of images that are the same")
+    save_grid(to_uint8(to_x_start(load(good, evenly(len(good), ON_SHEET).tolist())[0])), args.sheet)
+    print_line(f"fingerprint {good.fingerprint()}; what the network would see: {args.sheet.resolve()}")
+
+
+def _print(names: Sequence[str], what: str) -> None:
+    """Name up to five, and count all."""
+    if names:
+        more = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        print_line(f"{len(names)} {what}: {'; '.join(names[:NAMED])}{more}")

@@ -1,0 +1,155 @@
+"""Where the files of a data set lie: a folder, or zip and tar archives, which are not unpacked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.errors import UsageError, one_line
+from diffusion.files import replace_bytes
+
+LEFT_BEHIND = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db"}
+"""Folders and files that systems leave behind. So are those whose names begin with a dot."""
+INDEX_FROM = 10_000
+"""Folders of fewer files are listed anew each time, which takes a moment."""
+SETTLED_NS = 2 * 10**9
+"""A folder that was changed more recently may change again within the same tick of the clock: it is not indexed."""
+MAX_MEMBER = 2**30
+"""Bytes of the largest file that is read from an archive."""
+
+
+class Container(Protocol):
+    """Files by number: their names, bytes (N,), as numpy holds a million of them in few bytes each, and sizes (N,)."""
+
+    names: NDArray[np.bytes_]
+    sizes: NDArray[np.int64]
+    where: str
+    """what stands before a name in messages"""
+
+    def open(self, i: int) -> BinaryIO:
+        """Open a file. Raises an exception of any type if it cannot be read."""
+
+
+def open_container(path: Path) -> Container:
+    """The container at `path`. Raises UsageError if there is none."""
+    shards = sorted(path.glob("*.tar"))
+    if path.is_dir() and not shards:
+        return Directory(path)
+    if not path.exists() or not (shards or path.suffix in (".zip", ".tar")):
+        raise UsageError(f"data.path {path} is {'not a folder, a .zip or a .tar' if path.exists() else 'not there'}")
+    return Archives(path, shards or [path])
+
+
+def sorted_by_name(names: Sequence[str], *columns: Sequence[int]) -> list[NDArray[Any]]:
+    """Names as bytes, and what belongs to each, sorted folder by folder."""
+    order = sorted(range(len(names)), key=lambda i: names[i].split("/"))
+    return [np.array([os.fsencode(names[i]) for i in order] or [b""][:0], dtype=np.bytes_),
+            *(np.array([column[i] for i in order], dtype=np.int64) for column in columns)]  # fmt: skip
+
+
+class Directory:
+    """A folder. Links are followed, each folder once.
+
+    The listing of a large one is kept in the user's cache, and made anew when the modification time of any folder in it
+    differs. A file that was changed in place is named when it is read.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.where = root, f"{root}/"
+        digest = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
+        index = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion", f"{digest}.npz")
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):  # missing, cut off, or a folder is gone
+            with np.load(index, allow_pickle=False) as arrays:
+                self.names, self.sizes, folders, stamps = (arrays[f"arr_{i}"] for i in range(4))
+            if all((root / os.fsdecode(name)).stat().st_mtime_ns == at
+                   for name, at in zip(folders.tolist(), stamps.tolist(), strict=True)):  # fmt: skip
+                return
+        found: dict[str, int] = {}
+        began = time.time_ns()
+        files = list(self._walk("", set(), found))
+        self.names, self.sizes = sorted_by_name([name for name, _ in files], [size for _, size in files])
+        if len(files) >= INDEX_FROM and max(found.values()) < began - SETTLED_NS:
+            buffer = BytesIO()
+            np.savez(buffer, self.names, self.sizes, *sorted_by_name(list(found), list(found.values())))
+            with contextlib.suppress(OSError):  # a home that cannot be written is no reason to stop
+                index.parent.mkdir(parents=True, exist_ok=True)
+                replace_bytes(index, buffer.getvalue())
+
+    def _walk(self, folder: str, visited: set[str], found: dict[str, int]) -> Iterator[tuple[str, int]]:
+        """The files under a folder and their sizes, -1 of what is no regular file; and the folders with their times."""
+        path = self.root / folder
+        if (real := os.path.realpath(path)) in visited:
+            return
+        visited.add(real)
+        try:
+            found[folder or "."] = path.stat().st_mtime_ns
+            entries = list(os.scandir(path))
+        except OSError as error:
+            raise UsageError(f"data.path {self.root}: {path} cannot be listed: {one_line(error)}") from None
+        for entry in entries:
+            if is_left_behind(entry.name):
+                continue
+            name, at = f"{folder}/{entry.name}".lstrip("/"), None
+            with contextlib.suppress(OSError):  # a broken link
+                at = entry.stat()
+            if at is not None and stat.S_ISDIR(at.st_mode):
+                yield from self._walk(name, visited, found)
+            else:
+                yield name, at.st_size if at is not None and stat.S_ISREG(at.st_mode) else -1
+
+    def open(self, i: int) -> BinaryIO:
+        path = self.root / os.fsdecode(self.names[i])
+        if not path.is_file():  # a pipe would block
+            raise ValueError("it is not a file" if path.exists() else "it is a broken link or gone")
+        if path.stat().st_size != self.sizes[i]:
+            raise ValueError("it has changed since the folder was listed: begin again")
+        return path.open("rb")
+
+
+class Archives:
+    """A zip archive, or tar archives, one after another."""
+
+    def __init__(self, path: Path, archives: Sequence[Path]):
+        self.path, self.archives, self.where = path, list(archives), f"{path}: "
+        self._opened: dict[tuple[int, int], Any] = {}
+        names, sizes, shards = [], [], []
+        for shard, archive in enumerate(self.archives):
+            try:
+                for name, info in self._system(shard).find("", detail=True).items():
+                    if name.startswith("/") or ".." in name.split("/") or info["size"] > MAX_MEMBER:
+                        raise ValueError(f"{name} leads out of it, or is longer than {MAX_MEMBER:,} bytes")
+                    if not is_left_behind(name):
+                        names.append(name)
+                        sizes.append(info["size"])
+                        shards.append(shard)
+            except Exception as error:  # fsspec, zipfile and tarfile have many types
+                raise UsageError(
+                    f"data.path {archive} cannot be read as a {archive.suffix[1:]} ({one_line(error)})"
+                ) from None
+        self.names, self.sizes, self._shards = sorted_by_name(names, sizes, shards)
+
+    def _system(self, shard: int) -> Any:
+        """An archive, opened once in each process: processes that share a file share its position."""
+        key, archive = (os.getpid(), shard), self.archives[shard]
+        if key not in self._opened:
+            self._opened[key] = fsspec.filesystem(archive.suffix[1:], fo=str(archive), skip_instance_cache=True)
+        return self._opened[key]
+
+    def open(self, i: int) -> BinaryIO:
+        return BytesIO(self._system(int(self._shards[i])).cat_file(os.fsdecode(self.names[i])))
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a file or folder is no data, by any part of its name."""
+    return any(part in LEFT_BEHIND or part.startswith(".") for part in name.split("/"))

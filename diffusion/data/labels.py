@@ -1,0 +1,91 @@
+"""The classes of image files: from folders, from names, or from a file that lists them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion.data.base import Labels
+from diffusion.errors import UsageError
+
+Classes = tuple[Labels, tuple[str, ...], str]
+"""A label for each file, the classes' names, and why there are none, if so."""
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
+
+
+def from_folders(names: Sequence[str], where: str) -> Classes:
+    """Classes are the first level of folders.
+
+    Folders around all others are passed over, and so is the only part of a data set (train). Several parts (train, val)
+    are refused: which of them is meant is not known. Raises UsageError.
+    """
+    paths = [name.split("/") for name in names]
+    level = 0
+    while True:
+        first = {path[level] if len(path) > level + 1 else "" for path in paths}
+        parts = all(name.lower() in SPLITS for name in first)
+        if parts and len(first) > 1:
+            raise UsageError(f"data.path {where} holds the parts {', '.join(sorted(first))} of a data set: name one, "
+                             f"--data.path {where}/{min(first)}, or use all with --data.labels none")  # fmt: skip
+        if len(first) > 1 or "" in first or not (parts or all(len(path) > level + 2 for path in paths)):
+            break
+        level += 1
+    if "" in first:
+        stray = next(name for name, path in zip(names, paths, strict=True) if len(path) == level + 1)
+        beside = f", beside the folder {min(first - {''})}" if len(first) > 1 else ""
+        return np.zeros(len(names), np.int64), (), f"{stray} lies in no class folder{beside}"
+    return _numbered([path[level] for path in paths])
+
+
+def from_prefix(names: Sequence[str], where: str) -> Classes:
+    """Classes are what stands before the first "_" of a file's name, as in the published code."""
+    bases = [name.rpartition("/")[2] for name in names]
+    bad = next((base for base in bases if "_" not in base), None)
+    if bad is not None:
+        raise UsageError(f"data.labels is prefix, and {bad} in data.path {where} has no _ after a class")
+    return _numbered([base.split("_")[0] for base in bases])
+
+
+def no_labels(names: Sequence[str], where: str) -> Classes:
+    return np.zeros(len(names), np.int64), (), "data.labels is none"
+
+
+LABELS: dict[str, Callable[[Sequence[str], str], Classes]] = {
+    "folders": from_folders, "prefix": from_prefix, "none": no_labels,
+}  # fmt: skip
+
+
+def from_file(names: Sequence[str], file: str, content: bytes) -> Classes:
+    """Labels listed in a file: `dataset.json` as NVIDIA's tools write it, or a CSV with the columns file_name, relative
+    to the data's root, and label. Raises UsageError if an image has no label, or a label no image."""
+    try:
+        if file.lower().endswith(".json"):
+            pairs = [(str(name), label) for name, label in json.loads(content)["labels"]]
+        else:
+            rows = csv.DictReader(content.decode("utf-8-sig").splitlines())
+            pairs = [
+                (row["file_name"], int(row["label"]) if row["label"].isdecimal() else row["label"]) for row in rows
+            ]
+        table = {name.removeprefix("./"): label for name, label in pairs}
+        if len(table) < len(pairs) or {type(label) for label in table.values()} not in ({int}, {str}):
+            raise ValueError("a file stands there twice, or labels are not all numbers or all words")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        raise UsageError(
+            f"data.labels {file} is not a list of files and labels ({type(error).__name__}: {error})"
+        ) from None
+    missing, gone = sorted(set(names) - table.keys()), sorted(table.keys() - set(names))
+    if missing or gone:
+        raise UsageError(f"data.labels {file} " + (f"has no label for {missing[0]}" if missing else
+                                                   f"has a label for {gone[0]}, which is no image there"))  # fmt: skip
+    return _numbered([table[name] for name in names])
+
+
+def _numbered(values: Sequence[Any]) -> Classes:
+    """Classes from names or numbers, sorted."""
+    classes = sorted(set(values))
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[value] for value in values], dtype=np.int64), tuple(map(str, classes)), ""

@@ -1,0 +1,74 @@
+"""Images, signals or volumes in a .npy or .npz file."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from diffusion.data.decode import Array
+from diffusion.data.image_files import FileDataset, ImageFiles, Sizes
+from diffusion.errors import UsageError, one_line
+from diffusion.fields import PathText, section
+
+IMAGES, LABELS = ("arr_0", "images", "x"), ("arr_1", "labels", "y")
+
+
+@section("data")
+class Arrays(ImageFiles):
+    """Arrays in one file."""
+
+    source: Literal["arrays"] = "arrays"
+    image_size: Sizes = None
+    path: PathText | None = None
+    """a .npy of (N, *sizes, C) or (N, C, *sizes), or an .npz with it as arr_0 or images, and labels (N,), if any, as
+    arr_1 or labels"""
+
+    def list_files(self, split: str = "train") -> FileDataset:
+        if self.path is None:
+            raise UsageError("data.source is arrays: name the file with --data.path FILE.npy or FILE.npz")
+        try:
+            with Path(self.path).open("rb") as file:  # an .npz cannot be mapped into memory
+                mode = None if file.read(2) == b"PK" else "r"
+            loaded: Any = np.load(self.path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
+            arrays = {"arr_0": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, ...
+            raise UsageError(f"data.path {self.path} cannot be read as arrays ({one_line(error)})") from None
+        images: Any = next((arrays[name] for name in IMAGES if name in arrays), np.zeros(0))
+        given = next((arrays[name] for name in LABELS if name in arrays), None)
+        if images.ndim < 2 or len(images) == 0:
+            there = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+            raise UsageError(f"data.path {self.path} holds {there}, and no images (N, *sizes, C) as {IMAGES[0]} or "
+                             f"{IMAGES[1]}")  # fmt: skip
+        labels = np.zeros(len(images), np.int64) if given is None else given
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise UsageError(f"the labels of data.path {self.path} are {labels.shape} {labels.dtype}; they must be "
+                             f"({len(images)},), whole numbers from 0")  # fmt: skip
+        if images.ndim > 2 and images.shape[1] == self.channels != images.shape[-1]:
+            images = np.moveaxis(images, 1, -1)
+        classes = () if given is None else tuple(map(str, range(int(labels.max()) + 1)))
+        ids = np.arange(len(images))
+        return FileDataset(Rows(images, self.path), ids, labels.astype(np.int64), classes, self.target)
+
+
+@dataclass
+class Rows:
+    """The rows of an array as files. Their checksums stand for their sizes."""
+
+    images: Array
+    path: str
+
+    def __post_init__(self) -> None:
+        self.names = np.array([b"%d.npy" % i for i in range(len(self.images))])
+        self.sizes = np.array([zlib.crc32(row.tobytes()) for row in self.images], dtype=np.int64)
+        self.where = f"{self.path}: row "
+
+    def open(self, i: int) -> BinaryIO:
+        file = BytesIO()
+        np.save(file, self.images[i])
+        file.seek(0)
+        return file
