@@ -111,6 +111,7 @@ def measure_files() -> None:
                     continue
                 os.link(shelf / "first.png", shelf / f"{made:07d}.png")
                 made += 1
+            time.sleep(3)  # a folder that has just changed is not indexed
             for _ in ("first", "again"):
                 command = [sys.executable, __file__, "one", "--folder", folder]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+from zipfile import BadZipFile
 
 import fsspec
 import numpy as np
@@ -43,12 +44,13 @@ class Container(Protocol):
 
 def open_container(path: Path) -> Container:
     """The container at `path`. Raises UsageError if there is none."""
-    shards = sorted(path.glob("*.tar"))
-    if path.is_dir() and not shards:
-        return Directory(path)
-    if not path.exists() or not (shards or path.suffix in (".zip", ".tar")):
+    if path.is_dir():
+        folder = Directory(path)
+        shards = [path / os.fsdecode(name) for name in folder.names.tolist() if name.endswith(b".tar")]
+        return Archives(path, shards) if shards else folder
+    if not path.exists() or path.suffix not in (".zip", ".tar"):
         raise UsageError(f"data.path {path} is {'not a folder, a .zip or a .tar' if path.exists() else 'not there'}")
-    return Archives(path, shards or [path])
+    return Archives(path, [path])
 
 
 def sorted_by_name(names: Sequence[str], *columns: Sequence[int]) -> list[NDArray[Any]]:
@@ -69,7 +71,9 @@ class Directory:
         self.root, self.where = root, f"{root}/"
         digest = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
         index = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion", f"{digest}.npz")
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):  # missing, cut off, or a folder is gone
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, EOFError, BadZipFile
+        ):  # missing, cut off, a folder gone
             with np.load(index, allow_pickle=False) as arrays:
                 self.names, self.sizes, folders, stamps = (arrays[f"arr_{i}"] for i in range(4))
             if all((root / os.fsdecode(name)).stat().st_mtime_ns == at

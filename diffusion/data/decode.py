@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +23,13 @@ MAX_PIXELS = 2**30 // 12
 not thread-safe.)"""
 Array = NDArray[Any]
 """uint8, or float32 in [-1, 1]."""
+TIFF_HEADS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = None  # `open_image` has the limit
+
+
+class NotIdentified(ValueError):
+    """A file is not of a format that PIL reads here."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +54,37 @@ def decode(file: BinaryIO, suffix: str, target: Target) -> Array:
 
     Raises an exception of any type if it cannot be read.
     """
-    if suffix == ".npy":
-        return fit(np.load(file, allow_pickle=False), target)
+    array = _as_array(file, suffix, target.max_pixels)
+    if array is not None:
+        return fit(array, target)
     with open_image(file, target.max_pixels) as image:
-        if image.format == "TIFF" and (more := _beyond_pil(image)):
-            return fit(_read_tiff(file, more), target)
         return preprocess(image, target)
 
 
 def native_sizes(file: BinaryIO, suffix: str, target: Target) -> tuple[int, ...]:
     """The sizes of the image in an open file before any preprocessing. Raises an exception of any type."""
+    array = _as_array(file, suffix, target.max_pixels)
+    if array is not None:
+        return sizes_of(array.shape, target.channels)
+    with open_image(file, target.max_pixels) as image:
+        return ImageOps.exif_transpose(image).size[::-1]
+
+
+def _as_array(file: BinaryIO, suffix: str, max_pixels: int) -> Array | None:
+    """The array in a file that is no image for PIL: a .npy, or a TIFF that holds more than PIL reads."""
     if suffix == ".npy":
-        shape = np.load(file, allow_pickle=False).shape
-    else:
-        with open_image(file, target.max_pixels) as image:
-            if image.format != "TIFF" or not (more := _beyond_pil(image)):
-                return ImageOps.exif_transpose(image).size[::-1]
-            shape = _read_tiff(file, more).shape
-    return sizes_of(shape, target.channels)
+        return np.load(file, allow_pickle=False)
+    head = file.read(4)
+    file.seek(0)
+    if head not in TIFF_HEADS:
+        return None
+    try:
+        with open_image(file, max_pixels) as image:
+            more = _beyond_pil(image)
+    except NotIdentified:
+        more = "an unusual kind"
+    file.seek(0)
+    return _read_tiff(file, more, max_pixels) if more else None
 
 
 def sizes_of(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
@@ -89,7 +108,7 @@ def open_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[Image.I
     try:
         opened = Image.open(file, formats=formats())
     except UnidentifiedImageError:  # its message would name the object, not the file
-        raise ValueError(f"cannot identify the format: it is no {', '.join(formats())}, or broken") from None
+        raise NotIdentified(f"cannot identify the format: it is no {', '.join(formats())}, or broken") from None
     with opened as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}")
@@ -126,15 +145,16 @@ def _beyond_pil(image: Image.Image) -> str:
     return f"{pages} pages" if pages > 1 else ""
 
 
-def _read_tiff(file: BinaryIO, more: str) -> Array:
+def _read_tiff(file: BinaryIO, more: str, max_pixels: int) -> Array:
     """The first series of a TIFF, channels last: (..., H, W) or (..., H, W, C)."""
     try:
         import tifffile
     except ImportError:
         raise ValueError(f"it is a TIFF of {more}, which PIL does not read: pip install tifffile") from None
-    file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         series = tiff.series[0]
+        if math.prod(series.shape) > 4 * max_pixels:
+            raise ValueError(f"it holds {series.shape} values, more than 4 times data.max_pixels {max_pixels}")
         array, axes = series.asarray(), series.axes
     return np.moveaxis(array, axes.index("S"), -1) if "S" in axes else array
 

@@ -1,0 +1,298 @@
+"""Runs on data of any kind: trained, resumed, sampled and checked by the same commands."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL, command
+from PIL import Image
+from test_scripts import script
+from test_sources import pixels, tarred, write, zipped
+from test_trainer import metrics, small
+
+import sample
+import train
+from diffusion import checkpoint
+from diffusion.commands import check_data
+from diffusion.config_file import load_config
+from diffusion.training import verify
+from diffusion.training.dry_run import advice
+from diffusion.training.trainer import Trainer
+
+MODEL = ["--model.class_cond", "false", "--model.channel_mult", "[1]", "--model.attention_resolutions", "[]"]
+
+
+def mixed(root, count=12):
+    """A folder of images of many kinds, in two classes: broken, grey, transparent, 16-bit, not square."""
+    for name in ("cat", "dog"):
+        for i in range(count):
+            write(root / name / f"{i}.jpg", pixels(10, 14, 3))
+        write(root / name / "grey.png", pixels(8, 8))
+        write(root / name / "transparent.png", pixels(8, 8, 4))
+        write(root / name / "deep.png", pixels(8, 8, dtype=np.uint16) // 16)
+        Image.fromarray(pixels(8, 8, 3)).save(root / name / "moving.gif", save_all=True,
+                                              append_images=[Image.fromarray(pixels(8, 8, 3))])  # fmt: skip
+    (root / "cat/broken.png").write_bytes(b"no")
+    (root / "dog/copy.jpg").write_bytes((root / "cat/0.jpg").read_bytes())
+    (root / "cat/notes.txt").write_text("hello")
+    write(root / "dog/black.png", np.zeros((8, 8, 3), np.uint8))
+    return root
+
+
+# --- every source resumes to the bit ----------------------------------------------------------------------------------
+
+
+def sources(tmp_path):
+    """A small data set of each kind, and how it is named on a command line."""
+    folder = tmp_path / "folder"
+    for i in range(24):
+        write(folder / "ab"[i % 2] / f"{i:02d}.png", pixels(8, 8, 3))
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.png"))]
+    np.savez(tmp_path / "arrays.npz", images=pixels(24, 8, 8, 3), labels=np.arange(24) % 2)
+    np.save(tmp_path / "signals.npy", np.random.default_rng(0).standard_normal((24, 16, 2)).clip(-4, 4))
+    zipped(folder, tmp_path / "a.zip")
+    tarred(folder, tmp_path / "a.tar", names)
+    of = "--data.source", "--data.path"
+    rgb = "--data.image_size", "8", "--data.channels", "3"
+    return {
+        "folder": [of[0], "folder", of[1], folder, *rgb, "--data.held_out", "0.2"],
+        "workers": [of[0], "folder", of[1], folder, *rgb, "--data.workers", "2", "--data.random_flip", "true"],
+        "zip": [of[0], "folder", of[1], tmp_path / "a.zip", *rgb, "--data.workers", "1"],
+        "tar": [of[0], "folder", of[1], tmp_path / "a.tar", *rgb],
+        "arrays": [of[0], "arrays", of[1], tmp_path / "arrays.npz", *rgb],
+        "signals": [of[0], "arrays", of[1], tmp_path / "signals.npy", "--data.channels", "2", "--data.range", "[-4, 4]",
+                    "--model.class_cond", "false"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "workers", "zip", "tar", "arrays", "signals"])
+def test_runs_on_every_source_resume_to_the_bit(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffusion.data.image_files.IN_MEMORY_BYTES", 0)
+    argv = [*SMALL, "--train.batch_size", "8", *sources(tmp_path)[kind]]
+    code, out, err = script(train, monkeypatch, capsys, "--verify_resume", *argv)
+    assert code == 0, err
+    assert f"{verify.STEPS} steps, interrupted and resumed, end with the same bits as without a break" in out
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", ["workers", "zip", "signals"])
+def test_two_processes_resume_to_the_bit(kind, tmp_path):
+    argv = ["--verify_resume", *SMALL, "--train.batch_size", "8", *sources(tmp_path)[kind]]
+    done = command("torchrun", "--nproc_per_node", "2", "train.py", *argv)
+    assert "end with the same bits as without a break" in done.stdout
+
+
+def test_a_table_resumes_to_the_bit(tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [Image.fromarray(pixels(8, 8)) for _ in range(24)], "label": [0, 1] * 12}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "table")
+    argv = [*SMALL, "--train.batch_size", "8", "--data.source", "huggingface", "--data.path", tmp_path / "table",
+            "--data.image_size", "8", "--data.channels", "1", "--data.workers", "1"]  # fmt: skip
+    code, out, err = script(train, monkeypatch, capsys, "--verify_resume", *argv)
+    assert code == 0, err
+    assert "end with the same bits" in out
+
+
+# --- any sizes and values: trained, sampled, written ------------------------------------------------------------------
+
+
+def trained_and_sampled(tmp_path, monkeypatch, capsys, *argv, form="--npz"):
+    """A run, and its samples as an array."""
+    out = tmp_path / "run"
+    code, said, err = script(train, monkeypatch, capsys, "--out", out, *SMALL, *MODEL, "--train.batch_size", "4", *argv)
+    assert code == 0, err
+    assert Image.open(out / "samples/step_00000003.png").size[0] > 1
+    samples = tmp_path / ("samples.npz" if form == "--npz" else "samples")
+    code, _, err = script(sample, monkeypatch, capsys, "--ckpt", out, "--n", 3, form, "--out", samples)
+    assert code == 0, err
+    return out, said, np.load(samples)["arr_0"] if form == "--npz" else sorted(samples.iterdir())
+
+
+def test_signals_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
+    values = np.random.default_rng(0).random((8, 32, 2)).astype(np.float32)
+    np.save(tmp_path / "a.npy", values)
+    argv = (
+        "--data.source",
+        "arrays",
+        "--data.path",
+        tmp_path / "a.npy",
+        "--data.channels",
+        2,
+        "--data.range",
+        "[0.0,1.0]",
+    )
+    out, said, samples = trained_and_sampled(tmp_path, monkeypatch, capsys, *argv)
+    assert (samples.shape, samples.dtype) == ((3, 32, 2), np.float32)
+    assert 0 <= samples.min() < samples.max() <= 1
+    assert load_config(out / "config.yaml").data.image_size == (32,)
+    assert "8 images as 2 x 32, values 0" in said
+    code, said, _ = script(train, monkeypatch, capsys, "--out", out, "--train.steps", 4)
+    assert code == 0
+    assert "continues after step 3" in said
+
+
+def test_volumes_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        write(tmp_path / f"data/{i}.npy", pixels(4, 8, 8))
+    argv = (
+        "--data.source",
+        "folder",
+        "--data.path",
+        tmp_path / "data",
+        "--data.image_size",
+        "null",
+        "--data.channels",
+        "1",
+    )
+    _, _, files = trained_and_sampled(tmp_path, monkeypatch, capsys, *argv, form="--images")
+    arrays = [np.load(path) for path in files if path.suffix == ".npy"]
+    assert [(array.shape, array.dtype) for array in arrays] == [((4, 8, 8, 1), np.uint8)] * 3
+
+
+def test_images_of_sixteen_bits_are_written_with_sixteen(tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        write(tmp_path / f"data/{i}.png", pixels(12, 16, dtype=np.uint16) // 16)
+    argv = ["--data.source", "folder", "--data.path", tmp_path / "data", "--data.image_size", "[12, 16]",
+            "--data.channels", "1", "--data.range", "[0, 4095]"]  # fmt: skip
+    _, said, files = trained_and_sampled(tmp_path, monkeypatch, capsys, *argv, form="--images")
+    images = [Image.open(path) for path in files if path.suffix == ".png"]
+    assert [(image.mode, image.size) for image in images] == [("I;16", (16, 12))] * 3
+    assert 255 < max(np.asarray(image).max() for image in images) <= 4095
+    assert "4 of 16 bits, all of which are used" in said
+    back = tmp_path / "back"
+    code, said, err = script(train, monkeypatch, capsys, "--out", back, *SMALL, *MODEL, *argv, "--train.batch_size", 3,
+                             "--data.path", tmp_path / "samples")  # fmt: skip
+    assert code == 0, err
+
+
+def test_sixteen_bits_seen_as_dark_are_told(tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        write(tmp_path / f"data/{i}.png", pixels(8, 8, dtype=np.uint16) // 16)
+    argv = ["--data.source", "folder", "--data.path", tmp_path / "data", "--data.image_size", 8, "--data.channels", "1"]
+    _, said, samples = trained_and_sampled(tmp_path, monkeypatch, capsys, *argv)
+    assert "those of 16 bits have values up to 4" in said
+    assert "declare what they really span with --data.range" in said
+    assert samples.dtype == np.uint8
+
+
+# --- held out ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_by_held_out_images_is_kept_and_named(tmp_path, monkeypatch, capsys):
+    config = small(train__steps=8, train__log_every=1, checkpoint__every=1, checkpoint__keep_last=1,
+                   data__held_out=0.02, train__optimizer="adamw", train__lr=0.02, train__ema_warmup=False,
+                   train__ema_rates=(0.0,))  # fmt: skip
+    trainer = Trainer(config, tmp_path / "run")
+    assert 20 < len(trainer.data.held_out) < 55
+    trainer.run()
+    losses = {line["step"]: line["held_out_loss"] for line in metrics(tmp_path / "run")}
+    best = min(losses, key=losses.get)
+    left = [checkpoint.step_of(path) for path in checkpoint.folders(tmp_path / "run")]
+    assert left == sorted({8, best}, reverse=True)
+    assert (tmp_path / "run/best").resolve().name == f"step_{best:08d}"
+    code, out, err = script(sample, monkeypatch, capsys, "--ckpt", tmp_path / "run/best", "--n", 2)
+    assert code == 0, err
+    assert str(tmp_path / "run/samples") in out
+
+
+def test_the_held_out_loss_is_that_of_the_average_and_does_not_disturb_training(tmp_path):
+    plain = Trainer(small(train__steps=2), tmp_path / "plain")
+    scored = Trainer(small(train__steps=2, data__held_out=0.02), tmp_path / "scored")
+    first = scored.score_held_out()
+    assert scored.score_held_out() == first
+    assert math.isfinite(first)
+    state = torch.random.get_rng_state()
+    scored._scored = -1, None
+    assert scored.score_held_out() == first
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert scored.network.training
+    plain.close()
+    scored.close()
+
+
+# --- check-data and dry runs ------------------------------------------------------------------------------------------
+
+
+def test_check_data_tells_what_was_found(tmp_path, monkeypatch, capsys):
+    root = mixed(tmp_path / "mixed")
+    sheet = tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["diffusion check-data"])
+    code, out, err = script(check_data, monkeypatch, capsys, "--sheet", sheet, "--data.source", "folder",
+                            "--data.path", root, "--data.image_size", "8", "--data.held_out", "0.2")  # fmt: skip
+    assert code == 0, err
+    for part in (
+        "1 cannot be read (train without them with --data.on_error skip)", "broken.png cannot be read as an image",
+        "JPEG RGB", "PNG I;16", "14x10", "2 of 16 bits, all of which are used", "may have transparent pixels",
+        "2 of several frames", "are of another shape than 8x8", "not read: 1 .txt", "2 classes: cat 16, dog 18",
+        "1 of a single value", "dog/black.png", "1 groups of images that are the same", "cat/0.jpg = ",
+        "of them are held out", "fingerprint ", str(sheet),
+    ):  # fmt: skip
+        assert part in out, (part, out)
+    assert Image.open(sheet).size[0] > 100
+    assert list(Path().glob("check-data.png")) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--sheet", "a.jpg"], "--sheet is a.jpg; it must be a .png file"),
+        (["--sheet", "/proc/a.png"], "--sheet /proc/a.png cannot be written"),
+        (["--data.source", "folder", "--data.path", "/nowhere"], "data.path /nowhere is not there"),
+        (["--data.sorce", "folder"], "did you mean data.source"),
+    ],
+)
+def test_check_data_refuses_in_one_line(argv, says, monkeypatch, capsys):
+    code, out, err = script(check_data, monkeypatch, capsys, *argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+def test_two_commands_lead_from_mixed_images_to_samples(tmp_path, monkeypatch, capsys):
+    root, out = mixed(tmp_path / "mixed"), tmp_path / "run"
+    argv = ["--config", "folder_small", "--data.path", root, "--out", out, *SMALL, *MODEL, "--train.batch_size", "8"]
+    code, said, err = script(train, monkeypatch, capsys, *argv)
+    assert code == 0, err
+    assert "broken.png cannot be read" in err
+    assert "not read: 1 .txt" in said
+    code, said, err = script(sample, monkeypatch, capsys, "--ckpt", out)
+    assert code == 0, err
+
+
+def test_a_dry_run_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    code, out, err = script(train, monkeypatch, capsys, "--dry-run", "--out", tmp_path / "run", *SMALL)
+    assert code == 0, err
+    for part in ("0.76 million parameters", "GFLOPs a step", "seconds a step", "GiB of memory on one cpu",
+                 "3 steps take", "a checkpoint takes"):  # fmt: skip
+        assert part in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_predicts_the_size_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    _, out, _ = script(train, monkeypatch, capsys, "--dry-run", *SMALL)
+    Trainer(small(train__steps=1), tmp_path / "run").run()
+    [folder] = checkpoint.folders(tmp_path / "run")
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    told = float(out.split("a checkpoint takes ")[1].split(" MiB")[0])
+    assert told == pytest.approx(size, abs=1, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train__optimizer": "adamw", "train__lr": 0.01}, "train.lr 0.01 is high for adamw"),
+        ({"train__optimizer": "adamw", "train__lr": 5e-4, "train__batch_size": 4}, "high for batches of 4"),
+        ({"train__ema_warmup": False, "train__ema_rates": (0.9999,)}, "remembers 10000 steps, and the run has 6"),
+        ({"train__steps": 1}, "the run ends before each image was seen once"),
+    ],
+)
+def test_advice_is_given_where_it_is_due(changes, says):
+    assert any(says in line for line in advice(small(**changes), 1000, 1797, 1.0))
+    usual = small(train__steps=750, train__ema_rates=(0.99,))
+    assert advice(usual, 760_000, 1797, 0.1) == []
+    assert "as many weights" in advice(usual, 10**9, 1797, 0.1)[0]
+    assert json.dumps(advice(usual, 1000, 1797, 0.1)) == "[]"
