@@ -1,7 +1,9 @@
 """Runs on data of any kind: trained, resumed, sampled and checked by the same commands."""
 
+import importlib
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 from helpers import SMALL, command
 from PIL import Image
-from test_scripts import script
+from test_scripts import commands_of, script
 from test_sources import pixels, tarred, write, zipped
 from test_trainer import metrics, small
 
+import evaluate
 import sample
 import train
 from diffusion import checkpoint
@@ -195,6 +198,12 @@ def test_the_best_checkpoint_by_held_out_images_is_kept_and_named(tmp_path, monk
     left = [checkpoint.step_of(path) for path in checkpoint.folders(tmp_path / "run")]
     assert left == sorted({8, best}, reverse=True)
     assert (tmp_path / "run/best").resolve().name == f"step_{best:08d}"
+    for split, count in (("held_out", len(trainer.data.held_out)), ("train", len(trainer.dataset))):
+        figures = tmp_path / f"{split}.json"
+        code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", tmp_path / "run", "--split", split, "--steps", 2,
+                              "--out", figures)  # fmt: skip
+        assert code == 0, err
+        assert json.loads(figures.read_text())["images"] == count
     code, out, err = script(sample, monkeypatch, capsys, "--ckpt", tmp_path / "run/best", "--n", 2)
     assert code == 0, err
     assert str(tmp_path / "run/samples") in out
@@ -213,6 +222,32 @@ def test_the_held_out_loss_is_that_of_the_average_and_does_not_disturb_training(
     assert scored.network.training
     plain.close()
     scored.close()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.whole
+def test_the_commands_of_the_page_on_data_work(tmp_path, monkeypatch, capsys):
+    mixed(tmp_path / "images", 30)
+    for name in ("cat/broken.png", "cat/notes.txt"):
+        (tmp_path / "images" / name).unlink()
+    zipped(tmp_path / "images", tmp_path / "images.zip")
+    for i in range(32):
+        write(tmp_path / f"scans/{i}.png", pixels(32, 32, dtype=np.uint16) // 16)
+    np.save(tmp_path / "signals.npy", np.random.default_rng(0).standard_normal((32, 64, 2)).clip(-4, 4))
+    short = ["--train.steps", "2", "--train.batch_size", "8", "--sample.n", "2", "--sample.steps", "2"]
+    lines = commands_of("docs/data.md")
+    assert len(lines) == 11
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        program, name, *argv = shlex.split(line.split("  #")[0])
+        name, argv = (name, argv) if program == "diffusion" else (Path(name).stem, argv)
+        module = importlib.import_module(f"diffusion.commands.{name.replace('-', '_')}")
+        if name == "evaluate":
+            argv = [*argv[:-1], 2]
+        code, _, err = script(module, monkeypatch, capsys, *argv, *(short if name == "train" else []))
+        assert code == 0, (line, err)
 
 
 # --- check-data and dry runs ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from diffusion.commands.terminal import (
     progress_bar,
 )  # fmt: skip
 from diffusion.config import shared_fields
-from diffusion.data.base import DataConfig, open_data
+from diffusion.data.base import DataConfig, hold_out, open_data
 from diffusion.data.sources import SOURCES
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu
 from diffusion.errors import UsageError, prefixed
@@ -37,7 +37,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--metric", choices=METRICS, default="bits_per_dim", help="what to compute (default: bits_per_dim)")
     add("--data.source", dest="source", choices=SOURCES, help="which data set (default: the run's)")
     add("--data.path", dest="path", help="where the data lie (default: where the run had them)")
-    add("--split", choices=["train", "test"], default="train", help="of mnist and cifar10 (default: train)")
+    add("--split", choices=["train", "test", "held_out"], default="train",
+        help="images: what a run trains on, the test part of a data set that has one, or what the run held out by "
+        "data.held_out (default: train)")  # fmt: skip
     add("--n", type=int, help="how many images of the data, or generated ones (default: as many as the data have)")
     add("--steps", default="", help="steps: a count, or sections like 10,15,20 (default: all; to sample, the grids')")
     add("--ema", help="a moving average's rate, or none for the weights in training (default: the run's first)")
@@ -62,7 +64,9 @@ def choose_data(trained: DataConfig, source: str | None, path: str | None, split
                 f"--data.path is {path}, but data.source is {data.source}, which has no path: add --data.source"
             )
         data = dataclasses.replace(data, path=path)  # type: ignore[call-arg]
-    if split not in data.splits:
+    if split == "held_out" and not data.held_out:
+        raise UsageError("--split is held_out, and the run held nothing out: data.held_out is 0")
+    if split not in (*data.splits, "held_out"):
         raise UsageError(f"--split is {split}, but {data.source} has no such part: use another folder with --data.path")
     if data.on_error != "fail":  # each image is scored once, so none may replace another
         data = dataclasses.replace(data, on_error="fail")  # type: ignore[call-arg]
@@ -96,7 +100,10 @@ def main() -> None:
         saved.config.diffusion.process(args.steps)
     if args.out is not None:
         check_out(args.out)
-    dataset = open_data(data, args.split)
+    dataset = open_data(data, "test" if args.split == "test" else "train")
+    if args.split != "test":
+        trained, held_out = hold_out(dataset, data.held_out, saved.config.train.seed)
+        dataset = held_out if args.split == "held_out" and held_out else trained
     if saved.class_names and not saved.fits_classes(dataset.class_names):
         given = ", ".join(dataset.class_names) or "none"
         raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
