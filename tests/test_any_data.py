@@ -230,7 +230,7 @@ def test_the_held_out_loss_is_that_of_the_average_and_does_not_disturb_training(
 @pytest.mark.whole
 def test_the_commands_of_the_page_on_data_work(tmp_path, monkeypatch, capsys):
     mixed(tmp_path / "images", 30)
-    for name in ("cat/broken.png", "cat/notes.txt"):
+    for name in ("cat/broken.png", "cat/notes.txt", "cat/deep.png", "dog/deep.png"):
         (tmp_path / "images" / name).unlink()
     zipped(tmp_path / "images", tmp_path / "images.zip")
     for i in range(32):

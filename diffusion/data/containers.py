@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -28,6 +29,8 @@ SETTLED_NS = 2 * 10**9
 """A folder that was changed more recently may change again within the same tick of the clock: it is not indexed."""
 MAX_MEMBER = 2**30
 """Bytes of the largest file that is read from an archive."""
+ARCHIVES = threading.Lock()
+"""Held while an archive is read: threads share its position."""
 
 
 class Container(Protocol):
@@ -46,7 +49,7 @@ def open_container(path: Path) -> Container:
     """The container at `path`. Raises UsageError if there is none."""
     if path.is_dir():
         folder = Directory(path)
-        shards = [path / os.fsdecode(name) for name in folder.names.tolist() if name.endswith(b".tar")]
+        shards = [path / os.fsdecode(name) for name in folder.names[:10_000].tolist() if name.endswith(b".tar")]
         return Archives(path, shards) if shards else folder
     if not path.exists() or path.suffix not in (".zip", ".tar"):
         raise UsageError(f"data.path {path} is {'not a folder, a .zip or a .tar' if path.exists() else 'not there'}")
@@ -151,7 +154,8 @@ class Archives:
         return self._opened[key]
 
     def open(self, i: int) -> BinaryIO:
-        return BytesIO(self._system(int(self._shards[i])).cat_file(os.fsdecode(self.names[i])))
+        with ARCHIVES:
+            return BytesIO(self._system(int(self._shards[i])).cat_file(os.fsdecode(self.names[i])))
 
 
 def is_left_behind(name: str) -> bool:

@@ -23,22 +23,23 @@ def from_folders(names: Sequence[str], where: str) -> Classes:
     Folders around all others are passed over, and so is the only part of a data set (train). Several parts (train, val)
     are refused: which of them is meant is not known. Raises UsageError.
     """
-    paths = [name.split("/") for name in names]
+    folders = [name.rpartition("/")[0] for name in names]
+    paths = {folder: folder.split("/") if folder else [] for folder in dict.fromkeys(folders)}
     level = 0
     while True:
-        first = {path[level] if len(path) > level + 1 else "" for path in paths}
+        first = {path[level] if len(path) > level else "" for path in paths.values()}
         parts = all(name.lower() in SPLITS for name in first)
         if parts and len(first) > 1:
             raise UsageError(f"data.path {where} holds the parts {', '.join(sorted(first))} of a data set: name one, "
                              f"--data.path {where}/{min(first)}, or use all with --data.labels none")  # fmt: skip
-        if len(first) > 1 or "" in first or not (parts or all(len(path) > level + 2 for path in paths)):
+        if len(first) > 1 or "" in first or not (parts or all(len(path) > level + 1 for path in paths.values())):
             break
         level += 1
     if "" in first:
-        stray = next(name for name, path in zip(names, paths, strict=True) if len(path) == level + 1)
+        stray = next(name for name, folder in zip(names, folders, strict=True) if len(paths[folder]) == level)
         beside = f", beside the folder {min(first - {''})}" if len(first) > 1 else ""
         return np.zeros(len(names), np.int64), (), f"{stray} lies in no class folder{beside}"
-    return _numbered([path[level] for path in paths])
+    return _numbered([paths[folder][level] for folder in folders])
 
 
 def from_prefix(names: Sequence[str], where: str) -> Classes:
