@@ -87,35 +87,29 @@ class Checkpoint:
         the run's first average, or "length0.07" for one that is reconstructed from those in the run's checkpoints.
 
         Raises UsageError if the run does not have it."""
-        if not self._is_stored(wanted):
-            return self._reconstructed(float((wanted or "").removeprefix("length")))
-        return self._tensors(self.chosen_file(wanted))
+        chosen = self.chosen(wanted)
+        return self._reconstructed(chosen) if isinstance(chosen, float) else self._tensors(chosen)
 
     def fingerprint(self, wanted: str | None = None) -> str:
         """What distinguishes the weights that `--ema` selects from others."""
-        if not self._is_stored(wanted):
-            return f"{wanted} of {self.sums[self.chosen_file(f'length{self.config.train.ema_lengths[0]}')]}"
-        return self.sums[self.chosen_file(wanted)]
+        chosen = self.chosen(wanted)
+        if isinstance(chosen, float):
+            return f"length{chosen} of {self.sums[f'ema_length{self.config.train.ema_lengths[0]}.safetensors']}"
+        return self.sums[chosen]
 
-    def _is_stored(self, wanted: str | None) -> bool:
-        """Whether `--ema` selects weights in a file. Raises UsageError if the run does not have them."""
-        names = [str(key) for key in self.config.train.averages]
-        if wanted in (None, "none", *names):
-            return True
-        lengths = self.config.train.ema_lengths
-        length = re.fullmatch(r"length(0?\.\d+)", wanted or "")
-        if self.step and lengths and length and 0 < float(length[1]) <= LONGEST:
-            return float(length[1]) in lengths
+    def chosen(self, wanted: str | None = None) -> str | float:
+        """The file of the weights that `--ema` selects, or the length of an average that is in none. Raises UsageError
+        if the run does not have it."""
+        names, lengths = [str(key) for key in self.config.train.averages], self.config.train.ema_lengths
+        if wanted == "none" or (self.step == 0 and wanted in (None, *names)):
+            return "model.safetensors"
+        if wanted is None or wanted in names:
+            return f"ema_{wanted or names[0]}.safetensors"
+        length = re.fullmatch(r"length(0?\.\d+)", wanted)
+        if self.step and lengths and length and 0 < float(length[1]) <= LONGEST:  # 0.10 is 0.1
+            return f"ema_length{float(length[1])}.safetensors" if float(length[1]) in lengths else float(length[1])
         others = f", a length from length0.01 to length{LONGEST}" if self.step and lengths else ""
         raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(names)}{others}, or none")
-
-    def chosen_file(self, wanted: str | None = None) -> str:
-        """The file that `--ema` selects, of those that are stored."""
-        if wanted == "none" or self.step == 0:
-            return "model.safetensors"
-        if wanted and wanted.startswith("length"):
-            wanted = f"length{float(wanted.removeprefix('length'))}"  # 0.10 is 0.1
-        return f"ema_{self.config.train.averages[0] if wanted is None else wanted}.safetensors"
 
     def _reconstructed(self, length: float) -> dict[str, Tensor]:
         """The power-function average of a length, from all that the run has stored up to this checkpoint."""

@@ -99,5 +99,5 @@ def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], 
 
 def origin_of(saved: Checkpoint) -> dict[str, object]:
     """The record of the weights that a run was initialised with."""
-    name = saved.chosen_file()
+    name = str(saved.chosen())
     return {"path": str(saved.path.resolve()), "step": saved.step, "file": name, "sha256": saved.sums[name]}
