@@ -61,6 +61,11 @@ def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode())
 
 
+def cache_folder() -> Path:
+    """The folder of what can be made again, in the user's cache. It may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion")
+
+
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _held: set[int] = set()
 """Open locks. Child processes must not inherit them, since they may outlive their parent."""

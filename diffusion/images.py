@@ -66,11 +66,11 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def save_grid(images: Tensor, path: Path, num_classes: int = 0) -> None:
+def save_grid(images: Tensor, path: Path, num_classes: int = 0, columns: int | None = None) -> None:
     """Write a grid of images, whose classes are taken in turn, as PNG, atomically."""
     path.parent.mkdir(exist_ok=True)
     buffer = BytesIO()
-    grid(images, grid_columns(len(images), num_classes)).save(buffer, format="PNG")
+    grid(images, columns or grid_columns(len(images), num_classes)).save(buffer, format="PNG")
     replace_bytes(path, buffer.getvalue())
 
 

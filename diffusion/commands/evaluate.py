@@ -8,7 +8,9 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from diffusion.checkpoint import Checkpoint, folders
 from diffusion.commands.terminal import (
     Parser,
     advance,
@@ -23,18 +25,29 @@ from diffusion.config import shared_fields
 from diffusion.data.base import DataConfig, hold_out, open_data
 from diffusion.data.sources import SOURCES
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu
-from diffusion.errors import UsageError, prefixed
+from diffusion.errors import UsageError, one_line, one_of, prefixed
 from diffusion.files import check_no_dangling_link, replace_text
-from diffusion.metrics import METRICS, Subject
+from diffusion.images import save_grid
+from diffusion.metrics import METRICS, Score, Subject
+from diffusion.metrics.base import Reference
+from diffusion.metrics.features import FEATURES
 from diffusion.samplers import Progress
-from diffusion.training.run_folder import check_writable_file
+from diffusion.training.run_folder import check_writable_file, locate
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(allow_abbrev=False, description="Score a trained model.")
     add = parser.add_argument
     add("--ckpt", type=non_empty_path, required=True, help="a run's folder (its newest checkpoint), or a checkpoint's")
-    add("--metric", choices=METRICS, default="bits_per_dim", help="what to compute (default: bits_per_dim)")
+    add("--metric", type=metrics, default=["bits_per_dim"], metavar="METRIC,...",
+        help=f"what to compute, one or more of {', '.join(METRICS)} (default: bits_per_dim)")  # fmt: skip
+    add("--features", choices=FEATURES, help="network in whose features samples are compared (default: classifier, a "
+        "small one that is trained on the data, or pixels where there are no classes; inception: FID)")  # fmt: skip
+    add("--features_weights", type=non_empty_path, help="file of Inception's weights (default: downloaded)")
+    add("--every", action="store_true", help="score every checkpoint and average of the run, and say which is best")
+    add("--against", type=non_empty_path, help="compare with the figures in this JSON file; refused if they were made "
+        "with other settings")  # fmt: skip
+    add("--sheet", type=non_empty_path, help="where nearest writes its sheet (default: RUN/samples/nearest_....png)")
     add("--data.source", dest="source", choices=SOURCES, help="which data set (default: the run's)")
     add("--data.path", dest="path", help="where the data lie (default: where the run had them)")
     add("--split", choices=["train", "test", "held_out"], default="train",
@@ -47,6 +60,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=64, help="images scored at once (default: 64)")
     add("--out", type=non_empty_path, help="write the figures to this JSON file too")
     return parser.parse_args(argv)
+
+
+def metrics(text: str) -> list[str]:
+    """An argparse type: names of metrics."""
+    for name in (names := text.split(",")):
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(f"it is {name!r}; it must be {one_of(name, METRICS)}")
+    return list(dict.fromkeys(names))
 
 
 def choose_data(trained: DataConfig, source: str | None, path: str | None, split: str) -> DataConfig:
@@ -82,7 +103,7 @@ def check_out(out: Path) -> None:
     if out.is_file():
         try:
             found = json.loads(out.read_bytes())
-            ours = isinstance(found, dict) and found.get("metric") in METRICS
+            ours = isinstance(found, dict) and set(str(found.get("metric")).split(",")) <= METRICS.keys()
         except (ValueError, TypeError, RecursionError):
             ours = False
         if not ours:
@@ -94,7 +115,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
     check_counts(args)
-    saved, weights = open_run(args.ckpt, args.ema)
+    saved, _ = open_run(args.ckpt, args.ema)
     data = choose_data(saved.config.data, args.source, args.path, args.split)
     with prefixed("--steps: "):
         saved.config.diffusion.process(args.steps)
@@ -111,26 +132,84 @@ def main() -> None:
 
     with accelerate_starts():
         state = PartialState(cpu=on_cpu())
-    network = saved.network(weights).eval().to(state.device)
-    subject = Subject(saved, network, dataset, state, args.n, args.steps, args.seed, args.batch_size)
+    reference = Reference(dataset, state.device, args.features or ("classifier" if dataset.class_names else "pixels"),
+                          args.features_weights)  # fmt: skip
+    scores: dict[str, dict[str, Score]] = {}
     with progress_bar(0, state.is_main_process) as bar:
 
         def wrap(total: int) -> Progress:
             bar.reset(total)
             return partial(advance, bar)
 
-        subject.bar = wrap
-        score = METRICS[args.metric](subject)
-    if not state.is_main_process:
-        return
+        for path, ema in targets(args, saved):
+            saved, weights = open_run(path, ema)
+            network = saved.network(weights).eval().to(state.device)
+            subject = Subject(saved, network, dataset, state, reference, args.n, args.steps, args.seed, args.batch_size,
+                              wrap)  # fmt: skip
+            where = f"{saved.path.name}, {ema or saved.config.train.averages[0]}"
+            scores[where] = {name: METRICS[name](subject) for name in args.metric}
+            sheet = next((score for score in scores[where].values() if score.sheet is not None), None)
+            if state.is_main_process and sheet is not None and sheet.sheet is not None:
+                out = args.sheet or (locate(saved.path).run or Path()) / "samples" / f"nearest_{saved.path.name}.png"
+                save_grid(sheet.sheet, out, columns=sheet.columns)
+                print_line(f"samples, nearest by pixels, and by features: {out.resolve()}")
+    if state.is_main_process:
+        report(args, subject, scores)
+
+
+def targets(args: argparse.Namespace, saved: Checkpoint) -> list[tuple[Path, str | None]]:
+    """The checkpoints, and averages of each, to score."""
+    if not args.every:
+        return [(args.ckpt, args.ema)]
+    found = folders(args.ckpt)
+    if not found:
+        raise UsageError(f"--every is set, and --ckpt {args.ckpt} is no run that has saved a checkpoint")
+    return [(path, ema) for path in reversed(found) for ema in [*map(str, saved.config.train.averages), "none"]]
+
+
+def report(args: argparse.Namespace, subject: Subject, scores: dict[str, dict[str, Score]]) -> None:
+    """Write the figures, and print them."""
+    settings = subject.settings() if set(args.metric) - {"bits_per_dim"} else {}
+    rows = [{"checkpoint": where.split(", ")[0], "ema": where.split(", ")[1]}
+            | {name: value for score in found.values() for name, value in score.figures.items()}
+            for where, found in scores.items()]  # fmt: skip
+    figures: dict[str, Any] = {"metric": ",".join(args.metric), "settings": settings}
+    figures |= {"every": rows} if args.every else rows[0]
     failed = None
     if args.out:  # before anything that a closed terminal could end
         try:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(args.out, json.dumps({"metric": args.metric} | score.figures, allow_nan=False))
+            replace_text(args.out, json.dumps(figures, allow_nan=False))
         except OSError as error:
             failed = UsageError(f"--out {args.out} cannot be written: {error.strerror}")
-    for line in score.lines:
-        print_line(line)
+    for where, found in scores.items():
+        for score in found.values():
+            for line in score.lines if not args.every else score.lines[:1]:
+                print_line(f"{where}: {line}" if args.every else line)
+    for name in args.metric if args.every else ():
+        score = next(iter(scores.values()))[name]
+        values = {where: found[name].figures[score.best] for where, found in scores.items() if score.best}
+        best = (max if score.higher else min)(values, key=lambda where: values[where])
+        print_line(f"best by {score.best}: {best} ({values[best]:.4f})")
+    if args.against:
+        compare(args.against, figures)
     if failed:
         raise failed
+
+
+def compare(path: Path, mine: dict[str, Any]) -> None:
+    """Print the difference to other figures. Raises UsageError if they were made with other settings."""
+    try:
+        theirs = json.loads(path.read_bytes())
+        fixed = {key: theirs[key] for key in mine.keys() & theirs.keys() if isinstance(mine[key], int | dict)}
+        numbers = [key for key in mine.keys() & theirs.keys() if isinstance(mine[key], float)]
+        there = theirs["settings"] | fixed
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"--against {path} holds no figures of this command ({one_line(error)})") from None
+    here = mine["settings"] | {key: mine[key] for key in fixed}
+    differ = [f"{key} {there.get(key)} there, {value} here" for key, value in here.items()
+              if key != "settings" and there.get(key) != value]  # fmt: skip
+    if differ or not numbers:
+        raise UsageError(f"--against {path} cannot be compared: {'; '.join(differ) or 'it has other metrics'}")
+    for key in sorted(numbers):
+        print_line(f"{key}: {mine[key]:.4f}, {mine[key] - theirs[key]:+.4f} against {path}")

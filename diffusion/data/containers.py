@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UsageError, one_line
-from diffusion.files import replace_bytes
+from diffusion.files import cache_folder, replace_bytes
 
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db"}
 """Folders and files that systems leave behind. So are those whose names begin with a dot."""
@@ -73,7 +73,7 @@ class Directory:
     def __init__(self, root: Path):
         self.root, self.where = root, f"{root}/"
         digest = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
-        index = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion", f"{digest}.npz")
+        index = cache_folder() / f"{digest}.npz"
         with contextlib.suppress(
             OSError, ValueError, KeyError, EOFError, BadZipFile
         ):  # missing, cut off, a folder gone

@@ -57,7 +57,7 @@ def bits_per_dim(subject: Subject) -> Score:
         "steps": process.num_timesteps,
     }
     quarters = (sum(terms[q * len(vb) // 4 : (q + 1) * len(vb) // 4]) for q in range(4))
-    return Score(figures, [
+    return Score(figures, best="bits_per_dim", lines=[
         f"{bound / count:.4f} +- {error:.4f} bits per dimension: {int(count)} images, {process.num_timesteps} steps, "
         f"{saved.path}",
         f"prior {prior / count:.6f}; terms by quarter of t: {', '.join(f'{q:.4f}' for q in quarters)}",
