@@ -157,6 +157,8 @@ class TrainConfig:
     """seed of all randomness"""
     log_every: Positive = 50
     """steps between lines of metrics.jsonl"""
+    log_with: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """trackers that metrics and grids are also sent to: tensorboard, wandb, ... (all that accelerate knows)"""
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.gradient_accumulation or 1):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.commands.command_line import parse_command_line
+from diffusion.commands.report import write_report
 from diffusion.commands.terminal import print_line, progress_bar
 from diffusion.config import Config
 from diffusion.data.summary import describe_data
@@ -100,4 +101,9 @@ def main() -> None:
         trainer.run(on_step)
     if main_process:
         print_line(f"run {out.resolve()} is done: {config.train.steps} steps")
+        try:
+            write_report([out], out / "report.html")
+            print_line(f"report: {(out / 'report.html').resolve()}")
+        except UsageError as error:  # it can be written later, and the run is done
+            print_line(f"{Path(sys.argv[0]).name}: no report: {error}", error=True)
         print_line(f"images: {trainer.last_grid.resolve()}")

@@ -16,7 +16,7 @@ RESUMABLE = {
     "data": {"path", "workers", "allow_change", "on_error"},
     "model": {"use_checkpoint"},
     "train": {"steps", "gradient_accumulation", "lr", "lr_schedule", "scalar_lr_factor", "warmup_steps", "weight_decay",
-              "grad_clip", "precision", "compile", "ema_warmup", "log_every", "max_skipped"},
+              "grad_clip", "precision", "compile", "ema_warmup", "log_every", "log_with", "max_skipped"},
     "sample": {"every", "n", "sampler", "options", "steps", "guidance"},
     "checkpoint": {"every", "keep_last", "keep_every", "on_error"},
 }  # fmt: skip

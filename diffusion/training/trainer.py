@@ -35,6 +35,7 @@ from diffusion.training.meter import Meter
 from diffusion.training.resume import changes, continued_config
 from diffusion.training.run_folder import RunFolder, append_line, check_out
 from diffusion.training.step import micro_batch_slices
+from diffusion.training.trackers import Trackers, check_trackers
 from diffusion.training.transfer import start_from
 
 WAIT_SECONDS = 20
@@ -72,6 +73,7 @@ class Trainer:
                                           accumulation)  # fmt: skip
         if train.precision == "fp16" and accelerator.device.type == "cpu":
             raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
+        check_trackers(train.log_with)
         check_out(out)
         with ExitStack() as on_error:
             # Locked before a checkpoint is chosen: another process may be saving one.
@@ -90,6 +92,7 @@ class Trainer:
                         "again, and the metrics of before are in metrics_superseded.jsonl"
                     )
             accelerator.wait_for_everyone()
+            self._trackers = Trackers(accelerator, self.config, out, warn)
             on_error.pop_all()
 
     @property
@@ -240,6 +243,8 @@ class Trainer:
 
     def close(self) -> None:
         """Release the run's folder."""
+        if hasattr(self, "_trackers"):
+            self._trackers.close()
         if self._folder is not None:
             self._folder.close()
 
@@ -268,6 +273,7 @@ class Trainer:
         self.network.train()
         images = gather(to_uint8(torch.cat(generated)).to(accelerator.device))[: config.sample.n]
         self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
+        self._trackers.log_grid(self.last_grid, self.step)
 
     def score_held_out(self) -> float | None:
         """The loss of the held-out images after this step, with the first moving average; None without any."""
@@ -380,6 +386,7 @@ class Trainer:
             )
         metrics = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
         self._write(lambda: append_line(self.out / "metrics.jsonl", metrics), self.out / "metrics.jsonl")
+        self._trackers.log(metrics, self.step)
         return metrics
 
     def _describe(self, step: int) -> str:

@@ -1,0 +1,38 @@
+"""`diffusion report`: a run, or several, as one HTML page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from diffusion.commands.terminal import Parser, check_writable, non_empty_path, print_line
+from diffusion.errors import UsageError
+from diffusion.files import replace_text
+from diffusion.report import report
+from diffusion.training.run_folder import locate
+
+
+def write_report(runs: list[Path], out: Path) -> None:
+    """Write the page of runs. Raises UsageError if one has no metrics, or it cannot be written."""
+    try:
+        replace_text(out, report(runs))
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
+
+
+def main() -> None:
+    parser = Parser(allow_abbrev=False, description="Write one HTML page of a run, or of several to compare them.")
+    parser.add_argument("runs", nargs="+", type=non_empty_path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=non_empty_path, metavar="FILE.html",
+                        help="the page (default: report.html in the run's folder; of several runs, here)")  # fmt: skip
+    args = parser.parse_args(sys.argv[1:])
+    for run in args.runs:
+        if not run.is_dir():
+            raise UsageError(f"{run} is {'no folder' if run.exists() else 'not there'}: name a run's folder")
+    out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
+    if out.suffix != ".html" or out.is_dir() or locate(out).checkpoint is not None:
+        raise UsageError(f"--out is {out}; it must be a .html file outside of checkpoints")
+    check_writable(out.parent, f"--out {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_report(args.runs, out)
+    print_line(f"report: {out.resolve()}")

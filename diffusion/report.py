@@ -1,0 +1,165 @@
+"""A run, or several, as one HTML page that needs no network: curves, grids, configuration, environment, commands."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffusion import checkpoint
+from diffusion.config_file import load_config
+from diffusion.errors import UsageError, one_line
+
+POINTS, GRIDS, GRID_PIXELS = 1500, 24, 640
+"""How many points a curve has at the most, how many grids are shown, and how wide they are."""
+GRID_BYTES = 2_000_000
+PLOTS = {
+    "loss": (["loss", "held_out_loss"], True), "loss by quarter of t": ([f"loss_q{q}" for q in range(1, 5)], True),
+    "norm of the gradient": (["grad_norm"], True), "learning rate": (["lr"], False),
+    "images per second": (["images_per_second"], False), "skipped steps": (["skipped"], False),
+}  # fmt: skip
+"""Title, columns of metrics.jsonl, and whether the axis is logarithmic."""
+
+
+def report(runs: Sequence[Path]) -> str:
+    """The page of one run, or of several to be compared. Raises UsageError if one has no metrics."""
+    lines = {run: read_metrics(run) for run in runs}
+    names = _names(runs)
+    plots = []
+    for title, (columns, log) in PLOTS.items():
+        traces = [_trace(lines[run], column, name if len(runs) > 1 and len(columns) == 1 else
+                         f"{name} {column}".strip() if len(runs) > 1 else column)
+                  for run, name in zip(runs, names, strict=True) for column in columns]  # fmt: skip
+        traces = [trace for trace in traces if trace["x"] and (title != "skipped steps" or any(trace["y"]))]
+        if traces:
+            plots.append({"title": title, "traces": traces, "log": log})
+    budget = GRID_BYTES // len(runs)
+    grids = [{"name": name, "images": found} for run, name in zip(runs, names, strict=True)
+             if (found := read_grids(run, budget))]  # fmt: skip
+    sections = "".join(_section(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True))
+    title = ", ".join(names)
+    last = [found[-1] for found in lines.values()]
+    tiles = _tiles(last[0]) if len(runs) == 1 else ""
+    page = (files("diffusion") / "report.html").read_text(encoding="utf-8")
+    data = json.dumps({"plots": plots, "grids": grids}, allow_nan=False).replace("<", "\\u003c")
+    subtitle = html.escape(f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].resolve()))
+    values = {"title": html.escape(title), "subtitle": subtitle, "tiles": tiles, "sections": sections,
+              "plotly": _plotly(), "data": data}  # fmt: skip
+    for name, value in values.items():
+        page = page.replace(f"@{name}@", value)
+    return page
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics. Raises UsageError if there are none."""
+    found = []
+    try:
+        for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                found.append(values)
+    except OSError as error:
+        raise UsageError(f"{run} has no metrics.jsonl that can be read ({one_line(error)}): name a run") from None
+    if not found:
+        raise UsageError(f"{run} has no metrics yet: it has not reached its first train.log_every")
+    return sorted(found, key=lambda values: values["step"])
+
+
+def read_grids(run: Path, budget: int) -> list[tuple[int, str]]:
+    """Up to `GRIDS` of a run's grids by step, evenly spaced, as data URIs of `budget` bytes in all."""
+    paths = sorted((run / "samples").glob("step_*.png"))
+    some = sorted({round(i * (len(paths) - 1) / (GRIDS - 1)) for i in range(GRIDS)}) if len(paths) > GRIDS else None
+    found: list[tuple[int, str]] = []
+    for path in reversed([paths[i] for i in some] if some else paths):  # the newest first, which must be there
+        try:
+            with Image.open(path) as image:
+                scale = min(1.0, GRID_PIXELS / image.width)
+                small = image.resize((round(image.width * scale), round(image.height * scale)))
+            buffer = BytesIO()
+            small.convert("RGB").save(buffer, format="WEBP", quality=85)
+            step = int(path.stem.removeprefix("step_"))
+        except (OSError, ValueError):
+            continue
+        text = base64.b64encode(buffer.getvalue()).decode()
+        budget -= len(text)
+        if budget < 0 and found:
+            break
+        found.append((step, f"data:image/webp;base64,{text}"))
+    return found[::-1]
+
+
+def _trace(lines: Sequence[dict[str, Any]], column: str, name: str) -> dict[str, Any]:
+    """A curve, of which long stretches are averaged."""
+    points = [(line["step"], line[column]) for line in lines
+              if isinstance(line.get(column), int | float) and math.isfinite(line[column])]  # fmt: skip
+    size = -(-len(points) // POINTS) or 1
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    y = [float(f"{sum(value for _, value in part) / len(part):.6g}") for part in parts]
+    return {"x": [part[-1][0] for part in parts], "y": y, "name": name, "type": "scatter",
+            "mode": "lines+markers" if len(parts) < 30 else "lines", "marker": {"size": 5}}  # fmt: skip
+
+
+def _tiles(last: dict[str, Any]) -> str:
+    values = {"steps": f"{last['step']:,}", "loss": last.get("loss"), "held-out loss": last.get("held_out_loss"),
+              "images/s": last.get("images_per_second")}  # fmt: skip
+    return "".join(f'<div class="tile"><b>{value if isinstance(value, str) else f"{value:.4g}"}</b>{name}</div>'
+                   for name, value in values.items() if value is not None)  # fmt: skip
+
+
+def _section(run: Path, name: str) -> str:
+    """Commands, environment and configuration of a run."""
+    where = shlex.quote(str(run))
+    commands = f"train.py --out {where}", f"sample.py --ckpt {where}", f"evaluate.py --ckpt {where}"
+    parts = {"Commands": "\n".join(f"python {line}" for line in commands)}
+    saved = checkpoint.folders(run)
+    if saved:
+        try:
+            state = json.loads((saved[0] / "state.json").read_bytes())
+            best = checkpoint.best(run)
+            about = {
+                "checkpoints": len(saved), "best by held-out images": best and best.name, "data": state.get("data"),
+                "classes": ", ".join(state.get("class_names", [])), **(state.get("environment") or {}),
+                "weights from": (state.get("origin") or {}).get("path"),
+            }  # fmt: skip
+            parts["Data and environment"] = "\n".join(f"{key}: {value}" for key, value in about.items() if value)
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass  # a damaged checkpoint is told where it is used
+    try:
+        load_config(run / "config.yaml")
+        parts["Configuration"] = (run / "config.yaml").read_text()
+    except (OSError, UsageError):
+        pass
+    heads = {title: html.escape(f"{title}: {name}" if name else title) for title in parts}
+    return "".join(f"<h2>{heads[title]}</h2><pre>{html.escape(text)}</pre>" for title, text in parts.items())
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell runs apart."""
+    paths = [run.resolve() for run in runs]
+    for depth in range(1, 10):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _plotly() -> str:
+    """plotly.js, compressed to a third: browsers unpack it."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UsageError("a report needs a package: pip install plotly") from None
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
