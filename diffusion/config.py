@@ -332,8 +332,8 @@ def _section_class(name: str, values: Mapping[str, Any]) -> Any:
 
 def shared_fields(data: DataConfig, other: type[DataConfig]) -> dict[str, Any]:
     """The values of those fields of a source that mean the same in another one."""
-    return {f.name: getattr(data, f.name) for f in dataclasses.fields(data)
-            if has_field(other, f.name) and describe(type(data), f.name)[0] == describe(other, f.name)[0]}  # fmt: skip
+    names = [f.name for f in dataclasses.fields(data) if f.name != "source" and has_field(other, f.name)]
+    return {name: getattr(data, name) for name in names if describe(type(data), name)[0] == describe(other, name)[0]}
 
 
 def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from helpers import ROOT, golden
 
 from diffusion import UsageError
 from diffusion.commands.command_line import parse_command_line
-from diffusion.config import Config
+from diffusion.config import Config, shared_fields
 from diffusion.config_file import load_config, save_config
 from diffusion.data.sources import SOURCES
 
@@ -96,6 +96,12 @@ def test_overrides_beat_the_file_and_both_beat_the_defaults(tmp_path):
     assert config.sample.steps == 25
     assert str(out) == "runs/mine"
     assert parse_command_line(["--train.steps", "9", "--config", str(file)]).config == config
+
+
+def test_another_source_is_another_source():
+    for name, kind in SOURCES.items():
+        for other in SOURCES.values():
+            assert "source" not in shared_fields(kind(), other), name
 
 
 def test_another_source_keeps_what_means_the_same_in_both(tmp_path):

@@ -5,8 +5,10 @@ import dataclasses
 import io
 import json
 import os
+import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -191,13 +193,12 @@ def test_labels_of_a_csv_are_read(tmp_path):
         ({"labels": [["0.png", 1]]}, "has no label for 1.png"),
         ({"labels": [["0.png", 1], ["1.png", 0], ["2.png", 0]]}, "has a label for 2.png, which is no image"),
         ({"labels": [["0.png", 1], ["1.png", 0], ["0.png", 0]]}, "stands there twice"),
-        ({"labels": [["0.png", 1], ["1.png", "x"]]}, "not all numbers"),
-        ({"labels": [["0.png", 1.5], ["1.png", 2]]}, "not all numbers"),
-        ({"labels": None}, "not a list of files and labels"),
-        ([1], "not a list of files and labels"),
-        ("{", "not a list of files and labels"),
+        ({"labels": [["0.png", 1], ["1.png", "x"]]}, "not all whole numbers"),
+        ({"labels": [["0.png", 1.5], ["1.png", 2]]}, "not all whole numbers"),
+        ([1], "no list of files and labels"),
+        ("{", "no list of files and labels"),
     ],
-    ids=["missing", "too many", "twice", "mixed", "fraction", "null", "a list", "cut off"],
+    ids=["missing", "too many", "twice", "mixed", "fraction", "a list", "cut off"],
 )
 def test_labels_that_do_not_match_are_named(tmp_path, content, says):
     for i in range(2):
@@ -332,7 +333,7 @@ def test_pages_of_a_tiff_are_a_volume_or_refused(tmp_path):
 
     pages = pixels(4, 8, 8)
     tifffile.imwrite(tmp_path / "a.tif", pages, photometric="minisblack")
-    with pytest.raises(UsageError, match=r"\(4, 8, 8\) uint8, not \(height, width, 1\)"):
+    with pytest.raises(UsageError, match=r"\(4, 8, 8, 1\) uint8, not \(height, width, 1\)"):
         opened(tmp_path, channels=1)
     np.testing.assert_array_equal(everything(opened(tmp_path, (4, 8, 8), 1))[0][0, 0], pages)
 
@@ -354,6 +355,184 @@ def test_hidden_colour_is_not_learnt(tmp_path):
         assert image[:, 0, 0].tolist() == [background] * 3
         assert image[:, 0, 7].tolist() == [200, 0, 0]
     assert everything(opened(tmp_path, channels=4))[0][0][:, 0, 0].tolist() == [200, 0, 0, 0]
+
+
+def transparent(path, mode, colour, bits):
+    """A PNG whose colour `colour` is transparent, with `bits` bits a channel, written by hand."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = struct.pack(">IIBBBBB", 8, 8, bits, mode, 0, 0, 0)
+    body = zlib.compress((b"\0" + b"\xff" * bits) * 8)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"tRNS", struct.pack(">H", colour))
+                     + chunk(b"IDAT", body) + chunk(b"IEND", b""))  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(("bits", "colour"), [(1, 1), (2, 3), (4, 15)])
+def test_a_transparent_grey_of_few_bits_shows_the_background(tmp_path, bits, colour):
+    transparent(tmp_path / "a.png", 0, colour, bits)
+    assert (everything(opened(tmp_path, background=70))[0] == 70).all()
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_refused(tmp_path):
+    transparent(tmp_path / "a.png", 0, 65535, 16)
+    with pytest.raises(UsageError, match="16 bits and a transparent colour, which are not read together"):
+        opened(tmp_path, channels=1)
+
+
+DEEP = pixels(8, 8, 4, dtype=np.uint16)
+TIFFS = {
+    "white is zero": (dict(data=DEEP[..., 0], photometric="miniswhite"), 1, "photometric 0"),
+    "turned": (dict(data=DEEP[..., :3], photometric="rgb", extratags=[(274, "H", 1, 3, True)]), 3, "orientation 3"),
+    "signed": (dict(data=pixels(8, 8).view(np.int8), photometric="minisblack"), 1, "int8 .* whose range is not known"),
+    "cmyk": (dict(data=DEEP, photometric="separated"), 4, "photometric 5"),
+    "premultiplied": (dict(data=DEEP, photometric="rgb", extrasamples=["assocalpha"]), 4, "extra samples .1."),
+    "pages for channels": (dict(data=pixels(8, 8, 3), photometric="minisblack"), 3, "not .height, width, 3."),
+    "32 bits": (dict(data=DEEP[..., 0].astype(np.uint32), photometric="minisblack"), 1, "uint32 .* is not known"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TIFFS)
+def test_tiffs_whose_values_mean_something_else_are_refused(tmp_path, kind):
+    import tifffile
+
+    options, channels, says = TIFFS[kind]
+    tifffile.imwrite(tmp_path / "a.tif", **options)
+    with pytest.raises(UsageError, match=says):
+        opened(tmp_path, channels=channels)
+
+
+def test_the_largest_image_of_a_tiff_is_read(tmp_path):
+    import tifffile
+
+    large = pixels(8, 8, 3)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(pixels(4, 4, 3), photometric="rgb")
+        tiff.write(large, photometric="rgb")
+    np.testing.assert_array_equal(everything(opened(tmp_path))[0][0], large.transpose(2, 0, 1))
+
+
+def test_the_order_of_bytes_does_not_matter(tmp_path):
+    import tifffile
+
+    array = pixels(8, 8, dtype=np.uint16)
+    np.save(tmp_path / "a.npy", array.astype(">u2"))
+    np.save(tmp_path / "b.npy", np.asfortranarray(array))
+    tifffile.imwrite(tmp_path / "c.tif", array, byteorder=">", photometric="minisblack")
+    for image in everything(opened(tmp_path, channels=1))[0]:
+        np.testing.assert_allclose(image[0], exactly(array, 0, 65535), atol=2e-7)
+
+
+@pytest.mark.parametrize("declared", [(-1e308, 1e308), (0, 5e-324), (0.0, 1e200), (float("-inf"), 1.0)])
+def test_ranges_that_floats_do_not_hold_are_refused(declared):
+    with pytest.raises(UsageError, match=r"data\.range is"):
+        Folder(range=declared)
+
+
+# --- what archives, links and label files may hold ---
+
+
+def tar_of(path, members, kind=tarfile.REGTYPE):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(content), kind
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def png(level):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (level,) * 3).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_names_that_begin_with_a_dot_and_slash_are_plain(tmp_path):
+    path = tar_of(tmp_path / "a.tar", [("./a/1.png", png(1)), ("a/2.png", png(2)), ("a/1.png", png(9))])
+    images, _ = everything(opened(path))
+    assert images[:, 0, 0, 0].tolist() == [9, 2]  # as tar unpacks: the last of a name
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("./b/1.png", png(5))
+    assert opened(tmp_path / "a.zip").class_names == ("b",)
+    with pytest.raises(UsageError, match="leads out of it"):
+        opened(tar_of(tmp_path / "b.tar", [("/a/1.png", png(1))]))
+
+
+def test_images_beside_an_archive_are_read_and_the_archive_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/1.png").write_bytes(png(3))
+    tar_of(tmp_path / "backup.tar", [("old.png", png(1))])
+    data = opened(tmp_path)
+    assert everything(data)[0][:, 0, 0, 0].tolist() == [3]
+    assert data.files.not_read == {".tar": 1}
+
+
+def test_shards_that_repeat_a_name_are_refused(tmp_path):
+    for shard in ("0.tar", "1.tar"):
+        tar_of(tmp_path / shard, [("a.png", png(1))])
+    with pytest.raises(UsageError, match=r"a\.png is also in 0\.tar"):
+        opened(tmp_path)
+
+
+def test_a_pipe_with_an_archives_name_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(UsageError, match=r"it is not a file|no images"):
+        opened(tmp_path)
+
+
+def test_a_linked_folder_is_read_under_its_own_name(tmp_path):
+    write(tmp_path / "real/1.png", pixels(8, 8, 3))
+    write(tmp_path / "zoo/1.png", pixels(8, 8, 3))
+    (tmp_path / "alias").symlink_to(tmp_path / "real")
+    assert opened(tmp_path).class_names == ("real", "zoo")
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("a.png,cat\nb.png,\n", "the label of b.png is empty"),
+        ("a.png,-1\nb.png,1\n", "not all whole numbers|empty or negative"),
+        ("a.png\nb.png,x\n", "empty"),
+    ],
+)
+def test_csv_labels_that_are_no_labels_are_named(tmp_path, rows, says):
+    for name in "ab":
+        write(tmp_path / f"{name}.png", pixels(8, 8, 3))
+    (tmp_path / "labels.csv").write_text(f"file_name,label\n{rows}")
+    with pytest.raises(UsageError, match=says):
+        opened(tmp_path)
+    (tmp_path / "labels.csv").write_text("file;label\na.png;1\n")
+    with pytest.raises(UsageError, match="it has the columns file;label, and needs file_name and label"):
+        opened(tmp_path)
+
+
+def test_numbers_with_zeros_in_front_are_names(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.png", pixels(8, 8, 3))
+    (tmp_path / "labels.csv").write_text("file_name,label\na.png,002\nb.png,001\n")
+    assert opened(tmp_path).class_names == ("001", "002")
+
+
+def test_a_data_set_of_nvidias_tools_without_labels_has_no_classes(tmp_path):
+    write(tmp_path / "00000/a.png", pixels(8, 8, 3))
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    data = opened(tmp_path)
+    assert (data.class_names, data.files.no_classes) == ((), "dataset.json has none")
+
+
+def test_a_label_file_that_cannot_be_read_is_named(tmp_path):
+    write(tmp_path / "a.png", pixels(8, 8, 3))
+    (tmp_path / "labels.csv").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"data.labels labels.csv cannot be read: it is a broken link"):
+        opened(tmp_path)
+
+
+def test_large_label_numbers_are_classes_by_their_order(tmp_path):
+    np.savez(tmp_path / "a.npz", images=pixels(4, 8, 8), labels=np.array([7, 3_000_000, 7, 2**63 + 5], np.uint64))
+    data = open_data(Arrays(path=str(tmp_path / "a.npz"), image_size=8, channels=1))
+    assert (data.class_names, data.labels.tolist()) == (("7", "3000000", str(2**63 + 5)), [0, 1, 0, 2])
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def main() -> None:
     if args.sheet.suffix != ".png" or args.sheet.is_dir():
         raise UsageError(f"--sheet is {args.sheet}; it must be a .png file")
     check_writable(args.sheet.parent, f"--sheet {args.sheet}")
+    args.sheet.parent.mkdir(parents=True, exist_ok=True)
     data = config.data
     if isinstance(data, ImageFiles):  # what cannot be read is named, and ends nothing
         dataset: DataSet = dataclasses.replace(data, on_error="fail").list_files()

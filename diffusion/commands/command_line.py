@@ -76,6 +76,8 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         given_options = sample.get("options", {})
         sample["options"] = given_options | chosen if isinstance(given_options, dict) else given_options
     config = config_of(sections)
+    if args.dry_run and args.verify_resume:
+        raise UsageError("--dry_run and --verify_resume are two commands: give one of them")
     if out is None and args.back_to is not None:
         raise UsageError(f"--back_to is {args.back_to}: add --out with the run that is to go back")
     if out is None:

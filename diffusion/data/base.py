@@ -21,6 +21,8 @@ from diffusion.data.decode import Array, Target
 from diffusion.errors import UsageError
 from diffusion.fields import Channels, ImageSize, Positive, section
 
+LARGEST = 1e30
+"""The largest end of a range, so that float32 holds what is computed with it."""
 Labels = NDArray[np.int64]
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, *sizes), uint8 or float32 in [-1, 1], and their labels (B,), int64 (0 without classes)."""
@@ -85,8 +87,11 @@ class DataConfig:
     range: ClassVar[Any] = None
 
     def __post_init__(self) -> None:
-        if self.range is not None and not self.range[0] < self.range[1]:
-            raise UsageError(f"data.range is {list(self.range)}; it must go from a lower to a higher value")
+        if self.range is not None:
+            low, high = self.range
+            if not (low < high and max(-low, high) <= LARGEST and high - low >= 1 / LARGEST):
+                raise UsageError(f"data.range is [{low:g}, {high:g}]; it must go from a lower to a higher value, "
+                                 f"within +-{LARGEST:g}")  # fmt: skip
         for name, size in (("image_size", self.image_size), ("low_res_size", self.low_res_size)):
             if isinstance(size, tuple) and not (1 <= len(size) <= 3 and all(1 <= side <= 2**20 for side in size)):
                 raise UsageError(f"data.{name} is {list(size)}; it must be one to three sizes of at least 1")
@@ -94,7 +99,9 @@ class DataConfig:
             if isinstance(self.low_res_size, int) and len(set(self.sizes)) > 1:
                 raise UsageError(f"data.low_res_size is {self.low_res_size}; for images of {list(self.sizes)}, it must "
                                  "be a list, too")  # fmt: skip
-            if len(self.low_res_sizes) != len(self.sizes) or not all(np.less(self.low_res_sizes, self.sizes)):
+            if len(self.low_res_sizes) != len(self.sizes):
+                raise UsageError(f"data.low_res_size is {self.low_res_size}; it must have {len(self.sizes)} sizes, too")
+            if not all(np.less(self.low_res_sizes, self.sizes)):
                 most = [size - 1 for size in self.sizes]
                 raise UsageError(f"data.low_res_size is {self.low_res_size}; it must be at most "
                                  f"{most[0] if len(set(most)) == 1 else most}")  # fmt: skip

@@ -6,27 +6,29 @@ import contextlib
 import hashlib
 import os
 import stat
+import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
-from zipfile import BadZipFile
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UsageError, one_line
 from diffusion.files import cache_folder, replace_bytes
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db"}
 """Folders and files that systems leave behind. So are those whose names begin with a dot."""
 INDEX_FROM = 10_000
 """Folders of fewer files are listed anew each time, which takes a moment."""
 SETTLED_NS = 2 * 10**9
 """A folder that was changed more recently may change again within the same tick of the clock: it is not indexed."""
+MOST_SHARDS = 10_000
 MAX_MEMBER = 2**30
 """Bytes of the largest file that is read from an archive."""
 ARCHIVES = threading.Lock()
@@ -49,9 +51,12 @@ def open_container(path: Path) -> Container:
     """The container at `path`. Raises UsageError if there is none."""
     if path.is_dir():
         folder = Directory(path)
-        shards = [path / os.fsdecode(name) for name in folder.names[:10_000].tolist() if name.endswith(b".tar")]
-        return Archives(path, shards) if shards else folder
-    if not path.exists() or path.suffix not in (".zip", ".tar"):
+        names = [os.fsdecode(name) for name in folder.names[:MOST_SHARDS].tolist()]
+        shards = [path / name for name in names if name.endswith(".tar")]
+        if not shards or any(name.lower().endswith(IMAGE_SUFFIXES) for name in names):
+            return folder
+        return Archives(path, shards)
+    if not path.is_file() or path.suffix not in (".zip", ".tar"):
         raise UsageError(f"data.path {path} is {'not a folder, a .zip or a .tar' if path.exists() else 'not there'}")
     return Archives(path, [path])
 
@@ -73,10 +78,9 @@ class Directory:
     def __init__(self, root: Path):
         self.root, self.where = root, f"{root}/"
         digest = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
-        index = cache_folder() / f"{digest}.npz"
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, EOFError, BadZipFile
-        ):  # missing, cut off, a folder gone
+        self._index = index = cache_folder() / f"{digest}.npz"
+        unusable = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile  # missing, cut off, or a folder is gone
+        with contextlib.suppress(*unusable):
             with np.load(index, allow_pickle=False) as arrays:
                 self.names, self.sizes, folders, stamps = (arrays[f"arr_{i}"] for i in range(4))
             if all((root / os.fsdecode(name)).stat().st_mtime_ns == at
@@ -101,7 +105,8 @@ class Directory:
         visited.add(real)
         try:
             found[folder or "."] = path.stat().st_mtime_ns
-            entries = list(os.scandir(path))
+            # A folder is read under its own name, not that of a link to it, and in the same order everywhere.
+            entries = sorted(os.scandir(path), key=lambda entry: (entry.is_symlink(), entry.name))
         except OSError as error:
             raise UsageError(f"data.path {self.root}: {path} cannot be listed: {one_line(error)}") from None
         for entry in entries:
@@ -120,6 +125,7 @@ class Directory:
         if not path.is_file():  # a pipe would block
             raise ValueError("it is not a file" if path.exists() else "it is a broken link or gone")
         if path.stat().st_size != self.sizes[i]:
+            self._index.unlink(missing_ok=True)
             raise ValueError("it has changed since the folder was listed: begin again")
         return path.open("rb")
 
@@ -130,32 +136,52 @@ class Archives:
     def __init__(self, path: Path, archives: Sequence[Path]):
         self.path, self.archives, self.where = path, list(archives), f"{path}: "
         self._opened: dict[tuple[int, int], Any] = {}
-        names, sizes, shards = [], [], []
+        found: dict[str, tuple[int, int, Any]] = {}
         for shard, archive in enumerate(self.archives):
             try:
-                for name, info in self._system(shard).find("", detail=True).items():
-                    if name.startswith("/") or ".." in name.split("/") or info["size"] > MAX_MEMBER:
+                if not archive.is_file():  # a pipe would block
+                    raise ValueError("it is not a file")
+                for name, size, place in self._members(shard):
+                    if name.startswith("/") or ".." in name.split("/") or "\0" in name or size > MAX_MEMBER:
                         raise ValueError(f"{name} leads out of it, or is longer than {MAX_MEMBER:,} bytes")
+                    if found.get(name, (shard,))[0] != shard:
+                        raise ValueError(f"{name} is also in {self.archives[found[name][0]].name}")
                     if not is_left_behind(name):
-                        names.append(name)
-                        sizes.append(info["size"])
-                        shards.append(shard)
-            except Exception as error:  # fsspec, zipfile and tarfile have many types
-                raise UsageError(
-                    f"data.path {archive} cannot be read as a {archive.suffix[1:]} ({one_line(error)})"
-                ) from None
-        self.names, self.sizes, self._shards = sorted_by_name(names, sizes, shards)
+                        found[name] = shard, size, place  # of one name, the last counts
+            except Exception as error:  # zipfile and tarfile have many types
+                kind = archive.suffix.removeprefix(".")
+                raise UsageError(f"data.path {archive} cannot be read as a {kind} ({one_line(error)})") from None
+        values = list(found.values())
+        self.names, self.sizes, order = sorted_by_name(list(found), [size for _, size, _ in values], range(len(values)))
+        self._places = [(values[i][0], values[i][2]) for i in order.tolist()]
 
-    def _system(self, shard: int) -> Any:
+    def _members(self, shard: int) -> Iterator[tuple[str, int, Any]]:
+        """The files of an archive: name, size, and where they lie."""
+        archive = self._archive(shard)
+        for member in archive.infolist() if isinstance(archive, zipfile.ZipFile) else archive:
+            if isinstance(member, zipfile.ZipInfo):
+                found = None if member.is_dir() else (member.filename, member.file_size)
+            else:
+                found = (member.name, member.size) if member.isfile() or member.islnk() else None
+            if found:
+                yield found[0].removeprefix("./"), found[1], member
+
+    def _archive(self, shard: int) -> Any:
         """An archive, opened once in each process: processes that share a file share its position."""
-        key, archive = (os.getpid(), shard), self.archives[shard]
+        key, path = (os.getpid(), shard), self.archives[shard]
         if key not in self._opened:
-            self._opened[key] = fsspec.filesystem(archive.suffix[1:], fo=str(archive), skip_instance_cache=True)
+            self._opened[key] = zipfile.ZipFile(path) if path.suffix == ".zip" else tarfile.open(path, "r:")  # noqa: SIM115
         return self._opened[key]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": {}}
+
     def open(self, i: int) -> BinaryIO:
+        shard, member = self._places[i]
         with ARCHIVES:
-            return BytesIO(self._system(int(self._shards[i])).cat_file(os.fsdecode(self.names[i])))
+            archive = self._archive(shard)
+            file = archive.open(member) if isinstance(archive, zipfile.ZipFile) else archive.extractfile(member)
+            return BytesIO(file.read())
 
 
 def is_left_behind(name: str) -> bool:

@@ -121,42 +121,54 @@ def describe_image(image: Image.Image) -> tuple[str, list[str]]:
     deep, grey = _is_deep(image), image.mode.startswith("I;16")
     found = {
         "16 bits": grey or image.mode in ("I", "F"),
-        "reduced": deep and not grey,
+        "reduced": deep and not grey and image.format == "PNG",
         "alpha": "a" in image.mode.lower().replace("lab", "") or "transparency" in image.info,
-        "frames": getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "TIFF"),  # a camera's preview
+        "frames": getattr(image, "n_frames", 1) > 1 and image.format != "MPO",  # a camera's preview
     }
     return f"{image.format} {image.mode}", [name for name, value in found.items() if value]
 
 
-def _is_deep(image: Any) -> bool:
+def _raw_mode(image: Any) -> str:
+    """How the pixels lie in the file, such as L;2 or RGB;16B, as long as nothing has been loaded."""
+    return " ".join(str(tile[3]) for tile in getattr(image, "tile", ()) or ())
+
+
+def _is_deep(image: Image.Image) -> bool:
     """Whether the file has 16 bits a channel."""
-    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()) or ())
+    return ";16" in _raw_mode(image)
 
 
 def _beyond_pil(image: Image.Image) -> str:
     """What a TIFF holds beyond what PIL reads of it, or nothing."""
     tags: Any = getattr(image, "tag_v2", {})
-    samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
+    samples, bits, kinds = tags.get(277, 1), max(tags.get(258, (1,))), tags.get(339, (1,))
     if samples > len(image.getbands()):
         return f"{samples} bands"
-    if bits > 8 and not image.mode.startswith(("I", "F")):
+    deep, unsigned, signed = image.mode.startswith("I;16") and tags.get(262) == 1, 1 in kinds, 2 in kinds
+    if (bits > 8 and not deep and image.mode not in "IF") or (bits <= 8 and signed) or (bits == 32 and unsigned):
         return f"{bits} bits a channel"
     pages = getattr(image, "n_frames", 1)
     return f"{pages} pages" if pages > 1 else ""
 
 
 def _read_tiff(file: BinaryIO, more: str, max_pixels: int) -> Array:
-    """The first series of a TIFF, channels last: (..., H, W) or (..., H, W, C)."""
+    """The largest series of a TIFF, channels last: (..., H, W, C). The others are thumbnails."""
     try:
         import tifffile
     except ImportError:
         raise ValueError(f"it is a TIFF of {more}, which PIL does not read: pip install tifffile") from None
     with tifffile.TiffFile(file) as tiff:
-        series = tiff.series[0]
+        series = max(tiff.series, key=lambda found: math.prod(found.shape))
+        tags = series.keyframe.tags
         if math.prod(series.shape) > 4 * max_pixels:
             raise ValueError(f"it holds {series.shape} values, more than 4 times data.max_pixels {max_pixels}")
+        # Values that do not mean brightness, premultiplied colours, turned images.
+        meaning, extra, turn = series.keyframe.photometric, series.keyframe.extrasamples, tags.valueof(274, 1)
+        if meaning not in (1, 2) or 1 in extra or turn != 1:
+            raise ValueError(f"it is a TIFF of {more}, of photometric {int(meaning)}, orientation {turn}, extra "
+                             f"samples {list(map(int, extra))}: save it upright, as RGB or minisblack")  # fmt: skip
         array, axes = series.asarray(), series.axes
-    return np.moveaxis(array, axes.index("S"), -1) if "S" in axes else array
+    return np.moveaxis(array, axes.index("S"), -1) if "S" in axes else array[..., None]
 
 
 def preprocess(image: Image.Image, target: Target) -> Array:
@@ -166,6 +178,11 @@ def preprocess(image: Image.Image, target: Target) -> Array:
     its sides are at least twice those of the target, resized by bicubic filter to cover it, and cropped to the centre.
     """
     deep, channels = _is_deep(image), target.channels
+    if "transparency" in image.info and (deep or image.mode.startswith("I")):
+        raise ValueError("it has 16 bits and a transparent colour, which are not read together")
+    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
+    if factor > 1 and "transparency" in image.info:  # PIL scales the pixels alone
+        image.info["transparency"] *= factor
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
         array = np.asarray(image)
@@ -239,6 +256,7 @@ def scale(array: Array, declared: tuple[float, float] | None) -> Array:
     """
     if array.dtype == np.uint8 and declared in (None, (0, 255)):
         return array
+    array = array.astype(array.dtype.newbyteorder("="), copy=False) if array.dtype.kind in "iuf" else array
     low, high = (0, 65535) if declared is None else declared
     lowest, highest = (array.min(), array.max()) if array.size and array.dtype.kind in "biuf" else (np.nan, np.nan)
     if declared is None and array.dtype != np.uint16:

@@ -62,7 +62,7 @@ class ImageFiles(DataConfig):
         raise NotImplementedError
 
     def found_sizes(self) -> tuple[int, ...]:
-        return dataclasses.replace(self, image_size=1).list_files().first_sizes()
+        return dataclasses.replace(self, image_size=1, low_res_size=None).list_files().first_sizes()
 
 
 @dataclass

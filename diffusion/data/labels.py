@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.data.base import Labels
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, one_line
 
 Classes = tuple[Labels, tuple[str, ...], str]
 """A label for each file, the classes' names, and why there are none, if so."""
@@ -65,24 +65,34 @@ def from_file(names: Sequence[str], file: str, content: bytes) -> Classes:
     to the data's root, and label. Raises UsageError if an image has no label, or a label no image."""
     try:
         if file.lower().endswith(".json"):
-            pairs = [(str(name), label) for name, label in json.loads(content)["labels"]]
+            found = json.loads(content)["labels"]
+            if found is None:
+                return *no_labels(names, "")[:2], f"{file} has none"
+            pairs = [(str(name), label) for name, label in found]
         else:
             rows = csv.DictReader(content.decode("utf-8-sig").splitlines())
-            pairs = [
-                (row["file_name"], int(row["label"]) if row["label"].isdecimal() else row["label"]) for row in rows
-            ]
+            columns = rows.fieldnames or ()
+            if not {"file_name", "label"} <= set(columns):
+                raise ValueError(f"it has the columns {', '.join(columns)}, and needs file_name and label")
+            pairs = [(row["file_name"], _number(row["label"] or "")) for row in rows]
         table = {name.removeprefix("./"): label for name, label in pairs}
         if len(table) < len(pairs) or {type(label) for label in table.values()} not in ({int}, {str}):
-            raise ValueError("a file stands there twice, or labels are not all numbers or all words")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        raise UsageError(
-            f"data.labels {file} is not a list of files and labels ({type(error).__name__}: {error})"
-        ) from None
+            raise ValueError("a file stands there twice, or labels are not all whole numbers or all words")
+        bad = next((name for name, label in table.items() if label == "" or str(label).startswith("-")), None)
+        if bad is not None:
+            raise ValueError(f"the label of {bad} is empty or negative")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        raise UsageError(f"data.labels {file} is no list of files and labels ({one_line(error)})") from None
     missing, gone = sorted(set(names) - table.keys()), sorted(table.keys() - set(names))
     if missing or gone:
         raise UsageError(f"data.labels {file} " + (f"has no label for {missing[0]}" if missing else
                                                    f"has a label for {gone[0]}, which is no image there"))  # fmt: skip
     return _numbered([table[name] for name in names])
+
+
+def _number(text: str) -> int | str:
+    """A label as a number, if that says the same: 01 is a name."""
+    return int(text) if text.isascii() and text.isdecimal() and str(int(text)) == text else text
 
 
 def _numbered(values: Sequence[Any]) -> Classes:

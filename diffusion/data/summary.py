@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +66,8 @@ def _describe_files(files: FileDataset, looked: int) -> list[str]:
                 with open_image(file, files.target.max_pixels) as image:
                     kind, found = describe_image(image)
                     kinds[kind] += 1
-                    sizes[image.size] += 1
+                    turned = image.getexif().get(274, 1) >= 5
+                    sizes[image.size[::-1] if turned else image.size] += 1
                     remarks.update(found)
                     deep += [i] * ("16 bits" in found)
         except Exception:  # of any type; training names it, or skips it as data.on_error says
@@ -75,7 +77,10 @@ def _describe_files(files: FileDataset, looked: int) -> list[str]:
     lines = [f"{len(files)} files{part}: " + "; ".join(_counts(found) for found in (kinds, by_name) if found)]
     lines += [f"{remarks[key]}{part} {text}" for key, text in REMARKS.items() if remarks[key]]
     if deep and files.target.range is None:
-        most = max((files.read(i).max() for i in deep[:: -(-len(deep) // DEEP)]), default=1)
+        most = -1.0
+        for i in deep[:: -(-len(deep) // DEEP)]:
+            with suppress(UsageError):  # named where it is read
+                most = max(most, float(files.read(i).max()))
         if most < -0.5:
             lines.append(f"those of 16 bits have values up to {(most + 1) / 2 * 65535:.0f} of 65535, and look dark: "
                          "declare what they really span with --data.range")  # fmt: skip

@@ -50,7 +50,8 @@ class Arrays(ImageFiles):
                              f"({len(images)},), whole numbers from 0")  # fmt: skip
         if images.ndim > 2 and images.shape[1] == self.channels != images.shape[-1]:
             images = np.moveaxis(images, 1, -1)
-        classes = () if given is None else tuple(map(str, range(int(labels.max()) + 1)))
+        values, labels = np.unique(labels, return_inverse=True)
+        classes = () if given is None else tuple(map(str, values))
         ids = np.arange(len(images))
         return FileDataset(Rows(images, self.path), ids, labels.astype(np.int64), classes, self.target)
 

@@ -9,13 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from diffusion.data.containers import open_container
+from diffusion.data.containers import IMAGE_SUFFIXES, open_container
 from diffusion.data.image_files import FileDataset, ImageFiles
 from diffusion.data.labels import LABELS, from_file
 from diffusion.errors import UsageError, check_name, one_line
 from diffusion.fields import PathText, section
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 LABEL_FILES = ("dataset.json", "labels.csv")
 """Label files that are used unasked."""
 
@@ -52,7 +51,9 @@ class Folder(ImageFiles):
             try:
                 with container.open(listed[chosen]) as file:
                     labels, classes, why_none = from_file(files, chosen, file.read())
-            except OSError as error:
+            except UsageError:
+                raise
+            except Exception as error:  # a broken link, a damaged archive
                 raise UsageError(f"data.labels {chosen} cannot be read: {one_line(error)}") from None
         others = Counter(suffix or "without suffix" for suffix in suffixes if suffix not in IMAGE_SUFFIXES)
         return FileDataset(container, ids, labels, classes, self.target, self.on_error, why_none, others)

@@ -43,17 +43,20 @@ class HuggingFace(ImageFiles):
         except Exception as error:  # the Hub's, pyarrow's, the file system's
             raise UsageError(f"data.path {self.path} is no data set that can be loaded ({one_line(error)})") from None
         if isinstance(found, dict):
-            check_name(f"the part of data.path {self.path}", split, list(found))
+            check_name(f"the part of data.path {self.path} that is read", split, list(found))
             found = found[split]
         kinds = {kind: [name for name, feature in found.features.items() if isinstance(feature, kind)]
                  for kind in (datasets.Image, datasets.ClassLabel)}  # fmt: skip
+        if not kinds[datasets.Image]:
+            raise UsageError(f"data.path {self.path} has no column of images: it has {', '.join(found.features)}")
         image = self.image_column or next(iter(kinds[datasets.Image]), None)
         label = self.label_column or next(iter(kinds[datasets.ClassLabel]), "none")
         check_name("data.image_column", image, kinds[datasets.Image])
         check_name("data.label_column", label, [*kinds[datasets.ClassLabel], "none"])
         labels, classes = np.zeros(len(found), np.int64), ()
         if label != "none":
-            labels, classes = np.asarray(found[label], dtype=np.int64), tuple(found.features[label].names)
+            labels = np.array([-1 if value is None else value for value in found[label]])
+            classes = tuple(found.features[label].names)
             if len(labels) and (labels.min() < 0 or labels.max() >= len(classes)):
                 raise UsageError(f"data.label_column {label} has labels from {labels.min()} to {labels.max()}, and "
                                  f"{len(classes)} classes: choose --data.label_column none")  # fmt: skip
@@ -79,4 +82,6 @@ class Rows:
 
     def open(self, i: int) -> BinaryIO:
         found = self.table[i][self.column]
+        if found is None:
+            raise ValueError("it is null")
         return BytesIO(found["bytes"]) if found["bytes"] is not None else Path(found["path"]).open("rb")
