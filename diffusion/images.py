@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from diffusion.files import replace_bytes
 
 TILE = 64
 """Smaller images are enlarged to about this many pixels in a grid."""
+CAPTION = 14
+"""Pixels of a line of text under an image."""
 SLICES = 8
 """How many slices of a volume are shown."""
 
@@ -66,11 +69,37 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def save_grid(images: Tensor, path: Path, num_classes: int = 0, columns: int | None = None) -> None:
-    """Write a grid of images, whose classes are taken in turn, as PNG, atomically."""
+def save_grid(
+    images: Tensor, path: Path, num_classes: int = 0, columns: int | None = None, captions: Sequence[str] = ()
+) -> None:
+    """Write a grid of images, whose classes are taken in turn, as PNG, atomically; with a caption under each image, if
+    there are captions."""
     path.parent.mkdir(exist_ok=True)
     buffer = BytesIO()
-    grid(images, columns or grid_columns(len(images), num_classes)).save(buffer, format="PNG")
+    columns = columns or grid_columns(len(images), num_classes)
+    (captioned(images, columns, captions) if captions else grid(images, columns)).save(buffer, format="PNG")
+    replace_bytes(path, buffer.getvalue())
+
+
+def captioned(images: Tensor, columns: int, captions: Sequence[str]) -> Image.Image:
+    """A grid with a line of text under each image, cut where it is longer than that."""
+    tiles = [grid(image[None], 1).convert("RGB") for image in images]
+    width, height = tiles[0].width, tiles[0].height + CAPTION
+    sheet = Image.new("RGB", (width * min(columns, len(tiles)), height * math.ceil(len(tiles) / columns)), "white")
+    for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+        label = Image.new("RGB", (width, CAPTION), "white")
+        ImageDraw.Draw(label).text((2, 1), caption, fill="black")
+        for part, down in ((tile, 0), (label, tile.height)):
+            sheet.paste(part, (i % columns * width, i // columns * height + down))
+    return sheet
+
+
+def save_gif(images: Tensor, path: Path) -> None:
+    """Write images (N, C, *sizes), uint8, one after another, as an animated GIF that rests on the last, atomically."""
+    frames = [grid(image[None], 1).convert("RGB") for image in images]
+    buffer = BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500],
+                   loop=0)  # fmt: skip
     replace_bytes(path, buffer.getvalue())
 
 

@@ -45,6 +45,7 @@ class SampleStore:
         shape: of one, (C, *sizes).
         labels: the class numbers, taken in turn; None without classes.
         settings: everything that the images depend on; samples of other settings are not continued.
+        names: of the classes, written under the images of a grid, if given.
         declared: the range of values that is written (see `to_stored`); None: 8 bits, as always in a grid.
 
     `begin` is called by one process, `is_done` and `write` by any, and `finish` by one when all are done.
@@ -59,9 +60,11 @@ class SampleStore:
         labels: Sequence[int] | None,
         settings: dict[str, Any],
         declared: tuple[float, float] | None = None,
+        names: Sequence[str] = (),
     ):
         out = Path(os.path.realpath(out)) if out.is_symlink() else out  # links are followed
         self.out, self.form, self.n, self.shape, self.labels = out, form, n, tuple(shape), labels
+        self.names = names
         self.declared = None if form == "grid" else declared
         self.dtype = to_stored(torch.zeros(1), self.declared).dtype
         self.settings = settings | {"classes": None if labels is None else list(labels)}
@@ -153,7 +156,8 @@ class SampleStore:
         if self.form == "grid":
             images = torch.from_numpy(np.concatenate(list(self._arrays(batches))))
             images = rearrange(images, "n ... c -> n c ...")
-            save_grid(images, self.out, len(self.labels or ()))
+            captions = [self.names[label] for label in labels] if labels and self.names else ()
+            save_grid(images, self.out, len(self.labels or ()), captions=captions)
         elif self.form == "npz":
             temporary = self.folder / ".whole.tmp"
             self._save_npz(temporary, batches, labels)

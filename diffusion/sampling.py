@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.errors import UsageError
@@ -66,7 +66,7 @@ def sample_batch(
 
 def generate(
     config: Config,
-    network: nn.Module,
+    network: Callable[..., Tensor],
     indices: Sequence[range],
     *,
     labels: Sequence[int] | None = None,

@@ -20,12 +20,23 @@ LAYERS = [
     [*MATHEMATICS, *NETWORK],
     ["files", "fields", "signals", "data"],
     ["config", "config_file"],
-    ["tensor_files", "images", "checksums", "checkpoint", "sampling", "sample_store", "distributed", "compilation"],
+    [
+        "tensor_files",
+        "images",
+        "checksums",
+        "checkpoint",
+        "sampling",
+        "sample_store",
+        "distributed",
+        "compilation",
+        "editing",
+        "report",
+    ],
     ["training"],
     ["metrics"],
     ["interop"],
     ["commands"],
-]
+]  # fmt: skip
 """From the bottom: a module imports only from its own layer and from those above it in this list."""
 
 

@@ -34,9 +34,11 @@ from diffusion.data.base import load
 from diffusion.data.decode import scale, to_uint8, to_x_start
 from diffusion.data.sources.folder import Folder
 from diffusion.distributed import accelerate_starts, check_launcher, launcher, on_cpu
+from diffusion.editing import Recorder
 from diffusion.errors import UsageError
 from diffusion.fields import plain
 from diffusion.files import check_no_dangling_link
+from diffusion.images import save_gif, save_grid
 from diffusion.sample_store import SUFFIXES, Form, SampleStore, begin_unused
 from diffusion.samplers import SAMPLERS, sampler_options
 from diffusion.sampling import batches, generate
@@ -85,6 +87,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ema", help="which moving average of the weights: a rate, length0.07 for one that is reconstructed from "
         "train.ema_lengths, or none for the weights in training (default: the run's first)")  # fmt: skip
     add("--out", type=non_empty_path, help="where to write (default: RUN/samples/...)")
+    add("--captions", action="store_true", help="write the classes' names under the images of a grid")
+    add("--chain", type=non_empty_path, metavar="FILE.png", help="also write how the first image comes about: x_t over "
+        "the predicted x_0 of each step, and FILE.gif of the latter")  # fmt: skip
     add("--compile", action="store_true", help="compile the network: for many images, since it takes half a minute")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--images", action="store_true", help="a folder with a PNG each (.npy of what PNG cannot hold)")
@@ -105,8 +110,9 @@ def main() -> None:
     check_launcher()
     check_counts(args)
     form: Form = "images" if args.images else "npz" if args.npz else "grid"
-    if args.out is not None:
-        check_out(args.out, form)
+    for out, kind in ((args.out, form), (args.chain, "grid")):
+        if out is not None:
+            check_out(out, kind)
     saved, weights = open_run(args.ckpt, args.ema)
     config = with_flags(saved.config, args)
     low_res = open_low_res(saved, args.low_res, args.classes is not None)
@@ -136,29 +142,42 @@ def main() -> None:
     mine = [batch for batch in todo[state.process_index :: state.num_processes] if not store.is_done(batch)]
     signals = StopSignals(1, launcher())
     with closing(store), progress_bar(len(mine) * passes, state.is_main_process and bool(mine)) as bar, signals:
-        common: dict[str, Any] = dict(seed=args.seed, device=state.device,
-                                      progress=lambda steps: signals.interruptible(advance(bar, steps)))  # fmt: skip
+        common: dict[str, Any] = dict(
+            seed=args.seed, device=state.device, progress=lambda steps: signals.interruptible(advance(bar, steps)),
+            labels=labels if saved.class_names else None)  # fmt: skip
 
         def small(batch: range) -> Tensor:
             if low_res.base is None:
                 assert low_res.images is not None
                 return to_x_start(low_res.images[batch.start : batch.stop])
             classes = labels if low_res.base[0].class_names else None
-            [(_, images)] = generate(first, first_network, [batch], labels=classes, **common)
+            [(_, images)] = generate(first, first_network, [batch], **common | {"labels": classes})
             return to_x_start(to_uint8(images)) if config.data.range is None else images
 
+        condition = None if args.low_res is None else small
         try:
-            for batch, images in generate(config, network, mine, labels=labels if saved.class_names else None,
-                                          low_res=None if args.low_res is None else small, **common):  # fmt: skip
+            for batch, images in generate(config, network, mine, low_res=condition, **common):
                 store.write(batch, images)
         except SamplingInterrupted:
             done = sum(len(batch) for batch in todo if store.is_done(batch))
             raise signals.stopped(f"with {done} of {n} images done, in {store.folder.resolve()}: "
                                   "the same command continues") from None  # fmt: skip
         state.wait_for_everyone()
+        if state.is_main_process and args.chain is not None:
+            write_chain(args.chain, config, network, low_res=condition, **common)
         if state.is_main_process:
             store.finish(todo)
             print_line(f"{n} images: {store.out.resolve()}")
+
+
+def write_chain(path: Path, config: Config, network: torch.nn.Module, **options: Any) -> None:
+    """Generate the first image, and write its steps: x_t and the predicted x_0 as a strip, the latter as a GIF, too."""
+    recorder = Recorder(config.sampling_process(), network)
+    [_] = generate(config, recorder, [range(1)], **options)
+    x_t, pred_xstart = (to_uint8(torch.cat([x[:1] for x in kind])) for kind in zip(*recorder.steps, strict=True))
+    save_grid(torch.cat([x_t, pred_xstart]), path, columns=len(x_t))
+    save_gif(pred_xstart, path.with_suffix(".gif"))
+    print_line(f"steps of the first image: {path.resolve()}")
 
 
 def process_length(config: Config) -> int:
@@ -196,7 +215,8 @@ def open_store(
     )  # fmt: skip
 
     def at(out: Path) -> SampleStore:
-        return SampleStore(out, form, n, config.data.shape, labels, settings, config.data.range)
+        return SampleStore(out, form, n, config.data.shape, labels, settings, config.data.range,
+                           saved.class_names if args.captions else ())  # fmt: skip
 
     guided = f"_guidance{sample.guidance:g}" if sample.guidance != 1 else ""
     name = f"{saved.path.name}_{sample.sampler}{process_length(config)}_seed{args.seed}{guided}{SUFFIXES[form]}"
