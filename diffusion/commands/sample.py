@@ -117,14 +117,9 @@ def main() -> None:
     config = with_flags(saved.config, args)
     low_res = open_low_res(saved, args.low_res, args.classes is not None)
     labels = choose_labels(low_res.base[0] if low_res.base and not saved.class_names else saved, args.classes)
-    n = args.n or (config.sample.n if low_res.images is None else len(low_res.images))
-    if low_res.images is not None:
-        if n > len(low_res.images):
-            raise UsageError(f"--n is {n}, and --low_res {args.low_res} holds {len(low_res.images)} images")
-        if labels and args.classes is None:
-            labels = low_res.labels
-    if form == "grid" and n > MAX_IN_GRID:
-        raise UsageError(f"--n is {n}, and a grid shows up to {MAX_IN_GRID}: add --images or --npz")
+    n = choose_n(args, config, low_res, form)
+    if low_res.images is not None and labels and args.classes is None:
+        labels = low_res.labels
 
     from accelerate import PartialState
 
@@ -168,6 +163,16 @@ def main() -> None:
         if state.is_main_process:
             store.finish(todo)
             print_line(f"{n} images: {store.out.resolve()}")
+
+
+def choose_n(args: argparse.Namespace, config: Config, low_res: LowRes, form: Form) -> int:
+    """How many images to generate. Raises UsageError if they are too many."""
+    n: int = args.n or (config.sample.n if low_res.images is None else len(low_res.images))
+    if low_res.images is not None and n > len(low_res.images):
+        raise UsageError(f"--n is {n}, and --low_res {args.low_res} holds {len(low_res.images)} images")
+    if form == "grid" and n > MAX_IN_GRID:
+        raise UsageError(f"--n is {n}, and a grid shows up to {MAX_IN_GRID}: add --images or --npz")
+    return n
 
 
 def write_chain(path: Path, config: Config, network: torch.nn.Module, **options: Any) -> None:
