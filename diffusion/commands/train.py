@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.report import write_report
@@ -15,6 +15,9 @@ from diffusion.data.summary import describe_data
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
 from diffusion.errors import UsageError
 from diffusion.training import run_folder
+
+if TYPE_CHECKING:
+    from diffusion.training.trainer import Trainer
 
 
 def verify_resume(config: Config) -> None:
@@ -46,6 +49,21 @@ def go_back(out: Path, step: int) -> None:
     )
 
 
+def announce(trainer: Trainer) -> None:
+    """Print where and how a run begins, and what was found in the data."""
+    config, out = trainer.config, trainer.out
+    begun = f"continues after step {trainer.step}" if trainer.step else "begins"
+    if trainer.origin and not trainer.step:
+        begun = f"begins with the weights of {trainer.origin['path']}"
+    precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
+    where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
+    print_line(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}{precision}")
+    for line in describe_data(config.data, trainer.dataset):
+        print_line(f"  {line}")
+    if trainer.data.held_out is not None:
+        print_line(f"  {len(trainer.data.held_out)} more images are held out")
+
+
 def main() -> None:
     command = parse_command_line(sys.argv[1:])
     config, out = command.config, command.out
@@ -70,16 +88,7 @@ def main() -> None:
     config = trainer.config
     main_process = trainer.accelerator.is_main_process
     if main_process:
-        begun = f"continues after step {trainer.step}" if trainer.step else "begins"
-        if trainer.origin and not trainer.step:
-            begun = f"begins with the weights of {trainer.origin['path']}"
-        precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
-        where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
-        print_line(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}{precision}")
-        for line in describe_data(config.data, trainer.dataset):
-            print_line(f"  {line}")
-        if trainer.data.held_out is not None:
-            print_line(f"  {len(trainer.data.held_out)} more images are held out")
+        announce(trainer)
     if trainer.step >= config.train.steps:
         if main_process:
             print_line(f"all {trainer.step} steps are done (train.steps is {config.train.steps})")
