@@ -1,12 +1,13 @@
 # make train   install into .venv and train on the digits
 # make test    everything: lint, types and all tests
 # make check   before each commit: lint, types, imports and unit tests, in less than a minute
+# make docs    the documentation as a site, in site/
 # make dist    build the wheel, install it into an empty environment, and use it there
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test check lint dist clean
+.PHONY: train test check lint dist docs clean
 
 train: $(VENV)/.run
 	$(BIN)/accelerate launch train.py
@@ -35,6 +36,10 @@ dist:
 	cd dist && venv/bin/diffusion schema --out schema.json
 	rm -rf build dist/venv dist/runs dist/digits.pt dist/schema.json
 
+docs: $(BIN)/python
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -47,4 +52,4 @@ $(VENV)/.test: $(BIN)/python pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) dist build site

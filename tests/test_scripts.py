@@ -67,12 +67,12 @@ SHORT = "--train.steps 3 --train.batch_size 16 --sample.steps 2 --sample.n 6"
 def commands_of(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     lines = [line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    ours = r"(accelerate launch.*|python|torchrun\b.*) ?\S*(train|sample|evaluate)\.py|diffusion (convert|check-data)"
+    ours = r"(accelerate launch.*|python|torchrun\b.*) ?\S*(train|sample|evaluate)\.py|diffusion (convert|check-data|report)"
     return [line.split(" #")[0] for line in lines if re.match(ours, line)]
 
 
 def test_the_pages_show_the_commands_that_this_file_runs():
-    assert [len(commands_of(page)) for page in PAGES] == [5, 15, 15, 5]
+    assert [len(commands_of(page)) for page in PAGES] == [5, 17, 15, 5]
 
 
 def in_process_or_whole(argv, monkeypatch, capsys, folder):
@@ -80,7 +80,7 @@ def in_process_or_whole(argv, monkeypatch, capsys, folder):
     if argv[0] not in ("python", "diffusion"):
         command(*argv, cwd=folder)
         return
-    name = Path(argv[1]).stem
+    name = argv[1].replace("-", "_") if argv[0] == "diffusion" else Path(argv[1]).stem
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv[2:]])
     code = exit_code(importlib.import_module(f"diffusion.commands.{name}").main)

@@ -61,7 +61,8 @@ class TrainingStep:
         optimizer: over the network's parameters. With torch's fused ones, a step never waits for the device.
         ema_rates: moving averages to keep, in `ema`; `ema_warmup`, `ema_lengths`: see `EMA`.
         seed: of timesteps, noise, flips, dropout and dropped labels.
-        loss, weighting: see `training_losses`.
+        loss: see `training_losses`.
+        weighting: see `training_losses`.
         timestep_sampler: uniform, or by importance (`LossSecondMoment`).
         gradient_accumulation: micro-batches that each process's share of a batch is split into.
         grad_clip: the largest norm of the gradient.
