@@ -39,10 +39,13 @@ names = st.sampled_from(["digits", "mnist", "folder", "linear", "cosine", "epsil
                          "learned_range", "fixed_small", "fixed_large", "mse", "rescaled_mse", "kl", "rescaled_kl",
                          "uniform", "loss_second_moment", "ddpm", "ddim", "bf16", "fp16", "no", "stop", "continue",
                          "skip", "fail", "constant", "zero", "fixup", "all_zero", "muon", "adamw", "wsd", "min_snr",
-                         "v", "dpmpp", "heun"])  # fmt: skip
+                         "v", "dpmpp", "heun", "arrays", "none", "prefix"])  # fmt: skip
 rates = st.sampled_from([0.0, 0.1, 0.5, 0.999, 1.0, -0.1, 1e-3, 1e30])
 fitting: dict = {
-    "data.image_size": sizes, "data.channels": sizes, "data.low_res_size": sizes, "data.workers": st.just(1),
+    "data.image_size": st.one_of(sizes, st.none(), st.lists(st.sampled_from([0, 1, 4, 8, 9]), max_size=4)),
+    "data.held_out": rates, "data.background": sizes, "data.max_pixels": sizes,
+    "data.range": st.lists(st.sampled_from([0, 255, 0.0, 1.0, -1, 1e300, float("nan")]), max_size=3),
+    "data.channels": sizes, "data.low_res_size": sizes, "data.workers": st.just(1),
     "model.model_channels": st.sampled_from([32, 64, 33]), "model.num_res_blocks": st.sampled_from([1, 2]),
     "model.channel_mult": st.lists(st.sampled_from([1, 2, 0.5]), max_size=3),
     "model.attention_resolutions": st.lists(st.sampled_from([1, 2, 4]), max_size=2),
@@ -55,6 +58,7 @@ fitting: dict = {
     "sample.steps": st.one_of(sizes, st.sampled_from(["ddim2", "1,1", ""])), "checkpoint.every": sizes,
     "checkpoint.keep_last": sizes, "checkpoint.keep_every": sizes, "data.path": st.sampled_from([".", "/nowhere", ""]),
     "sample.options": options, "train.init_from": st.sampled_from([".", "/nowhere", ""]),
+    "train.log_with": st.lists(st.sampled_from(["tensorbord", "aim", ""]), max_size=2),
 }  # fmt: skip
 fitting |= dict.fromkeys(
     ["data.random_flip", "data.allow_change", "model.use_new_attention_order", "model.conv_resample",
@@ -62,7 +66,8 @@ fitting |= dict.fromkeys(
      "diffusion.rescale_timesteps", "diffusion.zero_terminal_snr", "train.ema_warmup",
      "model.use_norm"], st.booleans())  # fmt: skip
 fitting |= dict.fromkeys(
-    ["data.source", "data.on_error", "diffusion.schedule", "diffusion.prediction", "diffusion.variance",
+    ["data.source", "data.on_error", "data.labels", "data.subset", "data.image_column",
+     "data.label_column", "diffusion.schedule", "diffusion.prediction", "diffusion.variance",
      "diffusion.loss", "diffusion.weighting", "train.optimizer",
      "train.lr_schedule", "train.precision", "model.init", "train.timestep_sampler", "sample.sampler",
      "checkpoint.on_error"],

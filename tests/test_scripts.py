@@ -67,7 +67,8 @@ SHORT = "--train.steps 3 --train.batch_size 16 --sample.steps 2 --sample.n 6"
 def commands_of(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     lines = [line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    ours = r"(accelerate launch.*|python|torchrun\b.*) ?\S*(train|sample|evaluate)\.py|diffusion (convert|check-data|report)"
+    scripts = r"(accelerate launch.*|python|torchrun\b.*) ?\S*(train|sample|evaluate)\.py"
+    ours = rf"{scripts}|diffusion (convert|check-data|report)"
     return [line.split(" #")[0] for line in lines if re.match(ours, line)]
 
 

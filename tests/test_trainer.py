@@ -553,7 +553,7 @@ def noise_images(folder, count):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_run_does_not_go_on_with_other_images_unless_that_is_meant(tmp_path, monkeypatch, in_memory):
     if not in_memory:
-        monkeypatch.setattr("diffusion.data.sources.folder.IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr("diffusion.data.image_files.IN_MEMORY_BYTES", 0)
     folder = noise_images(tmp_path / "images", 5)
 
     def config(**changes):
@@ -577,7 +577,7 @@ def test_images_that_cannot_be_read_are_counted_and_the_run_still_resumes_exactl
     tmp_path, monkeypatch, in_memory, workers
 ):
     if not in_memory:
-        monkeypatch.setattr("diffusion.data.sources.folder.IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr("diffusion.data.image_files.IN_MEMORY_BYTES", 0)
     folder = noise_images(tmp_path / "images", 9)
     (folder / "4.png").write_bytes(b"not this one")
 

@@ -25,7 +25,6 @@ Array = NDArray[Any]
 """uint8, or float32 in [-1, 1]."""
 TIFF_HEADS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-Image.MAX_IMAGE_PIXELS = None  # `open_image` has the limit
 
 
 class NotIdentified(ValueError):
@@ -105,10 +104,14 @@ def formats() -> list[str]:
 @contextmanager
 def open_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Open an image file. Raises ValueError above `max_pixels`, in every thread alike."""
+    if max_pixels > MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = None  # PIL's limit is one for the whole process
     try:
         opened = Image.open(file, formats=formats())
     except UnidentifiedImageError:  # its message would name the object, not the file
         raise NotIdentified(f"cannot identify the format: it is no {', '.join(formats())}, or broken") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error}, and data.max_pixels is {max_pixels}") from None
     with opened as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}")
