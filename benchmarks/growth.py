@@ -44,8 +44,9 @@ FILES = 1_000, 10_000, 100_000, 1_000_000
 
 
 def step_of(setting: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a step, and MB at the most, of one process."""
+    """Seconds of a step, and MB at the most beyond those of the libraries, of one process."""
     keep_freed_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config = config_of({
         "data": {"source": "folder", "image_size": setting["side"], "channels": 3, "path": "."},
         "model": {"model_channels": setting["width"], "num_res_blocks": 2, "channel_mult": (1, 2, 2),
@@ -60,7 +61,10 @@ def step_of(setting: dict[str, Any]) -> dict[str, float]:
         began = time.perf_counter()
         step(x)
         times.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(times[1:]), "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "seconds": statistics.median(times[1:]),
+        "mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    }
 
 
 def measure_steps() -> None:
@@ -68,7 +72,7 @@ def measure_steps() -> None:
         rows: list[list[str]] = []
         before: tuple[Any, dict[str, float]] | None = None
         for value in values:
-            setting = BASE | {name: value}
+            setting = BASE | ({"side": 64, "batch": 32} if name == "checkpointing" else {}) | {name: value}
             launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(setting["processes"])]
             command = [sys.executable, *(launcher if setting["processes"] > 1 else []), __file__, "one",
                        "--setting", json.dumps(setting)]  # fmt: skip
@@ -81,7 +85,7 @@ def measure_steps() -> None:
                 exponents = [f"{math.log(found[key] / before[1][key]) / ratio:.2f}" for key in ("seconds", "mb")]
             rows.append([str(value), f"{found['seconds']:.3f}", exponents[0], f"{found['mb']:.0f}", exponents[1]])
             before = value, found
-        print(table([name, "seconds a step", "exponent", "peak MB of a process", "exponent"], rows), "\n", flush=True)
+        print(table([name, "seconds a step", "exponent", "MB at the most", "exponent"], rows), "\n", flush=True)
 
 
 def open_of(path: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -124,6 +125,8 @@ def _section(run: Path, name: str) -> str:
     where = shlex.quote(str(run))
     commands = f"train.py --out {where}", f"sample.py --ckpt {where}", f"evaluate.py --ckpt {where}"
     parts = {"Commands": "\n".join(f"python {line}" for line in commands)}
+    with suppress(OSError):
+        parts["Data"] = (run / "data.txt").read_text(errors="replace").strip()
     saved = checkpoint.folders(run)
     if saved:
         try:
@@ -134,7 +137,7 @@ def _section(run: Path, name: str) -> str:
                 "classes": ", ".join(state.get("class_names", [])), **(state.get("environment") or {}),
                 "weights from": (state.get("origin") or {}).get("path"),
             }  # fmt: skip
-            parts["Data and environment"] = "\n".join(f"{key}: {value}" for key, value in about.items() if value)
+            parts["Checkpoints and environment"] = "\n".join(f"{key}: {value}" for key, value in about.items() if value)
         except (OSError, ValueError, TypeError, AttributeError):
             pass  # a damaged checkpoint is told where it is used
     try:

@@ -64,7 +64,7 @@ def sources(tmp_path):
     return {
         "folder": [of[0], "folder", of[1], folder, *rgb, "--data.held_out", "0.2"],
         "workers": [of[0], "folder", of[1], folder, *rgb, "--data.workers", "2", "--data.random_flip", "true"],
-        "zip": [of[0], "folder", of[1], tmp_path / "a.zip", *rgb, "--data.workers", "1"],
+        "zip": [of[0], "folder", of[1], tmp_path / "a.zip", *rgb, "--data.workers", "1", "--data.held_out", "0.2"],
         "tar": [of[0], "folder", of[1], tmp_path / "a.tar", *rgb],
         "arrays": [of[0], "arrays", of[1], tmp_path / "arrays.npz", *rgb],
         "signals": [of[0], "arrays", of[1], tmp_path / "signals.npy", "--data.channels", "2", "--data.range", "[-4, 4]",
@@ -248,6 +248,15 @@ def test_the_commands_of_the_page_on_data_work(tmp_path, monkeypatch, capsys):
             argv = [*argv[:-1], 2]
         code, _, err = script(module, monkeypatch, capsys, *argv, *(short if name == "train" else []))
         assert code == 0, (line, err)
+
+
+@pytest.mark.whole
+def test_two_processes_score_held_out_images_as_one_does(tmp_path):
+    flags = ["train.py", *SMALL, "--data.held_out", "0.02", "--train.optimizer", "adamw"]
+    command(sys.executable, *flags, "--out", tmp_path / "one")
+    command("torchrun", "--nproc_per_node", "2", *flags, "--out", tmp_path / "two")
+    one, two = (metrics(tmp_path / name)[-1]["held_out_loss"] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
 
 
 # --- check-data and dry runs ------------------------------------------------------------------------------------------

@@ -132,7 +132,9 @@ def test_training_ends_with_a_report(tmp_path, monkeypatch, capsys):
     code, out, err = script(train, monkeypatch, capsys, *argv)
     assert code == 0, err
     assert f"report: {tmp_path / 'run/report.html'}" in out
-    assert "Commands" in (tmp_path / "run/report.html").read_text()
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Commands" in page
+    assert "1797 images as 1 x 8 x 8, values 0 to 255" in page
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     code, out, err = script(train, monkeypatch, capsys, "--out", tmp_path / "run", "--train.steps", 3)
     assert code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from diffusion.commands.terminal import print_line, progress_bar
 from diffusion.config import Config
 from diffusion.data.summary import describe_data
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, escape_control
+from diffusion.files import replace_text
 from diffusion.training import run_folder
 
 if TYPE_CHECKING:
@@ -58,10 +60,13 @@ def announce(trainer: Trainer) -> None:
     precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
     where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
     print_line(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}{precision}")
-    for line in describe_data(config.data, trainer.dataset):
-        print_line(f"  {line}")
+    lines = describe_data(config.data, trainer.dataset)
     if trainer.data.held_out is not None:
-        print_line(f"  {len(trainer.data.held_out)} more images are held out")
+        lines.append(f"{len(trainer.data.held_out)} more images are held out")
+    for line in lines:
+        print_line(f"  {line}")
+    with suppress(OSError):  # a full disk is told where a checkpoint is written
+        replace_text(out / "data.txt", "\n".join(map(escape_control, lines)) + "\n")  # for the report
 
 
 def main() -> None:

@@ -156,15 +156,15 @@ class Archives:
         self._places = [(values[i][0], values[i][2]) for i in order.tolist()]
 
     def _members(self, shard: int) -> Iterator[tuple[str, int, Any]]:
-        """The files of an archive: name, size, and where they lie."""
+        """The files of an archive: name, size, and what finds them in it."""
         archive = self._archive(shard)
-        for member in archive.infolist() if isinstance(archive, zipfile.ZipFile) else archive:
-            if isinstance(member, zipfile.ZipInfo):
-                found = None if member.is_dir() else (member.filename, member.file_size)
-            else:
-                found = (member.name, member.size) if member.isfile() or member.islnk() else None
-            if found:
-                yield found[0].removeprefix("./"), found[1], member
+        if isinstance(archive, zipfile.ZipFile):
+            found = [
+                (member.filename, member.file_size, member) for member in archive.infolist() if not member.is_dir()
+            ]
+        else:
+            found = [(member.name, member.size, member) for member in archive if member.isfile() or member.islnk()]
+        return ((name.removeprefix("./"), size, member) for name, size, member in found)
 
     def _archive(self, shard: int) -> Any:
         """An archive, opened once in each process: processes that share a file share its position."""

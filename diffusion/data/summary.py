@@ -17,7 +17,7 @@ from diffusion.data.decode import describe_image, open_image, to_x_start
 from diffusion.data.image_files import FileDataset
 from diffusion.errors import UsageError
 
-LOOKED, VALUES, DEEP, CHUNK = 2000, 256, 20, 512
+LOOKED, VALUES, DEEP, CHUNK = 1000, 64, 20, 512
 """How many files' heads, images' values, and values of 16-bit files are looked at before a run."""
 REMARKS = {
     "16 bits": "of 16 bits, all of which are used",

@@ -35,7 +35,7 @@ from diffusion.files import check_no_dangling_link, lock, replace_text, unlock
 
 OWN = {"config.yaml": Path.is_file, "metrics.jsonl": Path.is_file, "metrics_superseded.jsonl": Path.is_file,
        "checkpoints": Path.is_dir, "samples": Path.is_dir, ".lock": Path.is_file, "best": Path.is_symlink,
-       "report.html": Path.is_file, "trackers": Path.is_dir}  # fmt: skip
+       "report.html": Path.is_file, "data.txt": Path.is_file, "trackers": Path.is_dir}  # fmt: skip
 
 
 # --- what a path is ---------------------------------------------------------------------------------------------------
