@@ -255,6 +255,13 @@ def test_what_cannot_be_measured_is_named(run, argv, says, monkeypatch, capsys):
     assert says in err
 
 
+def test_samples_of_an_upsampler_are_not_scored(tmp_path, monkeypatch, capsys):
+    Trainer(small(train__steps=1, data__low_res_size=4), tmp_path / "run").run()
+    code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", tmp_path / "run", "--metric", "frechet", "--n", 4)
+    assert code == 2
+    assert "is an upsampler" in err
+
+
 def test_a_missing_package_is_named(run, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.metric_kid", None)
     code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, "--n", 8, "--steps", 2, "--metric", "kid",

@@ -121,6 +121,11 @@ def main() -> None:
         saved.config.diffusion.process(args.steps)
     if args.out is not None:
         check_out(args.out)
+    if args.against is not None:  # not after hours of scoring
+        read_figures(args.against)
+    if data.low_res_size is not None and set(args.metric) != {"bits_per_dim"}:
+        raise UsageError(f"--metric is {','.join(args.metric)}, and {saved.path} is an upsampler, of which no samples "
+                         "are generated here: bits_per_dim is its metric")  # fmt: skip
     dataset = open_data(data, "test" if args.split == "test" else "train")
     if args.split != "test":
         trained, held_out = hold_out(dataset, data.held_out, saved.config.train.seed)
@@ -197,15 +202,23 @@ def report(args: argparse.Namespace, subject: Subject, scores: dict[str, dict[st
         raise failed
 
 
+def read_figures(path: Path) -> dict[str, Any]:
+    """The figures that `--out` wrote. Raises UsageError if they are something else."""
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or not isinstance(found["settings"], dict):
+            raise ValueError("it has no settings")
+        return found
+    except (OSError, ValueError, LookupError, RecursionError) as error:
+        raise UsageError(f"--against {path} holds no figures of this command ({one_line(error)})") from None
+
+
 def compare(path: Path, mine: dict[str, Any]) -> None:
     """Print the difference to other figures. Raises UsageError if they were made with other settings."""
-    try:
-        theirs = json.loads(path.read_bytes())
-        fixed = {key: theirs[key] for key in mine.keys() & theirs.keys() if isinstance(mine[key], int | dict)}
-        numbers = [key for key in mine.keys() & theirs.keys() if isinstance(mine[key], float)]
-        there = theirs["settings"] | fixed
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UsageError(f"--against {path} holds no figures of this command ({one_line(error)})") from None
+    theirs = read_figures(path)
+    fixed = {key: theirs[key] for key in mine.keys() & theirs.keys() if isinstance(mine[key], int | dict)}
+    numbers = [key for key in mine.keys() & theirs.keys() if isinstance(mine[key], float)]
+    there = theirs["settings"] | fixed
     here = mine["settings"] | {key: mine[key] for key in fixed}
     differ = [f"{key} {there.get(key)} there, {value} here" for key, value in here.items()
               if key != "settings" and there.get(key) != value]  # fmt: skip
