@@ -297,7 +297,7 @@ def _newest(path: Path, use: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
     if not path.exists():
         raise UsageError(f"checkpoint {path} is not there")
     if (path / "state.json").exists() or path.name.startswith("step_"):
-        return use(_open_folder(path))
+        return use(_open_folder(path.resolve() if path.is_symlink() else path))  # the link `best` may move on
     for _ in range(10):  # a run in training may remove what was just listed
         damage: list[tuple[Path, Damaged]] = []
         listed = folders(path)

@@ -326,7 +326,8 @@ def _section_class(name: str, values: Mapping[str, Any]) -> Any:
         having = [other for other, cls in SOURCES.items() if has_field(cls, key)]
         if source not in having:
             owners = f"source{'s' * (len(having) > 1)} {', '.join(having)}"
-            raise UsageError(f"data.{key} belongs to the {owners}, and data.source is {source}")
+            hint = f"add --data.source {'folder' if 'folder' in having else having[0]}, or a --config that has it"
+            raise UsageError(f"data.{key} belongs to the {owners}, and data.source is {source}: {hint}")
     return SOURCES[source]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import html
 import json
@@ -24,6 +25,8 @@ from diffusion.errors import UsageError, one_line
 POINTS, GRIDS, GRID_PIXELS = 1500, 24, 640
 """How many points a curve has at the most, how many grids are shown, and how wide they are."""
 GRID_BYTES = 2_000_000
+COLOURS = "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"
+DASHES = "solid", "dot", "dash", "dashdot"
 PLOTS = {
     "loss": (["loss", "held_out_loss"], True), "loss by quarter of t": ([f"loss_q{q}" for q in range(1, 5)], True),
     "norm of the gradient": (["grad_norm"], True), "learning rate": (["lr"], False),
@@ -38,19 +41,25 @@ def report(runs: Sequence[Path]) -> str:
     names = _names(runs)
     plots = []
     for title, (columns, log) in PLOTS.items():
-        traces = [_trace(lines[run], column, name if len(runs) > 1 and len(columns) == 1 else
-                         f"{name} {column}".strip() if len(runs) > 1 else column)
-                  for run, name in zip(runs, names, strict=True) for column in columns]  # fmt: skip
+        traces = []
+        for r, (run, name) in enumerate(zip(runs, names, strict=True)):
+            for c, column in enumerate(columns):
+                label = column if len(runs) == 1 else name if len(columns) == 1 else f"{name}: {column}"
+                # Of several runs, a colour is a run, and a dash a column.
+                style = {"color": COLOURS[(r if len(runs) > 1 else c) % len(COLOURS)],
+                         "dash": DASHES[c if len(runs) > 1 else 0]}  # fmt: skip
+                traces.append(_trace(lines[run], column, label) | {"line": style})
         traces = [trace for trace in traces if trace["x"] and (title != "skipped steps" or any(trace["y"]))]
         if traces:
             plots.append({"title": title, "traces": traces, "log": log})
     budget = GRID_BYTES // len(runs)
     grids = [{"name": name, "images": found} for run, name in zip(runs, names, strict=True)
              if (found := read_grids(run, budget))]  # fmt: skip
-    sections = "".join(_section(run, name if len(runs) > 1 else "") for run, name in zip(runs, names, strict=True))
+    shown = names if len(runs) > 1 else [""]
+    sections = "".join(_section(run, name) for run, name in zip(runs, shown, strict=True))
     title = ", ".join(names)
-    last = [found[-1] for found in lines.values()]
-    tiles = _tiles(last[0]) if len(runs) == 1 else ""
+    tiles = "".join(_tiles(lines[run][-1], name) for run, name in zip(runs, shown, strict=True))
+    sections = (_differences(runs, names) if len(runs) > 1 else "") + sections
     page = (files("diffusion") / "report.html").read_text(encoding="utf-8")
     data = json.dumps({"plots": plots, "grids": grids}, allow_nan=False).replace("<", "\\u003c")
     subtitle = html.escape(f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].resolve()))
@@ -113,11 +122,29 @@ def _trace(lines: Sequence[dict[str, Any]], column: str, name: str) -> dict[str,
             "mode": "lines+markers" if len(parts) < 30 else "lines", "marker": {"size": 5}}  # fmt: skip
 
 
-def _tiles(last: dict[str, Any]) -> str:
+def _tiles(last: dict[str, Any], name: str) -> str:
     values = {"steps": f"{last['step']:,}", "loss": last.get("loss"), "held-out loss": last.get("held_out_loss"),
               "images/s": last.get("images_per_second")}  # fmt: skip
-    return "".join(f'<div class="tile"><b>{value if isinstance(value, str) else f"{value:.4g}"}</b>{name}</div>'
-                   for name, value in values.items() if value is not None)  # fmt: skip
+    shown = "".join(f'<div class="tile"><b>{value if isinstance(value, str) else f"{value:.4g}"}</b>{what}</div>'
+                    for what, value in values.items() if value is not None)  # fmt: skip
+    return (
+        f'<p>{html.escape(name)}</p><div class="tiles">{shown}</div>' if name else f'<div class="tiles">{shown}</div>'
+    )
+
+
+def _differences(runs: Sequence[Path], names: Sequence[str]) -> str:
+    """The settings in which runs differ."""
+    try:
+        configs = [dataclasses.asdict(load_config(run / "config.yaml")) for run in runs]
+    except (OSError, UsageError):
+        return ""
+    flat = [{f"{section}.{key}": value for section, fields in config.items() for key, value in fields.items()}
+            for config in configs]  # fmt: skip
+    keys = [key for key in dict.fromkeys(key for found in flat for key in found)
+            if any(found.get(key) != flat[0].get(key) for found in flat)]  # fmt: skip
+    lines = [f"{key}: " + ", ".join(f"{found.get(key)} in {name}" for found, name in zip(flat, names, strict=True))
+             for key in keys]  # fmt: skip
+    return f"<h2>What differs</h2><pre>{html.escape(chr(10).join(lines) or 'nothing but what happened')}</pre>"
 
 
 def _section(run: Path, name: str) -> str:

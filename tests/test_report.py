@@ -67,7 +67,7 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path):
     path.write_text(report([run, other]))
     dom = opened(path, tmp_path)
     assert 'data-ready="yes"' in dom
-    assert 'data-unformatted="other loss"' in dom
+    assert 'data-unformatted="other: loss"' in dom
     assert "Configuration: other" in dom
 
 

@@ -43,7 +43,8 @@ def main() -> None:
         dataset = open_data(data)
     with progress_bar(len(dataset), shown=True) as bar:
         found = check_images(dataset, bar.update)
-    _print(found.errors, "cannot be read (train without them with --data.on_error skip)")
+    how = "and are left out" if data.on_error == "skip" else "(train without them with --data.on_error skip)"
+    _print(found.errors, f"cannot be read {how}")
     if not len(found.readable):
         raise UsageError(f"none of the {len(dataset)} images can be read")
     good = dataset.select(found.readable)

@@ -22,7 +22,8 @@ from diffusion.commands.terminal import (
     progress_bar,
 )  # fmt: skip
 from diffusion.config import shared_fields
-from diffusion.data.base import DataConfig, hold_out, open_data
+from diffusion.data.base import DataConfig, DataSet, hold_out, open_data
+from diffusion.data.image_files import FileDataset
 from diffusion.data.sources import SOURCES
 from diffusion.distributed import accelerate_starts, check_launcher, on_cpu
 from diffusion.errors import UsageError, one_line, one_of, prefixed
@@ -30,6 +31,7 @@ from diffusion.files import check_no_dangling_link, replace_text
 from diffusion.images import save_grid
 from diffusion.metrics import METRICS, Score, Subject
 from diffusion.metrics.base import Reference
+from diffusion.metrics.bits_per_dim import check_levels
 from diffusion.metrics.features import FEATURES
 from diffusion.samplers import Progress
 from diffusion.training.run_folder import check_writable_file, locate
@@ -89,8 +91,6 @@ def choose_data(trained: DataConfig, source: str | None, path: str | None, split
         raise UsageError("--split is held_out, and the run held nothing out: data.held_out is 0")
     if split not in (*data.splits, "held_out"):
         raise UsageError(f"--split is {split}, but {data.source} has no such part: use another folder with --data.path")
-    if data.on_error != "fail":  # each image is scored once, so none may replace another
-        data = dataclasses.replace(data, on_error="fail")  # type: ignore[call-arg]
     return data
 
 
@@ -111,6 +111,26 @@ def check_out(out: Path) -> None:
     check_writable(out.parent, f"--out {out}")
 
 
+def open_scored(args: argparse.Namespace, saved: Checkpoint, data: DataConfig) -> DataSet:
+    """The images to score. Raises UsageError if they do not fit the model or the metrics."""
+    dataset = open_data(data, "test" if args.split == "test" else "train")
+    if isinstance(dataset, FileDataset):  # each image is scored once, so none may replace another
+        dataset.on_error = "fail"
+    if dataset.left_out:
+        print_line(
+            f"{len(dataset.left_out)} files are left out, since they cannot be read: {dataset.left_out[0]}", error=True
+        )
+    if args.split != "test":
+        trained, held_out = hold_out(dataset, data.held_out, saved.config.train.seed)
+        dataset = held_out if args.split == "held_out" and held_out else trained
+    if saved.class_names and not saved.fits_classes(dataset.class_names):
+        given = ", ".join(dataset.class_names) or "none"
+        raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
+    if "bits_per_dim" in args.metric:
+        check_levels(dataset)
+    return dataset
+
+
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
@@ -126,19 +146,17 @@ def main() -> None:
     if data.low_res_size is not None and set(args.metric) != {"bits_per_dim"}:
         raise UsageError(f"--metric is {','.join(args.metric)}, and {saved.path} is an upsampler, of which no samples "
                          "are generated here: bits_per_dim is its metric")  # fmt: skip
-    dataset = open_data(data, "test" if args.split == "test" else "train")
-    if args.split != "test":
-        trained, held_out = hold_out(dataset, data.held_out, saved.config.train.seed)
-        dataset = held_out if args.split == "held_out" and held_out else trained
-    if saved.class_names and not saved.fits_classes(dataset.class_names):
-        given = ", ".join(dataset.class_names) or "none"
-        raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
+    dataset = open_scored(args, saved, data)
     from accelerate import PartialState
 
     with accelerate_starts():
         state = PartialState(cpu=on_cpu())
     reference = Reference(dataset, state.device, args.features or ("classifier" if dataset.class_names else "pixels"),
                           args.features_weights)  # fmt: skip
+    if reference.network == "classifier" and set(args.metric) != {"bits_per_dim"} and state.is_main_process:
+        print_line(
+            "evaluate: training a small classifier on the data, in whose features images are compared", error=True
+        )
     scores: dict[str, dict[str, Score]] = {}
     with progress_bar(0, state.is_main_process) as bar:
 
@@ -156,7 +174,12 @@ def main() -> None:
             sheet = next((score for score in scores[where].values() if score.sheet is not None), None)
             if state.is_main_process and sheet is not None and sheet.sheet is not None:
                 out = args.sheet or (locate(saved.path).run or Path()) / "samples" / f"nearest_{saved.path.name}.png"
-                save_grid(sheet.sheet, out, columns=sheet.columns)
+                save_grid(
+                    sheet.sheet,
+                    out,
+                    columns=len(sheet.headings),
+                    captions=sheet.headings * (len(sheet.sheet) // len(sheet.headings)),
+                )
                 print_line(f"samples, nearest by pixels, and by features: {out.resolve()}")
     if state.is_main_process:
         report(args, subject, scores)

@@ -336,7 +336,7 @@ def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:
         elif word.isdecimal() and word.isascii() and len(word) < 10 and int(word) < len(names):
             labels.append(int(word))
         else:
-            near = difflib.get_close_matches(word, names, n=3)
+            near = [] if word.isdecimal() else difflib.get_close_matches(word, names, n=3)
             more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:10])}{more}"
             raise UsageError(

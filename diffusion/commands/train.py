@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.report import write_report
 from diffusion.commands.terminal import print_line, progress_bar
@@ -59,8 +61,11 @@ def announce(trainer: Trainer) -> None:
         begun = f"begins with the weights of {trainer.origin['path']}"
     precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
     where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
+    where += f" of {torch.get_num_threads()} threads" if trainer.accelerator.device.type == "cpu" else ""
     print_line(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}{precision}")
     lines = describe_data(config.data, trainer.dataset)
+    if trainer.dataset.class_names and not config.model.class_cond:
+        lines.append("the classes are not learnt: --model.class_cond true learns them")
     if trainer.data.held_out is not None:
         lines.append(f"{len(trainer.data.held_out)} more images are held out")
     for line in lines:
@@ -120,4 +125,6 @@ def main() -> None:
             print_line(f"report: {(out / 'report.html').resolve()}")
         except UsageError as error:  # it can be written later, and the run is done
             print_line(f"{Path(sys.argv[0]).name}: no report: {error}", error=True)
+        if (out / "best").exists():
+            print_line(f"best by held-out images: {(out / 'best').resolve().name}, which --ckpt {out / 'best'} names")
         print_line(f"images: {trainer.last_grid.resolve()}")

@@ -42,6 +42,8 @@ class Container(Protocol):
     sizes: NDArray[np.int64]
     where: str
     """what stands before a name in messages"""
+    suffix: str
+    """of files whose names have none"""
 
     def open(self, i: int) -> BinaryIO:
         """Open a file. Raises an exception of any type if it cannot be read."""
@@ -74,6 +76,8 @@ class Directory:
     The listing of a large one is kept in the user's cache, and made anew when the modification time of any folder in it
     differs. A file that was changed in place is named when it is read.
     """
+
+    suffix = ""
 
     def __init__(self, root: Path):
         self.root, self.where = root, f"{root}/"
@@ -132,6 +136,8 @@ class Directory:
 
 class Archives:
     """A zip archive, or tar archives, one after another."""
+
+    suffix = ""
 
     def __init__(self, path: Path, archives: Sequence[Path]):
         self.path, self.archives, self.where = path, list(archives), f"{path}: "

@@ -240,7 +240,7 @@ def fit(array: Array, target: Target) -> Array:
         array = array[..., None]
     if array.ndim != len(sizes) + 1 or array.shape[-1] != channels or 0 in shape:
         axes = {1: "length", 2: "height, width", 3: "depth, height, width"}[len(sizes)]
-        raise ValueError(f"{shape} {array.dtype}, not ({axes}, {channels})")
+        raise ValueError(f"{shape} {array.dtype}, not ({axes}, {channels}) as data.channels says")
     array = scale(array, target.range)
     if array.shape[:-1] == sizes:
         return np.moveaxis(array, -1, 0)
@@ -264,7 +264,7 @@ def scale(array: Array, declared: tuple[float, float] | None) -> Array:
     lowest, highest = (array.min(), array.max()) if array.size and array.dtype.kind in "biuf" else (np.nan, np.nan)
     if declared is None and array.dtype != np.uint16:
         raise ValueError(f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known: "
-                         "declare it, such as with --data.range [0.0, 1.0]")  # fmt: skip
+                         "declare it, such as with --data.range \"[0.0, 1.0]\"")  # fmt: skip
     if not (low <= lowest and highest <= high):
         raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
     return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)

@@ -118,7 +118,7 @@ class FileDataset:
             raise UsageError(f"{self.name_of(i)} cannot be read as an image ({one_line(error)})") from None
 
     def suffix_of(self, i: int) -> str:
-        return PurePosixPath(self.key_of(i)).suffix.lower()
+        return PurePosixPath(self.key_of(i)).suffix.lower() or self.container.suffix
 
     def first_sizes(self) -> tuple[int, ...]:
         """The sizes of the first image. Raises UsageError if it cannot be read."""

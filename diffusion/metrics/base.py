@@ -154,7 +154,7 @@ class Score:
 
     Attributes:
         best: of the figures, the one by which checkpoints are ranked; lower is better, or higher with `higher`.
-        sheet: images that belong to it, uint8, (N, C, *sizes), in rows of `columns`.
+        sheet: images that belong to it, uint8, (N, C, *sizes), in rows under `headings`.
     """
 
     figures: dict[str, Any]
@@ -162,4 +162,4 @@ class Score:
     best: str | None = None
     higher: bool = False
     sheet: Tensor | None = None
-    columns: int = 1
+    headings: list[str] = dataclasses.field(default_factory=list)

@@ -8,11 +8,19 @@ from functools import partial
 import torch
 
 from diffusion import likelihood
-from diffusion.data.base import load
+from diffusion.data.base import DataSet, load
 from diffusion.data.decode import shrink, to_x_start
+from diffusion.data.summary import evenly
 from diffusion.errors import UsageError
 from diffusion.metrics.base import Score, Subject
 from diffusion.randomness import image_noise
+
+
+def check_levels(dataset: DataSet) -> None:
+    """Raise UsageError if images have other levels than those of 8 bits, as far as some of them show."""
+    if load(dataset, evenly(len(dataset), 256).tolist())[0].dtype != torch.uint8:
+        raise UsageError("bits_per_dim counts the 256 levels of 8-bit images, and some of these data have others "
+                         "(data.range, or 16 bits): choose --metric frechet,nearest")  # fmt: skip
 
 
 def bits_per_dim(subject: Subject) -> Score:
@@ -30,9 +38,6 @@ def bits_per_dim(subject: Subject) -> Score:
     progress = subject.bar(len(mine) * process.num_timesteps)
     for batch in mine:
         images, y = load(subject.dataset, batch)
-        if images.dtype != torch.uint8:
-            raise UsageError("bits_per_dim counts the 256 levels of 8-bit images, and these data have others "
-                             "(data.range, or 16 bits)")  # fmt: skip
         x_start = to_x_start(images.to(device))
         inputs = {"y": y.to(device)} if saved.class_names else {}
         if saved.config.data.low_res_size is not None:

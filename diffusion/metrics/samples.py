@@ -91,7 +91,7 @@ def nearest(subject: Subject) -> Score:
     worst = found["pixels"][0].argsort()[:ON_SHEET]
     rows = [samples[worst], images[found["pixels"][1][worst]], images[found["features"][1][worst]]]
     sheet = rearrange(torch.stack(rows), "k n ... -> (n k) ...")
-    return Score(figures, lines, "pixels_copies", sheet=sheet, columns=3)
+    return Score(figures, lines, "pixels_copies", sheet=sheet, headings=["sample", "pixels", "features"])
 
 
 def _fidelity(name: str) -> Any:

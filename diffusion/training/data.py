@@ -34,10 +34,9 @@ def open_run_data(config: Config, saved: Checkpoint | None, out: Path, accelerat
     with accelerator.main_process_first():  # one process downloads, or makes an index; the others find it there
         dataset, held_out = hold_out(open_data(config.data), config.data.held_out, config.train.seed)
     if len(dataset) < config.train.batch_size:
-        raise UsageError(
-            f"the data hold {len(dataset)} images, fewer than train.batch_size {config.train.batch_size}: "
-            f"make it {len(dataset)} or less"
-        )
+        beside = f", beside {len(held_out)} held out" if held_out else ""
+        raise UsageError(f"the data hold {len(dataset)} images{beside}, fewer than train.batch_size "
+                         f"{config.train.batch_size}: make it {len(dataset)} or less")  # fmt: skip
     class_names = dataset.class_names if config.model.class_cond else ()
     if config.model.class_cond and not class_names:
         reason = getattr(getattr(dataset, "files", None) or dataset, "no_classes", "")

@@ -59,7 +59,7 @@ def dry_run(config: Config) -> list[str]:
         f"{device.type}",
         f"{train.steps} steps take {_duration(seconds * train.steps)}, without grids and checkpoints, and see an image "
         f"{train.steps * train.batch_size / images_there:.1f} times",
-        f"a checkpoint takes {checkpoint:,.0f} MiB, {kept} of them {checkpoint * kept / 1024:,.1f} GiB of disk",
+        f"a checkpoint takes {checkpoint:,.0f} MiB, {kept} of them {checkpoint * kept:,.0f} MiB of disk",
     ]  # fmt: skip
     return lines + [f"advice: {text}" for text in advice(config, weights, images_there, seconds)]
 
@@ -80,6 +80,9 @@ def advice(config: Config, weights: int, images: int, seconds: float) -> list[st
     if weights > 10 * values:
         found.append(f"the network has {weights / values:.0f} times as many weights as the data have values: it may "
                      "learn them by heart, so hold some out with --data.held_out 0.1")  # fmt: skip
+    if train.steps * train.batch_size > 500 * images:
+        found.append(f"each image is seen {train.steps * train.batch_size / images:.0f} times: hold some out with "
+                     "--data.held_out 0.1, and use the best checkpoint by them")  # fmt: skip
     if train.steps * train.batch_size < images:
         found.append("the run ends before each image was seen once")
     if not config.checkpoint.every and seconds * train.steps > 3600:

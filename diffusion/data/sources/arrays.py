@@ -62,9 +62,10 @@ class Rows:
 
     images: Array
     path: str
+    suffix = ".npy"
 
     def __post_init__(self) -> None:
-        self.names = np.array([b"%d.npy" % i for i in range(len(self.images))])
+        self.names = np.array([b"%d" % i for i in range(len(self.images))])
         self.sizes = np.array([zlib.crc32(row.tobytes()) for row in self.images], dtype=np.int64)
         self.where = f"{self.path}: row "
 

@@ -44,6 +44,8 @@ class Folder(ImageFiles):
         files = [names[i] for i in ids]
         listed = {names[i]: i for i, suffix in enumerate(suffixes) if suffix in (".json", ".csv")}
         chosen = self.labels or next((name for name in LABEL_FILES if name in listed), "folders")
+        if chosen not in listed and chosen.endswith((".json", ".csv")):
+            raise UsageError(f"data.labels is {chosen}, and data.path {self.path} has no such file")
         check_name("data.labels", chosen, [*LABELS, *listed])
         if chosen in LABELS:
             labels, classes, why_none = LABELS[chosen](files, self.path)
@@ -55,5 +57,6 @@ class Folder(ImageFiles):
                 raise
             except Exception as error:  # a broken link, a damaged archive
                 raise UsageError(f"data.labels {chosen} cannot be read: {one_line(error)}") from None
-        others = Counter(suffix or "without suffix" for suffix in suffixes if suffix not in IMAGE_SUFFIXES)
+        unused = [suffix for suffix, name in zip(suffixes, names, strict=True) if name != chosen]
+        others = Counter(suffix or "without suffix" for suffix in unused if suffix not in IMAGE_SUFFIXES)
         return FileDataset(container, ids, labels, classes, self.target, self.on_error, why_none, others)

@@ -71,6 +71,7 @@ class Rows:
     table: Any
     column: str
     path: str
+    suffix = ""
 
     def __post_init__(self) -> None:
         import pyarrow.compute as compute
