@@ -78,7 +78,7 @@ def test_the_kernel_distance_is_its_definition(monkeypatch):
 
     n, inside = len(a), [kernel(x, x) for x in (a, b)]
     wanted = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in inside) - 2 * kernel(a, b).mean()
-    assert figures["kid"] == pytest.approx(wanted, rel=1e-4)
+    assert figures["kid"] == pytest.approx(wanted, rel=1e-6)
     assert figures["subset"] == 200
 
 
@@ -91,8 +91,8 @@ def test_precision_and_recall_are_their_definition():
         radius = np.sort(np.linalg.norm(centres[:, None] - centres[None], axis=-1), axis=1)[:, 3]
         return (np.linalg.norm(points[:, None] - centres[None], axis=-1) <= radius).any(1).mean()
 
-    assert figures["precision"] == pytest.approx(covered(a, b), abs=0.01)
-    assert figures["recall"] == pytest.approx(covered(b, a), abs=0.01)
+    assert figures["precision"] == pytest.approx(covered(a, b), rel=1e-6)
+    assert figures["recall"] == pytest.approx(covered(b, a), rel=1e-6)
 
 
 def test_the_inception_score_is_its_definition():

@@ -36,7 +36,7 @@ def frechet(subject: Subject) -> Score:
 
 def kid(subject: Subject) -> Score:
     """The kernel Inception distance (Binkowski et al. 2018), in the features chosen, over subsets."""
-    samples, real = subject.features[0], subject.reference.features
+    samples, real = subject.features[0].double(), subject.reference.features.double()
     size = min(KID_SUBSET, len(samples), len(real))
     found = _fidelity("kid").kid_features_to_metric(samples, real, kid_subsets=100, kid_subset_size=size, verbose=False)
     mean, std = (found[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
@@ -60,7 +60,7 @@ def inception_score(subject: Subject) -> Score:
 
 def precision_recall(subject: Subject) -> Score:
     """Precision and recall (Kynkäänniemi et al. 2019) by 3 nearest neighbours, of as many real images as samples."""
-    samples, real = subject.features[0], subject.reference.features
+    samples, real = subject.features[0].double(), subject.reference.features.double()
     real = real[evenly(len(real), len(samples))]
     if min(len(real), len(samples)) <= NEIGHBOURS:
         raise UsageError(f"precision_recall needs more than {NEIGHBOURS} samples and images: there are {len(samples)} "
