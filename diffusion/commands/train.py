@@ -71,7 +71,8 @@ def announce(trainer: Trainer) -> None:
     for line in lines:
         print_line(f"  {line}")
     with suppress(OSError):  # a full disk is told where a checkpoint is written
-        replace_text(out / "data.txt", "\n".join(map(escape_control, lines)) + "\n")  # for the report
+        if trainer.step == 0:
+            replace_text(out / "data.txt", "\n".join(map(escape_control, lines)) + "\n")  # for the report
 
 
 def main() -> None:

@@ -110,8 +110,8 @@ def open_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[Image.I
         opened = Image.open(file, formats=formats())
     except UnidentifiedImageError:  # its message would name the object, not the file
         raise NotIdentified(f"cannot identify the format: it is no {', '.join(formats())}, or broken") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{error}, and data.max_pixels is {max_pixels}") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has more than data.max_pixels {max_pixels} pixels") from None
     with opened as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}")
