@@ -40,7 +40,7 @@ def main() -> None:
     path = str(parser.parse_args().path.resolve())
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {os.cpu_count()} cores\n")
     with tempfile.TemporaryDirectory() as folder:
-        one = ["--train.steps", "1", "--sample.n", "1", "--sample.steps", "1", "--checkpoint.every", "1"]
+        one = ["--train.steps", "1", "--sample.n", "1", "--sample.steps", "2", "--checkpoint.every", "1"]
         for name in ("without an index", "with it", "with it, again"):
             command = [sys.executable, "train.py", "--config", "folder_small", "--data.path", path, *one]
             seconds = timed([*command, "--out", f"{folder}/{name}"], f"{folder}/cache")

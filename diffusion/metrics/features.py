@@ -18,7 +18,7 @@ from diffusion.data.loader import batch_indices
 from diffusion.data.summary import evenly
 from diffusion.errors import UsageError, one_line
 
-CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 20_000, 1000
+CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 20_000, 500
 
 
 class Extractor(NamedTuple):
