@@ -1,6 +1,6 @@
 # make train   install into .venv and train on the digits
 # make test    everything: lint, types and all tests
-# make check   before each commit: lint, types, imports and unit tests, in less than a minute
+# make check   before each commit: lint, types, imports and unit tests, in less than two minutes
 # make docs    the documentation as a site, in site/
 # make dist    build the wheel, install it into an empty environment, and use it there
 PYTHON ?= python3
