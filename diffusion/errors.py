@@ -1,7 +1,7 @@
 """Exceptions for the user, and one-line messages."""
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -60,6 +60,12 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def name_some(names: Sequence[str], what: str) -> str:
+    """How many things there are, and the first five of them."""
+    more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)} {what}: {'; '.join(names[:5])}{more}"
 
 
 def escape_control(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 try:
@@ -64,6 +65,13 @@ def replace_text(path: Path, text: str) -> None:
 def cache_folder() -> Path:
     """The folder of what can be made again, in the user's cache. It may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion")
+
+
+def write_cache(path: Path, content: bytes) -> None:
+    """Write a file in `cache_folder`, if that can be written: it can be made again."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(path, content)
 
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}

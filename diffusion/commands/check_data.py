@@ -13,11 +13,11 @@ from diffusion.data.base import DataSet, hold_out, load, open_data
 from diffusion.data.decode import to_uint8, to_x_start
 from diffusion.data.image_files import ImageFiles
 from diffusion.data.summary import check_images, describe_data, evenly
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, name_some
 from diffusion.images import save_grid
 from diffusion.training.run_folder import check_writable_file
 
-ON_SHEET, NAMED = 100, 5
+ON_SHEET = 100
 
 
 def main() -> None:
@@ -60,7 +60,5 @@ def main() -> None:
 
 
 def _print(names: Sequence[str], what: str) -> None:
-    """Name up to five, and count all."""
     if names:
-        more = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        print_line(f"{len(names)} {what}: {'; '.join(names[:NAMED])}{more}")
+        print_line(name_some(names, what))

@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from diffusion.checkpoint import Checkpoint, folders
 from diffusion.commands.terminal import (
@@ -135,7 +138,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
     check_counts(args)
-    saved, _ = open_run(args.ckpt, args.ema)
+    saved, weights = open_run(args.ckpt, args.ema)
     data = choose_data(saved.config.data, args.source, args.path, args.split)
     with prefixed("--steps: "):
         saved.config.diffusion.process(args.steps)
@@ -164,16 +167,15 @@ def main() -> None:
             bar.reset(total)
             return partial(advance, bar)
 
-        for path, ema in targets(args, saved):
-            saved, weights = open_run(path, ema)
-            network = saved.network(weights).eval().to(state.device)
-            subject = Subject(saved, network, dataset, state, reference, args.n, args.steps, args.seed, args.batch_size,
-                              wrap)  # fmt: skip
-            where = f"{saved.path.name}, {ema or saved.config.train.averages[0]}"
+        for scored, its_weights, ema in models(args, saved, weights):
+            network = scored.network(its_weights).eval().to(state.device)
+            subject = Subject(scored, network, dataset, state, reference, args.n, args.steps, args.seed,
+                              args.batch_size, wrap)  # fmt: skip
+            where = f"{scored.path.name}, {ema or scored.config.train.averages[0]}"
             scores[where] = {name: METRICS[name](subject) for name in args.metric}
             sheet = next((score for score in scores[where].values() if score.sheet is not None), None)
             if state.is_main_process and sheet is not None and sheet.sheet is not None:
-                out = args.sheet or (locate(saved.path).run or Path()) / "samples" / f"nearest_{saved.path.name}.png"
+                out = args.sheet or (locate(scored.path).run or Path()) / "samples" / f"nearest_{scored.path.name}.png"
                 save_grid(
                     sheet.sheet,
                     out,
@@ -185,14 +187,19 @@ def main() -> None:
         report(args, subject, scores)
 
 
-def targets(args: argparse.Namespace, saved: Checkpoint) -> list[tuple[Path, str | None]]:
-    """The checkpoints, and averages of each, to score."""
+def models(
+    args: argparse.Namespace, saved: Checkpoint, weights: dict[str, Tensor]
+) -> Iterator[tuple[Checkpoint, dict[str, Tensor], str | None]]:
+    """The checkpoints, and averages of each, to score: the opened one, or every one of its run."""
     if not args.every:
-        return [(args.ckpt, args.ema)]
+        yield saved, weights, args.ema
+        return
     found = folders(args.ckpt)
     if not found:
         raise UsageError(f"--every is set, and --ckpt {args.ckpt} is no run that has saved a checkpoint")
-    return [(path, ema) for path in reversed(found) for ema in [*map(str, saved.config.train.averages), "none"]]
+    for path in reversed(found):
+        for ema in [*map(str, saved.config.train.averages), "none"]:
+            yield *open_run(path, ema), ema
 
 
 def report(args: argparse.Namespace, subject: Subject, scores: dict[str, dict[str, Score]]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UsageError, one_line
-from diffusion.files import cache_folder, replace_bytes
+from diffusion.files import cache_folder, write_cache
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db"}
@@ -97,9 +97,7 @@ class Directory:
         if len(files) >= INDEX_FROM and max(found.values()) < began - SETTLED_NS:
             buffer = BytesIO()
             np.savez(buffer, self.names, self.sizes, *sorted_by_name(list(found), list(found.values())))
-            with contextlib.suppress(OSError):  # a home that cannot be written is no reason to stop
-                index.parent.mkdir(parents=True, exist_ok=True)
-                replace_bytes(index, buffer.getvalue())
+            write_cache(index, buffer.getvalue())
 
     def _walk(self, folder: str, visited: set[str], found: dict[str, int]) -> Iterator[tuple[str, int]]:
         """The files under a folder and their sizes, -1 of what is no regular file; and the folders with their times."""

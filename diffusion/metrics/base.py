@@ -22,7 +22,7 @@ from diffusion.config import Config
 from diffusion.data.base import DataSet, load
 from diffusion.data.decode import to_uint8, to_x_start
 from diffusion.data.summary import evenly
-from diffusion.files import cache_folder, replace_bytes
+from diffusion.files import cache_folder, write_cache
 from diffusion.metrics.features import FEATURES, Extractor
 from diffusion.samplers import Progress
 from diffusion.sampling import batches, generate
@@ -70,9 +70,7 @@ class Reference:
         if self.extractor.fixed and found.nbytes < CACHED_BYTES:
             buffer = BytesIO()
             np.save(buffer, found.numpy())
-            with suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                replace_bytes(path, buffer.getvalue())
+            write_cache(path, buffer.getvalue())
         return found
 
     def run(self, images: Tensor, size: int = 128) -> tuple[Tensor, Tensor | None]:
@@ -140,7 +138,8 @@ class Subject:
         return {"n": self.n or len(self.dataset), "sampler": sample.sampler, "steps": self.config.sample_steps(),
                 "evaluations": self.config.sampling_process().num_timesteps, "options": sample.options,
                 "guidance": sample.guidance, "seed": self.seed, "features": self.reference.extractor.name,
-                "reference": self.dataset.fingerprint(), "reference_images": len(self.reference.images)}  # fmt: skip
+                "reference": self.dataset.fingerprint(),
+                "reference_images": min(len(self.dataset), self.reference.most)}  # fmt: skip
 
     def _share(self, n: int) -> list[range]:
         share = math.ceil(n / self.state.num_processes)

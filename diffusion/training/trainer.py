@@ -22,7 +22,7 @@ from diffusion.data.base import Batch, load
 from diffusion.data.decode import shrink, to_uint8, to_x_start
 from diffusion.data.loader import batch_indices, step_batches
 from diffusion.distributed import accelerate_starts, check_known, keep_freed_memory, launcher, on_cpu
-from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, one_line
+from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, name_some, one_line
 from diffusion.images import save_grid
 from diffusion.randomness import seed_for
 from diffusion.sampling import batches, generate
@@ -357,8 +357,7 @@ class Trainer:
     def _warn_of(self, what: str, errors: Sequence[str]) -> None:
         """Name up to five errors, and count all."""
         if errors:
-            more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
-            self.warn(f"{len(errors)} {what}: {'; '.join(errors[:5])}{more}")
+            self.warn(name_some(errors, what))
 
     def _log(self, grad_norm: Tensor, lr: float, saves: bool) -> Metrics:
         """Write a line of metrics, with the loss of held-out images if a checkpoint is due.
