@@ -1,11 +1,14 @@
 """The golden figures, the known weights and noise that they were computed with, and whole commands."""
 
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +82,53 @@ def command(*argv, code=0, cwd=ROOT):
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([f"diffusion.commands.{name}" for name in ("train", "sample", "evaluate")]
+                             + ["diffusion.training.trainer", "torch._dynamo", "accelerate"])  # fmt: skip
+
+
+def together(script, *argv, processes=2, cwd=ROOT):
+    """Run `train.py` or another script as torchrun does, in processes that are forked from one that has imported all:
+    seconds less each. Returns what they print."""
+    user = user_environment()
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": user["PET_MASTER_PORT"]} if processes > 1 else {}  # fmt: skip
+    with tempfile.TemporaryFile() as file:
+        started = []
+        for rank in range(processes):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            environment = user | {name: str(value) for name, value in (shared | ranks).items()}
+            output = multiprocessing.reduction.DupFd(file.fileno())
+            process = FORKS.Process(target=_forked, args=(environment, [script, *map(str, argv)], cwd, output))
+            process.start()
+            started.append(process)
+        for process in started:
+            process.join(300)
+            process.kill()
+        file.seek(0)
+        said = file.read().decode()
+    assert [process.exitcode for process in started] == [0] * processes, said
+    return said
+
+
+def _forked(environment, argv, cwd, output):
+    from diffusion.commands.terminal import exit_code
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)  # as a new process has it
+    descriptor = output.detach()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if "RANK" in environment:
+        torch.set_num_threads(1)  # torchrun sets OMP_NUM_THREADS
+    sys.argv = argv
+    code = exit_code(importlib.import_module(f"diffusion.commands.{Path(argv[0]).stem}").main)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 class Trap:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, command
+from helpers import SMALL, together
 from PIL import Image
 from test_scripts import commands_of, script
 from test_sources import pixels, tarred, write, zipped
@@ -85,8 +85,7 @@ def test_runs_on_every_source_resume_to_the_bit(kind, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("kind", ["workers", "zip", "signals"])
 def test_two_processes_resume_to_the_bit(kind, tmp_path):
     argv = ["--verify_resume", *SMALL, "--train.batch_size", "8", *sources(tmp_path)[kind]]
-    done = command("torchrun", "--nproc_per_node", "2", "train.py", *argv)
-    assert "end with the same bits as without a break" in done.stdout
+    assert "end with the same bits as without a break" in together("train.py", *argv)
 
 
 def test_a_table_resumes_to_the_bit(tmp_path, monkeypatch, capsys):
@@ -252,9 +251,9 @@ def test_the_commands_of_the_page_on_data_work(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.whole
 def test_two_processes_score_held_out_images_as_one_does(tmp_path):
-    flags = ["train.py", *SMALL, "--data.held_out", "0.02", "--train.optimizer", "adamw"]
-    command(sys.executable, *flags, "--out", tmp_path / "one")
-    command("torchrun", "--nproc_per_node", "2", *flags, "--out", tmp_path / "two")
+    flags = [*SMALL, "--data.held_out", "0.02", "--train.optimizer", "adamw"]
+    for processes, name in ((1, "one"), (2, "two")):
+        together("train.py", *flags, "--out", tmp_path / name, processes=processes)
     one, two = (metrics(tmp_path / name)[-1]["held_out_loss"] for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-4)
 

@@ -362,7 +362,6 @@ def test_workers_that_cannot_be_started_are_said(tmp_path):
 def test_a_closed_terminal_saves_the_run_and_nohup_keeps_it(tmp_path):
     from test_scripts import started
 
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     with started(tmp_path / "run") as process:
         process.send_signal(signal.SIGHUP)
         err = process.communicate(timeout=60)[1]

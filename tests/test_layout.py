@@ -1,6 +1,7 @@
 """The architecture: imports point one way, the mathematics stands alone, and additions have one place."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -147,33 +148,54 @@ def add_line(text, line):
     return re.sub(r"(^[A-Z]+: .*= \{)", rf"\1{line.strip()} ", text, count=1, flags=re.MULTILINE)
 
 
-def run(folder, *argv, code=0):
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=folder, capture_output=True, text=True, timeout=300,
+ALL = """
+import json, runpy, sys
+from accelerate.state import AcceleratorState
+for argv, code in json.loads(sys.argv[1]):
+    sys.argv, ended = argv, None
+    print("\\0", flush=True)
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        ended = end.code or 0
+    sys.stdout.flush()
+    assert ended == code, (argv, ended)
+    AcceleratorState._reset_state(reset_partial_state=True)
+"""
+
+
+def run_all(folder, *lines):
+    """The outputs of commands, each with the exit code it should have, one after the other in one process."""
+    lines = [([str(word) for word in argv], code) for argv, code in lines]
+    done = subprocess.run([sys.executable, "-c", ALL, json.dumps(lines)], cwd=folder, text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=user_environment() | {"PYTHONPATH": str(folder)})  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
+    return done.stdout.split("\0")[1:]
 
 
 @pytest.mark.whole
 def test_the_page_on_extending_can_be_followed(extended):
     commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
     assert len(commands) == 3
-    run(extended, "train.py", "--out", "runs/digits", *SMALL)
-    for line in commands:
-        argv = shlex.split(line)[1:]
-        extra = [*SMALL, "--sample.sampler", "tempered", "--sample.options.temperature", "0.5"] * (
-            argv[0] == "train.py"
-        )
-        out = run(extended, *argv, *extra)
-        if "brightness" in line:
-            assert re.search(r"brightness -?\d\.\d+ of 100 generated images, -?\d\.\d+ of the data", out)
+    lines = [shlex.split(line)[1:] for line in commands]
+    tempered = [*SMALL, "--sample.sampler", "tempered", "--sample.options.temperature", "0.5"]
+    outputs = run_all(
+        extended,
+        (["train.py", "--out", "runs/digits", *SMALL], 0),
+        *[([*argv, *tempered] if argv[0] == "train.py" else argv, 0) for argv in lines],
+        (["sample.py", "--help"], 0),
+        (["train.py", "--help"], 0),
+        (["train.py", "--data.count", "3"], 2),
+        (["sample.py", "--ckpt", "runs/digits", "--sampler", "tempered", "--eta", "1"], 2),
+        (["train.py", "--data.source", "discs", "--out", "runs/discs", "--train.steps", "4"], 0),  # continues
+    )
+    [brightness] = [out for line, out in zip(commands, outputs[1:4], strict=True) if "brightness" in line]
+    assert re.search(r"brightness -?\d\.\d+ of 100 generated images, -?\d\.\d+ of the data", brightness)
     assert "count: 500" in (extended / "runs/discs/config.yaml").read_text()
-    assert "tempered" in run(extended, "sample.py", "--help")
-    assert "--data.count" in run(extended, "train.py", "--help")
-    out = run(extended, "train.py", "--data.count", "3", code=2)
-    assert "data.count belongs to the source discs, and data.source is digits" in out
-    out = run(extended, "sample.py", "--ckpt", "runs/digits", "--sampler", "tempered", "--eta", "1", code=2)
-    assert "--eta is not an option of tempered: it has temperature" in out
-    run(extended, "train.py", "--data.source", "discs", "--out", "runs/discs", "--train.steps", "4")  # continues
+    assert "tempered" in outputs[4]
+    assert "--data.count" in outputs[5]
+    assert "data.count belongs to the source discs, and data.source is digits" in outputs[6]
+    assert "--eta is not an option of tempered: it has temperature" in outputs[7]
     assert Path(extended, "runs/discs/checkpoints/step_00000004").is_dir()
     assert os.listdir(extended / "runs/digits/samples")

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import ROOT, SMALL, command, user_environment
+from helpers import ROOT, SMALL, command, together, user_environment
 from PIL import Image
 from test_trainer import assert_same_bits, small
 
@@ -66,15 +66,15 @@ def test_one_process_two_and_accumulation_agree_after_50_steps_and_continue_each
         values = dict(train__steps=steps, train__log_every=25, train__lr=1e-4, train__optimizer="adamw") | changes
         Trainer(small(**values), out).run()
 
-    def together(out, steps):
-        command(*TWO, "train.py", "--out", out, *flags, steps)
+    def both(out, steps):
+        together("train.py", "--out", out, *flags, steps)
 
     alone(tmp_path / "one", 25)
-    together(tmp_path / "two", 25)
+    both(tmp_path / "two", 25)
     shutil.copytree(tmp_path / "one", tmp_path / "one, then two")
     shutil.copytree(tmp_path / "two", tmp_path / "two, then one")
-    together(tmp_path / "one, then two", 50)
-    together(tmp_path / "two", 50)
+    both(tmp_path / "one, then two", 50)
+    both(tmp_path / "two", 50)
     alone(tmp_path / "two, then one", 50)
     alone(tmp_path / "one", 50)
     alone(tmp_path / "accumulated", 50, train__gradient_accumulation=2)
@@ -112,7 +112,7 @@ def everything_random(images):
 def untouched(images, tmp_path_factory):
     """Such a run of two processes, that nothing happened to."""
     out = tmp_path_factory.mktemp("runs") / "untouched"
-    command(*TWO, "train.py", "--out", out, *everything_random(images))
+    together("train.py", "--out", out, *everything_random(images))
     return out
 
 
@@ -190,8 +190,8 @@ def test_a_network_that_fsdp2_cuts_up_trains_and_resumes_like_any_other(tmp_path
     shutil.copytree(tmp_path / "broken", tmp_path / "changed")
     command(*sharded, "--out", tmp_path / "broken", *flags, 6)
     assert_same_bits(tensors(tmp_path / "broken"), tensors(tmp_path / "whole"))
-    command(*TWO, "train.py", "--out", tmp_path / "usual", *flags, 6)
-    command(*TWO, "train.py", "--out", tmp_path / "changed", *flags, 6)
+    together("train.py", "--out", tmp_path / "usual", *flags, 6)
+    together("train.py", "--out", tmp_path / "changed", *flags, 6)
     for name in ("whole", "changed"):
         assert_same_predictions(tmp_path / name, tmp_path / "usual")
         for ours, theirs in zip(losses(tmp_path / name), losses(tmp_path / "usual"), strict=True):

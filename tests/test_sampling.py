@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command, user_environment
+from helpers import ROOT, command, together, user_environment
 from PIL import Image
 from test_scripts import script
 from test_trainer import small
@@ -127,8 +127,8 @@ def test_four_at_once_without_out_have_their_own(run):
 def test_processes_share_the_work_and_end_with_the_same_files(run, tmp_path):
     argv = ["sample.py", "--ckpt", run, "--n", 22, "--steps", 2, "--batch_size", 4]
     for form, name in (("--images", "a"), ("--npz", "a.npz")):
-        command("torchrun", "--nproc_per_node", 2, "--", *argv, form, "--out", tmp_path / f"two_{name}")
-        command(sys.executable, *argv, form, "--out", tmp_path / f"one_{name}")
+        together(*argv, form, "--out", tmp_path / f"two_{name}")
+        together(*argv, form, "--out", tmp_path / f"one_{name}", processes=1)
     two, one = contents(tmp_path / "two_a"), contents(tmp_path / "one_a")
     assert two == one
     assert (tmp_path / "two_a.npz").read_bytes() == (tmp_path / "one_a.npz").read_bytes()

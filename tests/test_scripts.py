@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import ROOT, SMALL, command, user_environment
+from helpers import ROOT, SMALL, command, together, user_environment
 from PIL import Image
 
 import evaluate
@@ -78,6 +78,9 @@ def test_the_pages_show_the_commands_that_this_file_runs():
 
 def in_process_or_whole(argv, monkeypatch, capsys, folder):
     """Run a command line: through a launcher as it is, else the same function in this process, which is quicker."""
+    if argv[:3] == ["torchrun", "--nproc_per_node", "2"] and not argv[3].startswith("--m"):
+        together(*[word for word in argv[3:] if word != "--"], cwd=folder)
+        return
     if argv[0] not in ("python", "diffusion"):
         command(*argv, cwd=folder)
         return
@@ -108,7 +111,7 @@ def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
                 line = line.replace(name, f"{ROOT}/{name}")
             in_process_or_whole(shlex.split(line), monkeypatch, capsys, tmp_path)
         for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
-            command(sys.executable, "-c", block, cwd=tmp_path)
+            exec(block, {"__name__": "__main__"})  # the working directory is the folder
     assert list(tmp_path.rglob("*.png"))
 
 
@@ -161,19 +164,19 @@ def test_two_processes_train_save_resume_and_sample(run, tmp_path):
     for a, b in zip(one, both, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
-    for name, launcher in (("one.png", [sys.executable]), ("both.png", [*torchrun, "--"])):
-        done = command(*launcher, "sample.py", "--ckpt", two, "--n", 5, "--steps", 3, "--out", tmp_path / name)
-        assert done.stdout.count("5 images") == 1
+    flags = ["sample.py", "--ckpt", two, "--n", 5, "--steps", 3, "--out"]
+    assert command(*torchrun, "--", *flags, tmp_path / "both.png").stdout.count("5 images") == 1
+    together(*flags, tmp_path / "one.png", processes=1)
     drawn = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "both.png")]
     assert abs(drawn[0] - drawn[1]).max() <= 1
 
 
 def test_two_processes_share_importance_dropped_classes_and_small_images(tmp_path):
     """Each learns of the losses of all: the history, the losses and the timesteps drawn are those of one process."""
-    flags = ["train.py", *SMALL, "--train.steps", "6", "--train.timestep_sampler", "loss_second_moment",
+    flags = [*SMALL, "--train.steps", "6", "--train.timestep_sampler", "loss_second_moment",
              "--diffusion.steps", "3", "--train.label_dropout", "0.3", "--data.low_res_size", "4"]  # fmt: skip
-    command(sys.executable, *flags, "--out", tmp_path / "one")
-    command("torchrun", "--nproc_per_node", "2", *flags, "--out", tmp_path / "two")
+    for processes, name in ((1, "one"), (2, "two")):
+        together("train.py", *flags, "--out", tmp_path / name, processes=processes)
     one, two = (checkpoint.load_plain(checkpoint.folders(tmp_path / name)[0] / "training.pt")["step"]["importance"]
                 for name in ("one", "two"))  # fmt: skip
     assert torch.equal(one["counts"], two["counts"])
@@ -191,8 +194,8 @@ def test_users_can_verify_that_their_runs_resume(tmp_path):
         "--train.gradient_accumulation",
         "2",
     ]
-    for launcher in ((sys.executable,), ("torchrun", "--nproc_per_node", "2")):
-        out = command(*launcher, ROOT / "train.py", *flags, "--data.workers", "1", cwd=tmp_path).stdout
+    for processes in (1, 2):
+        out = together("train.py", *flags, "--data.workers", "1", processes=processes, cwd=tmp_path)
         assert "4 steps, interrupted and resumed, end with the same bits as without a break" in out
     assert not list(tmp_path.iterdir())
 
@@ -498,8 +501,7 @@ def test_every_image_is_scored_once_whatever_the_batch(run, monkeypatch, capsys,
         assert again["bits_per_dim"] == pytest.approx(figures["bits_per_dim"], rel=1e-5)
         assert again["standard_error"] == pytest.approx(figures["standard_error"], rel=1e-3)
     assert score(run, monkeypatch, capsys, tmp_path, "--seed", 1)["bits_per_dim"] != figures["bits_per_dim"]
-    command("torchrun", "--nproc_per_node", 2, "--", "evaluate.py", "--ckpt", run, "--steps", 3, "--n", 9,
-            "--out", tmp_path / "two.json")  # fmt: skip
+    together("evaluate.py", "--ckpt", run, "--steps", 3, "--n", 9, "--out", tmp_path / "two.json")
     nine = score(run, monkeypatch, capsys, tmp_path, "--n", 9)
     assert json.loads((tmp_path / "two.json").read_text())["bits_per_dim"] == pytest.approx(
         nine["bits_per_dim"], rel=1e-5
