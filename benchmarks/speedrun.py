@@ -1,12 +1,13 @@
 """Time to quality: how long a recipe trains until it is as good as the baseline of its track.
 
     pip install -e '.[studies]'
-    python benchmarks/speedrun.py digits --seeds 10
+    python benchmarks/speedrun.py digits
+    python benchmarks/speedrun.py mnist --path FOLDER_THAT_HOLDS_MNIST/raw
 
 Each recipe of a track trains --seeds times, in processes of one thread, on nine tenths of the images, and is scored by
-the rest (benchmarks/quality.py): bits per dimension, and Fréchet distances of 1,000 samples at 10 evaluations (DPM-
-Solver++) and, of the baseline and full stacks, at 250 (ancestral). The targets are the baseline's means. p is of a
-one-sided Welch test against the recipe that `BEATS` names. Runs are kept in runs/speedrun/: what is there is not run
+the rest (benchmarks/quality.py): bits per dimension, and Fréchet distances of `SAMPLES` samples at 10 evaluations
+(DPM-Solver++) and, of the recipes that are `full`, at 250 (ancestral). The targets are the baseline's means. p is of a
+one-sided Welch test against the recipe that it `beats`. Runs are kept in runs/speedrun/: what is there is not run
 again. Each recipe's record is appended to benchmarks/records.jsonl, with date, commit and machine.
 """
 
@@ -58,6 +59,7 @@ THIRD = OLD | {"train.steps": 500}
 SCHEDULE = {"train.lr": 3e-3, "train.lr_schedule": "wsd", "train.warmup_steps": 30}
 V = {"diffusion.prediction": "v"}
 MUON = {"train.optimizer": "muon"}
+MNIST = {"model.channel_mult": [1, 2, 2], "model.attention_resolutions": [4]}
 STACK = THIRD | V | SCHEDULE | MUON | {"train.lr": 4e-3, "train.steps": 450}
 RECIPES = {
     "digits": {
@@ -71,6 +73,9 @@ RECIPES = {
         "v, schedule and Muon, 700 steps": Recipe(STACK | {"train.steps": 700}, "baseline", full=True),
     },
 }  # fmt: skip
+
+
+SAMPLES = {"digits": 1000, "mnist": 500}
 
 
 @lru_cache
@@ -110,11 +115,11 @@ def run(track: str, name: str, seed: int, path: str | None) -> dict[str, float]:
             "images": train.steps * train.batch_size,
             "bits/dim": judge.bits_per_dim(config, network),
             "distance at 10": judge.distance(
-                judge.samples(config, network, 1000, seed, sampler="dpmpp", steps="logsnr10")
+                judge.samples(config, network, SAMPLES[track], seed, sampler="dpmpp", steps="logsnr10")
             ),
         }
         if recipe.full:
-            samples = judge.samples(config, network, 1000, seed, sampler="ddpm", steps=250)
+            samples = judge.samples(config, network, SAMPLES[track], seed, sampler="ddpm", steps=250)
             found["distance at 250"] = judge.distance(samples)
     return found
 

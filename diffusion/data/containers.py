@@ -39,11 +39,13 @@ class Container(Protocol):
     """Files by number: their names, bytes (N,), as numpy holds a million of them in few bytes each, and sizes (N,)."""
 
     names: NDArray[np.bytes_]
-    sizes: NDArray[np.int64]
     where: str
     """what stands before a name in messages"""
     suffix: str
     """of files whose names have none"""
+
+    @property
+    def sizes(self) -> NDArray[np.int64]: ...
 
     def open(self, i: int) -> BinaryIO:
         """Open a file. Raises an exception of any type if it cannot be read."""

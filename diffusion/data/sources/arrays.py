@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffusion.data.decode import Array
 from diffusion.data.image_files import FileDataset, ImageFiles, Sizes
@@ -66,8 +68,11 @@ class Rows:
 
     def __post_init__(self) -> None:
         self.names = np.array([b"%d" % i for i in range(len(self.images))])
-        self.sizes = np.array([zlib.crc32(row.tobytes()) for row in self.images], dtype=np.int64)
         self.where = f"{self.path}: row "
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        return np.array([zlib.crc32(row.tobytes()) for row in self.images], dtype=np.int64)
 
     def open(self, i: int) -> BinaryIO:
         file = BytesIO()
