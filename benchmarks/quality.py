@@ -7,19 +7,17 @@ set with each other and is no FID. Every tenth image is held out of everything b
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.config import Config
 from diffusion.data.base import load, open_data
 from diffusion.data.decode import to_uint8, to_x_start
-from diffusion.data.loader import batch_indices
 from diffusion.losses import training_losses
+from diffusion.metrics.features import fit_classifier
 from diffusion.metrics.frechet import frechet_distance
 from diffusion.sampling import batches, generate
 
@@ -45,23 +43,10 @@ class Judge:
 
     def _classifier(self) -> tuple[nn.Sequential, float]:
         (x, y), (held_x, held_y) = self.train, self.held_out
-        torch.manual_seed(0)
-        layers, width, size = [nn.Conv2d(x.shape[1], 32, 3, padding=1), nn.ReLU()], 32, x.shape[-1]
-        while size > 4:
-            layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.ReLU()]
-            width, size = 64, math.ceil(size / 2)
-        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size**2, 32), nn.ReLU(),
-                            nn.Linear(32, self.classes))  # fmt: skip
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-        for step in range(max(1000, 3 * len(x) // 64)):
-            batch = batch_indices(len(x), 64, 0, step)
-            F.cross_entropy(net(x[batch]), y[batch]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            right = [net(part).argmax(1) == labels for part, labels in zip(held_x.split(BATCH), held_y.split(BATCH),
-                                                                           strict=True)]  # fmt: skip
-        return net[:-1].requires_grad_(False), torch.cat(right).float().mean().item()
+        net = fit_classifier(x, y, self.classes, 32, max(1000, 3 * len(x) // 64))
+        right = [net(part).argmax(1) == labels for part, labels in zip(held_x.split(BATCH), held_y.split(BATCH),
+                                                                       strict=True)]  # fmt: skip
+        return net[:-1], torch.cat(right).float().mean().item()
 
     def _features(self, x: Tensor) -> Tensor:
         return torch.cat([self.net(part) for part in x.split(BATCH)])

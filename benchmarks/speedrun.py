@@ -54,13 +54,15 @@ class Recipe(NamedTuple):
 
 
 OLD = {"diffusion.prediction": "epsilon", "train.steps": 1500, "train.batch_size": 64, "train.optimizer": "adamw",
-       "train.lr": 1e-3, "train.lr_schedule": "constant", "train.warmup_steps": 0}  # fmt: skip
+       "train.lr": 1e-3, "train.lr_schedule": "constant", "train.warmup_steps": 0, "model.channel_mult": [1, 2],
+       "model.attention_resolutions": [2]}  # fmt: skip
 THIRD = OLD | {"train.steps": 500}
 SCHEDULE = {"train.lr": 3e-3, "train.lr_schedule": "wsd", "train.warmup_steps": 30}
 V = {"diffusion.prediction": "v"}
 MUON = {"train.optimizer": "muon"}
+STACK = OLD | V | SCHEDULE | MUON | {"train.lr": 4e-3, "train.steps": 450}
+NARROW = {"model.channel_mult": [1, 1], "model.attention_resolutions": []}
 MNIST = {"model.channel_mult": [1, 2, 2], "model.attention_resolutions": [4]}
-STACK = THIRD | V | SCHEDULE | MUON | {"train.lr": 4e-3, "train.steps": 450}
 RECIPES = {
     "digits": {
         "baseline": Recipe(OLD, full=True),
@@ -69,12 +71,16 @@ RECIPES = {
         "+ v": Recipe(THIRD | V, "a third of its steps"),
         "+ Muon": Recipe(THIRD | MUON, "a third of its steps"),
         "v and schedule": Recipe(THIRD | V | SCHEDULE, "+ v"),
-        "v, schedule and Muon, 450 steps": Recipe(STACK, "v and schedule", full=True),
-        "v, schedule and Muon, 700 steps": Recipe(STACK | {"train.steps": 700}, "baseline", full=True),
+        "v, schedule and Muon": Recipe(STACK, "v and schedule"),
+        "v, schedule, Muon, narrow": Recipe(
+            STACK | NARROW | {"train.lr": 5e-3, "train.steps": 750}, "v, schedule and Muon", full=True
+        ),
+    },
+    "mnist": {
+        "baseline": Recipe(OLD | MNIST | {"train.steps": 150}),
+        "v, schedule and Muon": Recipe(STACK | MNIST | {"train.steps": 50}, "baseline"),
     },
 }  # fmt: skip
-
-
 SAMPLES = {"digits": 1000, "mnist": 500}
 
 

@@ -37,9 +37,9 @@ class ModelConfig:
     """base width, a multiple of 32"""
     num_res_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
     """residual blocks at each level"""
-    channel_mult: Annotated[tuple[int | Finite, ...], Field(strict=False)] = (1, 2)
+    channel_mult: Annotated[tuple[int | Finite, ...], Field(strict=False)] = (1, 1)
     """width of each level in multiples of the base; each level after the first halves the size"""
-    attention_resolutions: Annotated[tuple[int, ...], Field(strict=False)] = (2,)
+    attention_resolutions: Annotated[tuple[int, ...], Field(strict=False)] = ()
     """downsampling factors with attention: 1, 2, 4, ... (4: at a quarter of the image's size)"""
     num_heads: Positive = 2
     """attention heads"""
@@ -121,7 +121,7 @@ class TrainConfig:
     """micro-batches per process and step, to fit in memory; null: the launcher's setting, or 1"""
     optimizer: Literal["adamw", "muon"] = "muon"
     """adamw; or muon: orthogonalised momentum for hidden matrices and convolutions, adamw for the rest"""
-    lr: Annotated[Finite, Field(gt=0)] = 4e-3
+    lr: Annotated[Finite, Field(gt=0)] = 5e-3
     """learning rate, after warm-up"""
     lr_schedule: Literal["constant", "cosine", "wsd"] = "wsd"
     """after the warm-up: constant; half a cosine to 0 at the last step; or constant, then linearly to 0 over the last

@@ -21,6 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 BIN = Path(sys.executable).parent
 SMALL = ["--train.steps", "3", "--train.warmup_steps", "0", "--train.lr_schedule", "constant",
          "--train.batch_size", "16", "--train.log_every", "1",
+         "--model.channel_mult", "[1,2]", "--model.attention_resolutions", "[2]",
          "--sample.n", "6", "--sample.steps", "2"]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def small(**sections):
     """Six steps of digits; `train__lr=1` and the like change a field."""
     values = {"train__steps": 6, "train__warmup_steps": 0, "train__lr_schedule": "constant",
               "train__batch_size": 16, "train__log_every": 2,
-              "sample__every": 0, "sample__n": 4,
+              "sample__every": 0, "sample__n": 4, "model__channel_mult": (1, 2), "model__attention_resolutions": (2,),
               "sample__steps": 2, "checkpoint__every": 0} | sections  # fmt: skip
     nested = {}
     for key, value in values.items():

@@ -58,21 +58,29 @@ def classifier(dataset: DataSet, device: torch.device, weights: Path | None) -> 
 
 
 def train_classifier(dataset: DataSet, n: int) -> nn.Sequential:
-    """A convolutional network of some 100,000 weights that tells the classes of the first `n` images, shuffled."""
+    """A classifier of `n` images of a data set."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:n].tolist()
     images, y = load(dataset, order)
-    x, classes = to_x_start(images), len(dataset.class_names)
+    return fit_classifier(to_x_start(images), y, len(dataset.class_names), 64, CLASSIFIER_STEPS)
+
+
+def fit_classifier(x: Tensor, y: Tensor, classes: int, features: int, steps: int) -> nn.Sequential:
+    """A convolutional network of some 100,000 weights that tells the classes `y` (N,) of images `x` (N, C, H, W).
+
+    Its last layer but one has `features` values.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers, width, sizes = [nn.Conv2d(x.shape[1], 32, 3, padding=1), nn.ReLU()], 32, list(x.shape[2:])
         while max(sizes) > 4:
             layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.ReLU()]
             width, sizes = 64, [math.ceil(size / 2) for size in sizes]
-        layers += [nn.Flatten(), nn.Linear(width * math.prod(sizes), 64), nn.ReLU(), nn.Linear(64, classes)]
+        layers += [nn.Flatten(), nn.Linear(width * math.prod(sizes), features), nn.ReLU()]
+        layers += [nn.Linear(features, classes)]
     net = nn.Sequential(*layers)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for step in range(CLASSIFIER_STEPS):
-        batch = batch_indices(n, 64, 0, step)
+    for step in range(steps):
+        batch = batch_indices(len(x), 64, 0, step)
         F.cross_entropy(net(x[batch]), y[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
