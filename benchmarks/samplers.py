@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", default=",".join(map(str, EVALUATIONS)), help="ddpm also takes 250")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="default: all")
+    parser.add_argument("--clipped", action="store_true", help="only with clipping")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     args = parser.parse_args()
     saved, _ = open_weights(args.ckpt)
@@ -114,7 +116,7 @@ def main() -> None:
     few = [int(evaluations) for evaluations in args.evaluations.split(",")]
     jobs = {}
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        for clip, seed, name in product((True, False), range(args.seeds), WAYS):
+        for clip, seed, name in product((True,) if args.clipped else (True, False), range(args.seeds), args.ways):
             way = WAYS[name]
             order = dict(way.options).get("order", 4 if way.sampler == "ipndm" else 1)
             for evaluations in sorted({*few, *([250] if name == "ddpm" and clip else [])}):
