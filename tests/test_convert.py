@@ -640,3 +640,14 @@ def test_no_flags_are_printed_that_mean_another_process(changes):
     assert "--predict_xstart False" in flags_from_config(
         config_of({"data": {"source": "folder", "path": "."}, "model": {"class_cond": False},
                    "diffusion": {"prediction": "epsilon"}}), 0)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_attention_in_the_middle_alone_has_flags(size):
+    """Their scripts split the list at commas, divide the image's size by each, and take what is a level's factor."""
+    config = config_of({"data": {"source": "folder", "path": ".", "image_size": size},
+                        "model": {"class_cond": False, "channel_mult": (1, 2, 2, 2), "attention_resolutions": ()},
+                        "diffusion": {"prediction": "epsilon"}})  # fmt: skip
+    flags = parse_flags(flags_from_config(config, 0))
+    assert not {size // int(resolution) for resolution in flags["attention_resolutions"].split(",")} & {1, 2, 4, 8}
+    assert config_from_flags(flags, False).model == config.model

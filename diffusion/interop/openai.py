@@ -90,7 +90,7 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
         data=dict(source="folder", image_size=size, channels=3, random_flip=guided,
                   low_res_size=flags["small_size"] if upsampler else None),
         model=dict(model_channels=flags["num_channels"], channel_mult=channel_mult,
-                   attention_resolutions=tuple(f for f in factors if f < 2 ** len(channel_mult)),
+                   attention_resolutions=tuple(f for f in factors if 0 < f < 2 ** len(channel_mult)),
                    **{name: flags[name] for name in (
                        "num_res_blocks", "num_heads", "num_heads_upsample", "dropout", "use_checkpoint",
                        "use_scale_shift_norm", "class_cond")},
@@ -127,7 +127,8 @@ def flags_from_config(config: Config, num_classes: int) -> str:
                          "learned and zero_terminal_snr")  # fmt: skip
     if not isinstance(data.image_size, int) or data.range is not None:
         raise UsageError(f"their scripts take square 8-bit images, and data.image_size is {data.image_size}")
-    resolutions = [data.image_size // factor for factor in model.attention_resolutions]
+    # Twice the image's size is at no level: their scripts cannot read an empty list.
+    resolutions = [data.image_size // factor for factor in model.attention_resolutions] or [2 * data.image_size]
     pairs = dict(
         num_channels=model.model_channels, channel_mult=",".join(map(str, model.channel_mult)),
         attention_resolutions=",".join(map(str, resolutions)),
