@@ -58,9 +58,8 @@ def losses(run):
 
 
 def test_one_process_two_and_accumulation_agree_after_50_steps_and_continue_each_other(tmp_path):
-    flags = ["--train.batch_size", "16", "--train.log_every", "25", "--sample.n", "4", "--sample.steps", "2",
-             "--sample.every", "0", "--train.lr", "1e-4", "--train.optimizer", "adamw", "--train.warmup_steps", "0",
-             "--train.lr_schedule", "constant", "--train.steps"]  # fmt: skip
+    flags = [*SMALL, "--train.log_every", "25", "--sample.n", "4", "--sample.every", "0", "--train.lr", "1e-4",
+             "--train.optimizer", "adamw", "--train.steps"]  # fmt: skip
 
     def alone(out, steps, **changes):
         values = dict(train__steps=steps, train__log_every=25, train__lr=1e-4, train__optimizer="adamw") | changes
