@@ -77,8 +77,8 @@ RECIPES = {
         ),
     },
     "mnist": {
-        "baseline": Recipe(OLD | MNIST | {"train.steps": 100}),
-        "v, schedule and Muon": Recipe(STACK | MNIST | {"train.steps": 33, "train.warmup_steps": 10}, "baseline"),
+        "baseline": Recipe(OLD | MNIST | {"train.steps": 150}),
+        "v, schedule and Muon": Recipe(STACK | MNIST | {"train.steps": 50}, "baseline"),
     },
 }  # fmt: skip
 SAMPLES = {"digits": 1000, "mnist": 500}
