@@ -57,8 +57,9 @@ def keep_figures(name: str, figures: list[tuple[int, float, float]]) -> None:
     kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     kept[name] = figures
     keep(FIGURES, kept)
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3.6))
-    for axis, (label, names) in zip(axes, PANELS.items(), strict=True):
+    panels = {label: names for label, names in PANELS.items() if kept.keys() & set(names)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.6), squeeze=False)
+    for axis, (label, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:
             if name in kept:
                 values, seconds, _ = zip(*kept[name], strict=True)
