@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -54,6 +53,8 @@ PANELS = {"seconds a step": ("side", "width", "batch"), "seconds to open": ("fil
 
 def keep_figures(name: str, figures: list[tuple[int, float, float]]) -> None:
     """Keep (value, seconds, MB) of each row, and draw all sweeps that are there."""
+    import matplotlib.pyplot as plt  # not in the processes that are measured
+
     kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     kept[name] = figures
     keep(FIGURES, kept)
@@ -187,14 +188,13 @@ def main() -> None:
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.what == "samples" and args.ckpt is None:
+        parser.error("samples needs --ckpt RUN")
     if args.what == "one":
         print(json.dumps(open_of(args.folder) if args.folder else step_of(json.loads(args.setting))))
         return
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores\n")
-    if args.what == "samples":
-        measure_samples(args.ckpt)
-    else:
-        (measure_steps if args.what == "steps" else measure_files)()
+    {"steps": measure_steps, "files": measure_files, "samples": lambda: measure_samples(args.ckpt)}[args.what]()
 
 
 if __name__ == "__main__":

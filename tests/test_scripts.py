@@ -166,7 +166,7 @@ def test_two_processes_train_save_resume_and_sample(run, tmp_path):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
     flags = ["sample.py", "--ckpt", two, "--n", 5, "--steps", 3, "--out"]
     assert command(*torchrun, "--", *flags, tmp_path / "both.png").stdout.count("5 images") == 1
-    together(*flags, tmp_path / "one.png", processes=1)
+    assert together(*flags, tmp_path / "one.png", processes=1).count("5 images") == 1
     drawn = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "both.png")]
     assert abs(drawn[0] - drawn[1]).max() <= 1
 
