@@ -1,4 +1,4 @@
-"""Atomic file replacement, and locks."""
+"""Atomic file replacement, caches, and locks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 try:
     import fcntl
@@ -58,20 +63,39 @@ def replace_bytes(path: Path, content: bytes, sync: bool = True) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """`replace_bytes` in UTF-8."""
-    replace_bytes(path, text.encode())
+    """`replace_bytes` in UTF-8. Bytes of another encoding that were read with `surrogateescape` are written back."""
+    replace_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
-def cache_folder() -> Path:
-    """The folder of what can be made again, in the user's cache. It may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion")
+def written_by(mark: str) -> Callable[[Path], bool]:
+    """A function that tells whether a file carries the mark of the command that writes it near its beginning."""
+    return lambda path: mark.encode() in path.read_bytes()[:4096]
 
 
-def write_cache(path: Path, content: bytes) -> None:
-    """Write a file in `cache_folder`, if that can be written: it can be made again."""
-    with suppress(OSError):
+def cached_file(name: str) -> Path:
+    """The path of what can be made again, in the user's cache. Raises RuntimeError where the user has no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion", f"{name}.npz")
+
+
+def read_cache(name: str, kinds: str) -> list[NDArray[Any]] | None:
+    """The arrays that `write_cache` wrote: of these kinds (`dtype.kind`, a letter each) and finite. None if there are
+    none such."""
+    try:
+        with np.load(cached_file(name), allow_pickle=False) as file:
+            arrays = [file[f"arr_{i}"] for i in range(len(file.files))]
+    except Exception:  # missing or damaged: zipfile, zlib, struct and numpy have many types
+        return None
+    fits = "".join(array.dtype.kind for array in arrays) == kinds
+    return arrays if fits and all(array.dtype.kind == "S" or np.isfinite(array).all() for array in arrays) else None
+
+
+def write_cache(name: str, *arrays: NDArray[Any]) -> None:
+    """Write arrays to the cache, if there is one."""
+    with suppress(OSError, RuntimeError):
+        buffer, path = BytesIO(), cached_file(name)
+        np.savez(buffer, *arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(path, content)
+        replace_bytes(path, buffer.getvalue())
 
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}

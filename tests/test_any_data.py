@@ -19,10 +19,10 @@ from test_trainer import metrics, small
 import evaluate
 import sample
 import train
+from benchmarks import verify_resume
 from diffusion import checkpoint
 from diffusion.commands import check_data
 from diffusion.config_file import load_config
-from diffusion.training import verify
 from diffusion.training.dry_run import advice
 from diffusion.training.trainer import Trainer
 
@@ -76,16 +76,16 @@ def sources(tmp_path):
 def test_runs_on_every_source_resume_to_the_bit(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("diffusion.data.image_files.IN_MEMORY_BYTES", 0)
     argv = [*SMALL, "--train.batch_size", "8", *sources(tmp_path)[kind]]
-    code, out, err = script(train, monkeypatch, capsys, "--verify_resume", *argv)
+    code, out, err = script(verify_resume, monkeypatch, capsys, *argv)
     assert code == 0, err
-    assert f"{verify.STEPS} steps, interrupted and resumed, end with the same bits as without a break" in out
+    assert f"{verify_resume.STEPS} steps, interrupted and resumed, end with the same bits as without a break" in out
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", ["workers", "zip", "signals"])
 def test_two_processes_resume_to_the_bit(kind, tmp_path):
-    argv = ["--verify_resume", *SMALL, "--train.batch_size", "8", *sources(tmp_path)[kind]]
-    assert "end with the same bits as without a break" in together("train.py", *argv)
+    argv = [*SMALL, "--train.batch_size", "8", *sources(tmp_path)[kind]]
+    assert "end with the same bits as without a break" in together("benchmarks/verify_resume.py", *argv)
 
 
 def test_a_table_resumes_to_the_bit(tmp_path, monkeypatch, capsys):
@@ -95,7 +95,7 @@ def test_a_table_resumes_to_the_bit(tmp_path, monkeypatch, capsys):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "table")
     argv = [*SMALL, "--train.batch_size", "8", "--data.source", "huggingface", "--data.path", tmp_path / "table",
             "--data.image_size", "8", "--data.channels", "1", "--data.workers", "1"]  # fmt: skip
-    code, out, err = script(train, monkeypatch, capsys, "--verify_resume", *argv)
+    code, out, err = script(verify_resume, monkeypatch, capsys, *argv)
     assert code == 0, err
     assert "end with the same bits" in out
 
@@ -237,7 +237,10 @@ def test_the_commands_of_the_page_on_data_work(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "signals.npy", np.random.default_rng(0).standard_normal((32, 64, 2)).clip(-4, 4))
     short = ["--train.steps", "2", "--train.batch_size", "8", "--sample.n", "2", "--sample.steps", "2"]
     lines = commands_of("docs/data.md")
-    assert len(lines) == 11
+    for i in range(32):
+        for kind in ("input", "mask"):
+            write(tmp_path / f"pairs/{i:03}.{kind}.png", pixels(32, 32, 3))
+    assert len(lines) == 12
     monkeypatch.chdir(tmp_path)
     for line in lines:
         program, name, *argv = shlex.split(line.split("  #")[0])
@@ -283,7 +286,7 @@ def test_check_data_tells_what_was_found(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--sheet", "a.jpg"], "--sheet is a.jpg; it must be a .png file"),
+        (["--sheet", "a.jpg"], "--sheet a.jpg must end in .png"),
         (["--sheet", "/proc/a.png"], "--sheet /proc/a.png cannot be written"),
         (["--data.source", "folder", "--data.path", "/nowhere"], "data.path /nowhere is not there"),
         (["--data.sorce", "folder"], "did you mean data.source"),

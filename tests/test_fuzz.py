@@ -44,6 +44,7 @@ rates = st.sampled_from([0.0, 0.1, 0.5, 0.999, 1.0, -0.1, 1e-3, 1e30])
 fitting: dict = {
     "data.image_size": st.one_of(sizes, st.none(), st.lists(st.sampled_from([0, 1, 4, 8, 9]), max_size=4)),
     "data.held_out": rates, "data.background": sizes, "data.max_pixels": sizes,
+    "data.include": st.sampled_from(["*.png", "a/*", "", "[", "**"]),
     "data.range": st.lists(st.sampled_from([0, 255, 0.0, 1.0, -1, 1e300, float("nan")]), max_size=3),
     "data.channels": sizes, "data.low_res_size": sizes, "data.workers": st.just(1),
     "model.model_channels": st.sampled_from([32, 64, 33]), "model.num_res_blocks": st.sampled_from([1, 2]),

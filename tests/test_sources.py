@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tarfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffusion.data.sources import SOURCES
 from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.folder import Folder
 from diffusion.data.sources.huggingface import HuggingFace
+from diffusion.data.summary import describe_data
 
 REAL_DATA = os.environ.get("DIFFUSION_TEST_DATA")
 RNG = np.random.default_rng(0)
@@ -292,7 +294,7 @@ def test_values_out_of_range_are_named(tmp_path, array, fields, says):
 
 
 def test_a_range_goes_up():
-    with pytest.raises(UsageError, match=r"data.range is \[1, 1\]; it must go from a lower to a higher value"):
+    with pytest.raises(UsageError, match=r"data.range is \[1, 1\]; it must rise, within"):
         Folder(range=(1, 1))
 
 
@@ -469,11 +471,44 @@ def test_images_beside_an_archive_are_read_and_the_archive_named(tmp_path):
     assert data.files.not_read == {".tar": 1}
 
 
-def test_shards_that_repeat_a_name_are_refused(tmp_path):
-    for shard in ("0.tar", "1.tar"):
-        tar_of(tmp_path / shard, [("a.png", png(1))])
-    with pytest.raises(UsageError, match=r"a\.png is also in 0\.tar"):
+def test_shards_may_repeat_names_and_have_their_labels_beside(tmp_path):
+    """As WebDataset's: the key is the shard and the name, and 000.cls is the class of 000.png."""
+    for shard in range(2):
+        tar_of(tmp_path / f"{shard}.tar", [("000.png", png(10 * shard)), ("000.cls", b"7\n"),
+                                           ("001.png", png(10 * shard + 1)), ("001.cls", b"10")])  # fmt: skip
+    data = opened(tmp_path)
+    images, labels = everything(data)
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 10, 11]
+    assert (labels.tolist(), data.class_names) == ([0, 1, 0, 1], ("7", "10"))
+    assert data.key_of(2) == "1.tar/000.png"
+    assert not data.files.not_read
+    tar_of(tmp_path / "1.tar", [("000.png", png(1))])
+    with pytest.raises(UsageError, match=r"data.labels cls has no label for 1.tar/000.png"):
         opened(tmp_path)
+
+
+def test_classes_of_shards_that_repeat_names_are_their_folders(tmp_path):
+    for shard in range(2):
+        tar_of(tmp_path / f"{shard}.tar", [("cat/0.png", png(shard)), ("dog/0.png", png(shard))])
+    data = opened(tmp_path)
+    assert (everything(data)[1].tolist(), data.class_names) == ([0, 1, 0, 1], ("cat", "dog"))
+
+
+def test_a_pattern_chooses_images_and_pairs_are_named(tmp_path):
+    for i in range(20):
+        write(tmp_path / f"{i:03}.input.png", pixels(8, 8, 3))
+        write(tmp_path / f"{i:03}.mask.png", pixels(8, 8, 3))
+    config = Folder(path=str(tmp_path), image_size=8)
+    [line] = [line for line in describe_data(config, open_data(config)) if "--data.include" in line]
+    assert line == "40 belong together, like 000.input.png and 000.mask.png: --data.include chooses some"
+    config = Folder(path=str(tmp_path), image_size=8, include="*.input.png")
+    data = open_data(config)
+    assert len(data) == 20
+    lines = describe_data(config, data)
+    assert "not read: 20 images that data.include leaves out" in lines
+    assert not any("belong together" in line for line in lines)
+    with pytest.raises(UsageError, match=r"data.include is \*\.jpg, which none of the 40 images .* match: .* 000"):
+        open_data(Folder(path=str(tmp_path), image_size=8, include="*.jpg"))
 
 
 def test_a_pipe_with_an_archives_name_does_not_block(tmp_path):
@@ -746,7 +781,8 @@ def test_holding_out_nothing_or_everything_is_named(classes):
 def test_an_index_is_used_until_the_folder_differs(classes, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("diffusion.data.containers.INDEX_FROM", 5)
-    walked = []
+    monkeypatch.setattr("diffusion.data.containers.SETTLED_NS", 5 * 10**8)
+    folders, walked = (classes, *(path for path in classes.iterdir() if path.is_dir())), []
     works = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: walked.append(path) or works(path))
 
@@ -758,21 +794,26 @@ def test_an_index_is_used_until_the_folder_differs(classes, tmp_path, monkeypatc
     names, read = listed()
     assert read
     assert listed() == (names, True), "a folder that has just changed is not indexed"
-    for folder in (classes, *(path for path in classes.iterdir() if path.is_dir())):
-        os.utime(folder, (1, 1))
+    for folder in folders:
+        os.utime(folder, (1, 1))  # as reproducible archives have it
+    time.sleep(0.6)
     assert listed() == (names, True)
     assert listed() == (names, False)
     write(classes / "emu/more.png", pixels(8, 8, 3))
-    assert listed() == (sorted([*names, "emu/more.png"]), True)
-    for folder in (classes, *(path for path in classes.iterdir() if path.is_dir())):
-        os.utime(folder, (2, 2))
+    os.utime(classes / "emu", (1, 1))
+    assert listed() == (sorted([*names, "emu/more.png"]), True), "the change time tells"
+    time.sleep(0.6)
     assert listed()[1], "the index of before is not used"
     assert not listed()[1]
     [index] = (tmp_path / "cache/diffusion").iterdir()
-    index.write_bytes(index.read_bytes()[:100])
-    assert listed()[1], "a broken index is made anew"
+    whole = index.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(30):  # read as it was, or made anew
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        index.write_bytes(rng.choice([bytes(flipped), whole[: rng.integers(len(whole))]]))
+        assert listed()[0] == sorted([*names, "emu/more.png"])
     write(classes / "cat/0.png", pixels(16, 16, 3))  # in place: the folder's time does not tell
-    os.utime(classes / "cat", (2, 2))
     with pytest.raises(UsageError, match=r"cat/0\.png cannot be read as an image \(it has changed since"):
         opened(classes)
 
@@ -857,3 +898,59 @@ def test_the_network_sees_what_a_reader_of_our_own_sees(tmp_path_factory, drawn)
         found = to_x_start(torch.from_numpy(image)).numpy()
         np.testing.assert_allclose(found, wanted, atol=2.5 / 127.5)  # PIL rounds in 8 bits: alpha, then grey
         assert (data.class_names[label] if data.class_names else None) == (None if layout == "flat" else word)
+
+
+# --- said, wherever it is asked ---------------------------------------------------------------------------------------
+
+
+def test_what_is_done_with_images_is_said(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.jpg", pixels(8, 8, 3))
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "turned.jpg", exif=exif)
+    config = Folder(path=str(tmp_path), image_size=8, channels=1, random_flip=True)
+    lines = "\n".join(describe_data(config, open_data(config)))
+    assert "5 in colour, which becomes grey" in lines
+    assert "1 are turned upright" in lines
+    assert "half of the images are mirrored left to right" in lines
+    config = dataclasses.replace(config, channels=3, random_flip=False)
+    lines = "\n".join(describe_data(config, open_data(config)))
+    assert "grey" not in lines
+    assert "mirrored" not in lines
+
+
+def test_files_that_are_left_out_are_counted(tmp_path):
+    for i in range(8):
+        write(tmp_path / f"{i}.png", pixels(8, 8, 3))
+    (tmp_path / "7.png").write_bytes(b"no")
+    config = Folder(path=str(tmp_path), image_size=8, on_error="skip")
+    [line] = [line for line in describe_data(config, open_data(config)) if "left out" in line]
+    assert line.startswith("1 more are left out, since they cannot be read: ")
+    assert "7.png" in line
+
+
+@pytest.mark.parametrize(
+    ("values", "proposed"),
+    [((0.0, 0.9), "[0.0, 1.0]"), ((-0.5, 1.0), "[-1.0, 1.0]"), ((0, 200.0), "[0, 255]"), ((3, 4000), "[0, 4095]"),
+     ((-3.5, 7.25), "[-3.5, 7.25]")],
+)  # fmt: skip
+def test_the_range_that_is_proposed_holds_the_values(tmp_path, values, proposed):
+    array = np.array(values, np.float64).reshape(2, 1, 1).repeat(64, 2).reshape(2, 8, 8)
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(UsageError) as caught:
+        open_data(Arrays(path=str(tmp_path / "a.npy"), image_size=8, channels=1))
+    assert str(caught.value).endswith(f'--data.range "{proposed}"')
+    with pytest.raises(UsageError, match=r"is not a folder, a .zip or a .tar: add --data.source arrays"):
+        open_data(Folder(path=str(tmp_path / "a.npy"), image_size=8))
+
+
+def test_no_home_means_no_cache(classes, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    monkeypatch.setattr("diffusion.data.containers.INDEX_FROM", 1)
+    monkeypatch.setattr("diffusion.data.containers.SETTLED_NS", 0)
+    assert len(opened(classes)) > 0

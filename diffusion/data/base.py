@@ -6,8 +6,10 @@ To add a source, write a subclass of `DataConfig` with the source's own fields a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from diffusion.data.decode import Array, Target
 from diffusion.errors import UsageError
 from diffusion.fields import Channels, ImageSize, Positive, section
+from diffusion.randomness import generator_for
 
 LARGEST = 1e30
 """The largest end of a range, so that float32 holds what is computed with it."""
@@ -35,6 +38,8 @@ class DataSet(Protocol):
     """What training and evaluation use of a data set."""
 
     class_names: tuple[str, ...]
+    labels: Any
+    """(N,), the class of each image, as a tensor or array"""
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -50,6 +55,9 @@ class DataSet(Protocol):
 
     def key_of(self, index: int) -> str:
         """The name of an image that is the same wherever the data lie."""
+
+    def content_of(self, index: int) -> bytes:
+        """What an image is made of, without decoding it. Raises an exception of any type if it cannot be read."""
 
     def fingerprint(self) -> str:
         """A number that differs for other data."""
@@ -90,21 +98,16 @@ class DataConfig:
         if self.range is not None:
             low, high = self.range
             if not (low < high and max(-low, high) <= LARGEST and high - low >= 1 / LARGEST):
-                raise UsageError(f"data.range is [{low:g}, {high:g}]; it must go from a lower to a higher value, "
-                                 f"within +-{LARGEST:g}")  # fmt: skip
+                raise UsageError(f"data.range is [{low:g}, {high:g}]; it must rise, within +-{LARGEST:g}")
         for name, size in (("image_size", self.image_size), ("low_res_size", self.low_res_size)):
             if isinstance(size, tuple) and not (1 <= len(size) <= 3 and all(1 <= side <= 2**20 for side in size)):
                 raise UsageError(f"data.{name} is {list(size)}; it must be one to three sizes of at least 1")
         if self.low_res_size is not None and self.image_size is not None:
-            if isinstance(self.low_res_size, int) and len(set(self.sizes)) > 1:
-                raise UsageError(f"data.low_res_size is {self.low_res_size}; for images of {list(self.sizes)}, it must "
-                                 "be a list, too")  # fmt: skip
-            if len(self.low_res_sizes) != len(self.sizes):
-                raise UsageError(f"data.low_res_size is {self.low_res_size}; it must have {len(self.sizes)} sizes, too")
-            if not all(np.less(self.low_res_sizes, self.sizes)):
-                most = [size - 1 for size in self.sizes]
-                raise UsageError(f"data.low_res_size is {self.low_res_size}; it must be at most "
-                                 f"{most[0] if len(set(most)) == 1 else most}")  # fmt: skip
+            most = [size - 1 for size in self.sizes]
+            square = isinstance(self.low_res_size, int) and len(set(self.sizes)) > 1
+            if square or len(self.low_res_sizes) != len(self.sizes) or not all(np.less_equal(self.low_res_sizes, most)):
+                right = most[0] if len(set(most)) == 1 else most
+                raise UsageError(f"data.low_res_size is {self.low_res_size}; it must be at most {right}")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -165,6 +168,9 @@ class ArrayDataset:
             return self.files.key_of(index)
         return f"number {index if self.numbers is None else self.numbers[index]}"
 
+    def content_of(self, index: int) -> bytes:
+        return self.images[index].numpy().tobytes()
+
     def fingerprint(self) -> str:
         """A number that other images, labels, classes or another order would not have."""
         return digest(self.images.numpy(), self.labels.numpy(), self.class_names)
@@ -186,6 +192,14 @@ def open_data(config: DataConfig, split: str = "train") -> DataSet:
     return dataset
 
 
+def with_classes(dataset: Any, names: Sequence[str]) -> Any:
+    """A data set with its classes in another order: labels go by name."""
+    order = np.array([names.index(name) for name in dataset.class_names])
+    labels = order[np.asarray(dataset.labels)]
+    tensor = isinstance(dataset.labels, Tensor)
+    return dataclasses.replace(dataset, labels=torch.from_numpy(labels) if tensor else labels, class_names=tuple(names))
+
+
 def hold_out(dataset: DataSet, share: float, seed: int) -> tuple[DataSet, DataSet | None]:
     """Divide a data set into what is trained on and what is held out, if any.
 
@@ -201,6 +215,31 @@ def hold_out(dataset: DataSet, share: float, seed: int) -> tuple[DataSet, DataSe
     if out.all() or not out.any():
         raise UsageError(f"data.held_out is {share}, which of {len(dataset)} images holds out {int(out.sum())}")
     return dataset.select(np.flatnonzero(~out)), dataset.select(np.flatnonzero(out))
+
+
+def part(n: int, count: int) -> Labels:
+    """Up to `count` of the numbers below `n`, in order, spread over all of them.
+
+    Each comes from one of `count` equal stretches, where its place is random, so that a part of sorted or periodic data
+    is like the whole. It is the same at every call.
+    """
+    if count >= n:
+        return np.arange(n)
+    starts = np.arange(count + 1) * n // count
+    places = torch.rand(count, dtype=torch.float64, generator=generator_for("cpu", 0, "part", n, count)).numpy()
+    return (starts[:-1] + places * np.diff(starts)).astype(np.int64)
+
+
+def count_seen(held_out: DataSet, trained: DataSet) -> int:
+    """How many of the held-out images are also among those trained on, by their contents."""
+
+    def contents(dataset: DataSet) -> Iterator[bytes]:
+        for i in range(len(dataset)):
+            with suppress(Exception):  # named where it is read
+                yield hashlib.blake2b(dataset.content_of(i), digest_size=16).digest()
+
+    known = set(contents(trained))
+    return sum(content in known for content in contents(held_out))
 
 
 def digest(*parts: Any) -> str:

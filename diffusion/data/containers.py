@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UsageError, one_line
-from diffusion.files import cache_folder, write_cache
+from diffusion.files import cached_file, read_cache, write_cache
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db"}
@@ -61,7 +61,9 @@ def open_container(path: Path) -> Container:
             return folder
         return Archives(path, shards)
     if not path.is_file() or path.suffix not in (".zip", ".tar"):
-        raise UsageError(f"data.path {path} is {'not a folder, a .zip or a .tar' if path.exists() else 'not there'}")
+        array = ": add --data.source arrays" if path.is_file() and path.suffix in (".npy", ".npz") else ""
+        what = "not a folder, a .zip or a .tar" if path.exists() else "not there"
+        raise UsageError(f"data.path {path} is {what}{array}")
     return Archives(path, [path])
 
 
@@ -75,31 +77,33 @@ def sorted_by_name(names: Sequence[str], *columns: Sequence[int]) -> list[NDArra
 class Directory:
     """A folder. Links are followed, each folder once.
 
-    The listing of a large one is kept in the user's cache, and made anew when the modification time of any folder in it
-    differs. A file that was changed in place is named when it is read.
+    The listing of a large one is kept in the user's cache, and made anew when the change time of any folder in it
+    differs (the modification time can be set). A file that was changed in place is named when it is read.
     """
 
     suffix = ""
 
     def __init__(self, root: Path):
         self.root, self.where = root, f"{root}/"
-        digest = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
-        self._index = index = cache_folder() / f"{digest}.npz"
-        unusable = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile  # missing, cut off, or a folder is gone
-        with contextlib.suppress(*unusable):
-            with np.load(index, allow_pickle=False) as arrays:
-                self.names, self.sizes, folders, stamps = (arrays[f"arr_{i}"] for i in range(4))
-            if all((root / os.fsdecode(name)).stat().st_mtime_ns == at
-                   for name, at in zip(folders.tolist(), stamps.tolist(), strict=True)):  # fmt: skip
-                return
+        self._index = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
+        if (kept := read_cache(self._index, "SiSi")) is not None:
+            self.names, self.sizes, folders, stamps = kept
+            with contextlib.suppress(Exception):  # a folder is gone, or the arrays do not fit each other
+                if (
+                    len(self.names) == len(self.sizes)
+                    and len(folders)
+                    and all(
+                        (root / os.fsdecode(name)).stat().st_ctime_ns == at
+                        for name, at in zip(folders.tolist(), stamps.tolist(), strict=True)
+                    )
+                ):
+                    return
         found: dict[str, int] = {}
         began = time.time_ns()
         files = list(self._walk("", set(), found))
         self.names, self.sizes = sorted_by_name([name for name, _ in files], [size for _, size in files])
         if len(files) >= INDEX_FROM and max(found.values()) < began - SETTLED_NS:
-            buffer = BytesIO()
-            np.savez(buffer, self.names, self.sizes, *sorted_by_name(list(found), list(found.values())))
-            write_cache(index, buffer.getvalue())
+            write_cache(self._index, self.names, self.sizes, *sorted_by_name(list(found), list(found.values())))
 
     def _walk(self, folder: str, visited: set[str], found: dict[str, int]) -> Iterator[tuple[str, int]]:
         """The files under a folder and their sizes, -1 of what is no regular file; and the folders with their times."""
@@ -108,7 +112,7 @@ class Directory:
             return
         visited.add(real)
         try:
-            found[folder or "."] = path.stat().st_mtime_ns
+            found[folder or "."] = path.stat().st_ctime_ns
             # A folder is read under its own name, not that of a link to it, and in the same order everywhere.
             entries = sorted(os.scandir(path), key=lambda entry: (entry.is_symlink(), entry.name))
         except OSError as error:
@@ -129,20 +133,24 @@ class Directory:
         if not path.is_file():  # a pipe would block
             raise ValueError("it is not a file" if path.exists() else "it is a broken link or gone")
         if path.stat().st_size != self.sizes[i]:
-            self._index.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, RuntimeError):
+                cached_file(self._index).unlink(missing_ok=True)
             raise ValueError("it has changed since the folder was listed: begin again")
         return path.open("rb")
 
 
 class Archives:
-    """A zip archive, or tar archives, one after another."""
+    """A zip archive, or tar archives, one after another.
+
+    Names that several archives have begin with that of their archive (`by_shard`).
+    """
 
     suffix = ""
 
     def __init__(self, path: Path, archives: Sequence[Path]):
         self.path, self.archives, self.where = path, list(archives), f"{path}: "
         self._opened: dict[tuple[int, int], Any] = {}
-        found: dict[str, tuple[int, int, Any]] = {}
+        found: dict[tuple[int, str], tuple[int, Any]] = {}
         for shard, archive in enumerate(self.archives):
             try:
                 if not archive.is_file():  # a pipe would block
@@ -150,16 +158,18 @@ class Archives:
                 for name, size, place in self._members(shard):
                     if name.startswith("/") or ".." in name.split("/") or "\0" in name or size > MAX_MEMBER:
                         raise ValueError(f"{name} leads out of it, or is longer than {MAX_MEMBER:,} bytes")
-                    if found.get(name, (shard,))[0] != shard:
-                        raise ValueError(f"{name} is also in {self.archives[found[name][0]].name}")
                     if not is_left_behind(name):
-                        found[name] = shard, size, place  # of one name, the last counts
+                        found[shard, name] = size, place  # of one name, the last counts
             except Exception as error:  # zipfile and tarfile have many types
                 kind = archive.suffix.removeprefix(".")
                 raise UsageError(f"data.path {archive} cannot be read as a {kind} ({one_line(error)})") from None
-        values = list(found.values())
-        self.names, self.sizes, order = sorted_by_name(list(found), [size for _, size, _ in values], range(len(values)))
-        self._places = [(values[i][0], values[i][2]) for i in order.tolist()]
+        names = [name for _, name in found]
+        self.by_shard = len(set(names)) < len(names)
+        if self.by_shard:
+            names = [f"{self.archives[shard].name}/{name}" for shard, name in found]
+        self.names, self.sizes, order = sorted_by_name(names, [size for size, _ in found.values()], range(len(names)))
+        places = [(shard, place) for (shard, _), (_, place) in found.items()]
+        self._places = [places[i] for i in order.tolist()]
 
     def _members(self, shard: int) -> Iterator[tuple[str, int, Any]]:
         """The files of an archive: name, size, and what finds them in it."""
@@ -188,6 +198,12 @@ class Archives:
             archive = self._archive(shard)
             file = archive.open(member) if isinstance(archive, zipfile.ZipFile) else archive.extractfile(member)
             return BytesIO(file.read())
+
+
+def stem(name: str) -> str:
+    """A path up to the first dot of the file's name: files that share it belong to one sample, as in WebDataset."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
 
 
 def is_left_behind(name: str) -> bool:

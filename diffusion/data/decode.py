@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ MAX_PIXELS = 2**30 // 12
 not thread-safe.)"""
 Array = NDArray[Any]
 """uint8, or float32 in [-1, 1]."""
+HEADERS = threading.Lock()
+"""Held while numpy reads a header, through Python's parser, which fails now and then in several threads."""
 TIFF_HEADS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -71,8 +74,11 @@ def native_sizes(file: BinaryIO, suffix: str, target: Target) -> tuple[int, ...]
 
 def _as_array(file: BinaryIO, suffix: str, max_pixels: int) -> Array | None:
     """The array in a file that is no image for PIL: a .npy, or a TIFF that holds more than PIL reads."""
+    if isinstance(file, np.ndarray):  # a row of one in memory
+        return file
     if suffix == ".npy":
-        return np.load(file, allow_pickle=False)
+        with HEADERS:
+            return np.load(file, allow_pickle=False)
     head = file.read(4)
     file.seek(0)
     if head not in TIFF_HEADS:
@@ -118,17 +124,22 @@ def open_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[Image.I
         yield image
 
 
-def describe_image(image: Image.Image) -> tuple[str, list[str]]:
-    """The format and mode of an opened image, of which only the head is read, and which of
-    `diffusion.data.summary.REMARKS` deserve to be made."""
-    deep, grey = _is_deep(image), image.mode.startswith("I;16")
+def describe_image(image: Image.Image, channels: int) -> tuple[str, tuple[int, int], list[str]]:
+    """The format and mode of an opened image, of which only the head is read, its width and height, and which of
+    `diffusion.data.summary.REMARKS` deserve to be made where it becomes an image of `channels`."""
+    deep, grey, turn = _is_deep(image), image.mode.startswith("I;16"), image.getexif().get(274, 1)
+    plain = grey or image.mode in ("1", "I", "F", "L", "LA", "La")
     found = {
         "16 bits": grey or image.mode in ("I", "F"),
         "reduced": deep and not grey and image.format == "PNG",
         "alpha": "a" in image.mode.lower().replace("lab", "") or "transparency" in image.info,
         "frames": getattr(image, "n_frames", 1) > 1 and image.format != "MPO",  # a camera's preview
+        "turned": turn != 1,
+        "colour": channels < 3 and not plain,
+        "grey": channels > 2 and plain,
     }
-    return f"{image.format} {image.mode}", [name for name, value in found.items() if value]
+    size = image.size[::-1] if turn >= 5 else image.size
+    return f"{image.format} {image.mode}", size, [name for name, value in found.items() if value]
 
 
 def _raw_mode(image: Any) -> str:
@@ -222,8 +233,7 @@ def _cover(image: Image.Image, sizes: Sequence[int]) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     if max(image.width * scale / width, image.height * scale / height) > 100:
-        raise ValueError(f"its sides {image.width} and {image.height} are too unequal to be cropped to "
-                         f"{width} x {height}")  # fmt: skip
+        raise ValueError(f"its sides {image.width} and {image.height} are too unequal for {width} x {height}")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
@@ -263,8 +273,10 @@ def scale(array: Array, declared: tuple[float, float] | None) -> Array:
     low, high = (0, 65535) if declared is None else declared
     lowest, highest = (array.min(), array.max()) if array.size and array.dtype.kind in "biuf" else (np.nan, np.nan)
     if declared is None and array.dtype != np.uint16:
+        usual: list[tuple[float, float]] = [(0.0, 1.0), (-1.0, 1.0), (0, 255), (0, 4095), (0, 65535)]
+        fits = next((ends for ends in usual if ends[0] <= lowest and highest <= ends[1]), (lowest, highest))
         raise ValueError(f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known: "
-                         "declare it, such as with --data.range \"[0.0, 1.0]\"")  # fmt: skip
+                         f"declare it, such as with --data.range \"[{fits[0]}, {fits[1]}]\"")  # fmt: skip
     if not (low <= lowest and highest <= high):
         raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
     return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)

@@ -126,14 +126,18 @@ class FileDataset:
             with self.container.open(int(self.ids[0])) as file:
                 return native_sizes(file, self.suffix_of(0), self.target)
         except Exception as error:
-            raise UsageError(f"data.image_size is null, and {self.name_of(0)} cannot be read as an image "
-                             f"({one_line(error)})") from None  # fmt: skip
+            reason = f"cannot be read as an image ({one_line(error)})"
+            raise UsageError(f"data.image_size is null, and {self.name_of(0)} {reason}") from None
 
     def name_of(self, index: int) -> str:
         return self.container.where + self.key_of(index)
 
     def key_of(self, index: int) -> str:
         return os.fsdecode(self.container.names[self.ids[index]])
+
+    def content_of(self, index: int) -> bytes:
+        with self.container.open(int(self.ids[index])) as file:
+            return file.tobytes() if isinstance(file, np.ndarray) else file.read()
 
     def fingerprint(self) -> str:
         """A number that files of other names, sizes or classes would not have. (Their content is not read for it.)"""

@@ -60,11 +60,16 @@ LABELS: dict[str, Callable[[Sequence[str], str], Classes]] = {
 }  # fmt: skip
 
 
-def from_file(names: Sequence[str], file: str, content: bytes) -> Classes:
+def from_file(
+    names: Sequence[str], file: str, content: bytes | Sequence[tuple[str, Any]], left_out: Sequence[str] = ()
+) -> Classes:
     """Labels listed in a file: `dataset.json` as NVIDIA's tools write it, or a CSV with the columns file_name, relative
-    to the data's root, and label. Raises UsageError if an image has no label, or a label no image."""
+    to the data's root, and label; or as pairs. Raises UsageError if an image has no label, or a label no image. Images
+    that are left out may have labels."""
     try:
-        if file.lower().endswith(".json"):
+        if not isinstance(content, bytes):
+            pairs = list(content)
+        elif file.lower().endswith(".json"):
             found = json.loads(content)["labels"]
             if found is None:
                 return *no_labels(names, "")[:2], f"{file} has none"
@@ -74,7 +79,7 @@ def from_file(names: Sequence[str], file: str, content: bytes) -> Classes:
             columns = rows.fieldnames or ()
             if not {"file_name", "label"} <= set(columns):
                 raise ValueError(f"it has the columns {', '.join(columns)}, and needs file_name and label")
-            pairs = [(row["file_name"], _number(row["label"] or "")) for row in rows]
+            pairs = [(row["file_name"], number(row["label"] or "")) for row in rows]
         table = {name.removeprefix("./"): label for name, label in pairs}
         if len(table) < len(pairs) or {type(label) for label in table.values()} not in ({int}, {str}):
             raise ValueError("a file stands there twice, or labels are not all whole numbers or all words")
@@ -83,14 +88,14 @@ def from_file(names: Sequence[str], file: str, content: bytes) -> Classes:
             raise ValueError(f"the label of {bad} is empty or negative")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise UsageError(f"data.labels {file} is no list of files and labels ({one_line(error)})") from None
-    missing, gone = sorted(set(names) - table.keys()), sorted(table.keys() - set(names))
+    missing, gone = sorted(set(names) - table.keys()), sorted(table.keys() - set(names) - set(left_out))
     if missing or gone:
         raise UsageError(f"data.labels {file} " + (f"has no label for {missing[0]}" if missing else
                                                    f"has a label for {gone[0]}, which is no image there"))  # fmt: skip
     return _numbered([table[name] for name in names])
 
 
-def _number(text: str) -> int | str:
+def number(text: str) -> int | str:
     """A label as a number, if that says the same: 01 is a name."""
     return int(text) if text.isascii() and text.isdecimal() and str(int(text)) == text else text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from diffusion.data.base import DataConfig, DataSet, Labels, load
-from diffusion.data.decode import describe_image, open_image, to_x_start
+from diffusion.data.base import DataConfig, DataSet, Labels, load, part
+from diffusion.data.containers import stem
+from diffusion.data.decode import describe_image, native_sizes, open_image, to_x_start
 from diffusion.data.image_files import FileDataset
 from diffusion.errors import UsageError
 
@@ -24,14 +26,19 @@ REMARKS = {
     "reduced": "of 16 bits a channel, of which PIL reads 8 (.npy and .tif are read whole)",
     "alpha": "may have transparent pixels, which show data.background, unless data.channels is 2 or 4",
     "frames": "of several frames, of which the first is used",
+    "turned": "are turned upright, as their EXIF orientation says",
+    "colour": "in colour, which becomes grey (data.channels is below 3)",
+    "grey": "are grey, and become RGB of equal channels (data.channels is above 2)",
 }
 
 
 def describe_data(config: DataConfig, dataset: DataSet, looked: int = LOOKED) -> list[str]:
-    """What was found, as the lines that a run begins with."""
+    """What was found and what is done with it, as the lines that a run begins with."""
     files = dataset if isinstance(dataset, FileDataset) else getattr(dataset, "files", None)
     lines = _describe_files(files, looked) if isinstance(files, FileDataset) else []
-    images = load(dataset, evenly(len(dataset), VALUES).tolist())[0]
+    if dataset.left_out:
+        lines.append(f"{len(dataset.left_out)} more are left out, since they cannot be read: {dataset.left_out[0]}")
+    images = load(dataset, part(len(dataset), VALUES).tolist())[0]
     low, high = config.range or (0, 255)
     least, most = ((to_x_start(end).item() + 1) / 2 * (high - low) + low for end in torch.aminmax(images))
     lines.append(f"{len(dataset)} images as {' x '.join(map(str, config.shape))}, values {least:g} to {most:g}"
@@ -40,42 +47,47 @@ def describe_data(config: DataConfig, dataset: DataSet, looked: int = LOOKED) ->
     if most - least < (high - low) / 4 and len(images) > 1:
         lines.append(f"the values take up {(most - least) / (high - low):.1%} of the range {low:g} to {high:g}, which "
                      "becomes -1 to 1: declare what they really span with --data.range")  # fmt: skip
-    labels, names = getattr(files or dataset, "labels", np.zeros(0, np.int64)), dataset.class_names
-    counts = np.bincount(np.asarray(labels), minlength=len(names))
+    if config.random_flip:
+        lines.append("half of the images are mirrored left to right, chosen anew each time (data.random_flip)")
+    names = dataset.class_names
+    counts = np.bincount(np.asarray(dataset.labels), minlength=len(names))
     shown = ", ".join(f"{name} {count}" for name, count in zip(names[:10], counts, strict=False))
     more = f", and {len(names) - 10} more; {counts.min()} to {counts.max()} images each" if len(names) > 10 else ""
     why = f": {files.no_classes}" if files and files.no_classes else ""
     return [*lines, f"{len(names)} classes: {shown}{more}" if names else f"no classes{why}"]
 
 
-def evenly(n: int, count: int) -> Labels:
-    """Up to `count` of the numbers below `n`, evenly spaced."""
-    return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64))
-
-
 def _describe_files(files: FileDataset, looked: int) -> list[str]:
     """Formats, modes and sizes of up to `looked` files, and what happens to them."""
-    kinds, sizes, remarks, deep = Counter[str](), Counter[tuple[int, int]](), Counter[str](), list[int]()
-    some = evenly(len(files), looked).tolist()
+    kinds, sizes, remarks, deep = Counter[str](), Counter[tuple[int, ...]](), Counter[str](), list[int]()
+    some = part(len(files), looked).tolist()
+    first = [files.key_of(i) for i in range(min(len(files), looked))]
+    key = [re.sub(r"[._-](masks?|seg|labels?|depth|gt)$", "", stem(name), flags=re.IGNORECASE) for name in first]
+    samples = Counter(key)
     for i in some:
         try:
             with files.container.open(int(files.ids[i])) as file:
                 if files.suffix_of(i) == ".npy":
                     kinds["arrays"] += 1
+                    shape = native_sizes(file, ".npy", files.target)
+                    sizes[shape[::-1]] += len(shape) == 2
                     continue
                 with open_image(file, files.target.max_pixels) as image:
-                    kind, found = describe_image(image)
+                    kind, size, found = describe_image(image, files.target.channels)
                     kinds[kind] += 1
-                    turned = image.getexif().get(274, 1) >= 5
-                    sizes[image.size[::-1] if turned else image.size] += 1
+                    sizes[size] += 1
                     remarks.update(found)
                     deep += [i] * ("16 bits" in found)
         except Exception:  # of any type; training names it, or skips it as data.on_error says
             kinds["unreadable"] += 1
-    part = "" if len(some) == len(files) else f" (of {len(some)} looked at)"
+    sizes = +sizes  # without signals and volumes
+    looked_at = "" if len(some) == len(files) else f" (of {len(some)} looked at)"
     by_name = Counter({f"{width}x{height}": count for (width, height), count in sizes.items()})
-    lines = [f"{len(files)} files{part}: " + "; ".join(_counts(found) for found in (kinds, by_name) if found)]
-    lines += [f"{remarks[key]}{part} {text}" for key, text in REMARKS.items() if remarks[key]]
+    lines = [f"{len(files)} files{looked_at}: " + "; ".join(_counts(found) for found in (kinds, by_name) if found)]
+    lines += [f"{remarks[key]}{looked_at} {text}" for key, text in REMARKS.items() if remarks[key]]
+    several = [name for name, of in zip(first, key, strict=True) if 1 < samples[of] < 5]
+    if several:  # unlike frame.001.png, frame.002.png, ...
+        lines.append(f"{len(several)} belong together, like {several[0]} and {several[1]}: --data.include chooses some")
     if deep and files.target.range is None:
         most = -1.0
         for i in deep[:: -(-len(deep) // DEEP)]:
@@ -92,10 +104,10 @@ def _describe_files(files: FileDataset, looked: int) -> list[str]:
         lost = 1 - sum(kept[size] * count for size, count in sizes.items()) / sizes.total()
         small = sum(count for size, count in sizes.items() if scales[size] > 1)
         if cut:
-            lines.append(f"{cut}{part} are of another shape than {width}x{height}: {lost:.0%} of all "
+            lines.append(f"{cut}{looked_at} are of another shape than {width}x{height}: {lost:.0%} of all "
                          "images' area is cut off at the margins")  # fmt: skip
         if small:
-            lines.append(f"{small}{part} are smaller than {width}x{height}, and are enlarged")
+            lines.append(f"{small}{looked_at} are smaller than {width}x{height}, and are enlarged")
     return lines + ([f"not read: {_counts(Counter(files.not_read))}"] if files.not_read else [])
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.data.decode import Array
+from diffusion.data.decode import Array, scale
 from diffusion.data.image_files import FileDataset, ImageFiles, Sizes
 from diffusion.errors import UsageError, one_line
 from diffusion.fields import PathText, section
@@ -44,8 +44,12 @@ class Arrays(ImageFiles):
         given = next((arrays[name] for name in LABELS if name in arrays), None)
         if images.ndim < 2 or len(images) == 0:
             there = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-            raise UsageError(f"data.path {self.path} holds {there}, and no images (N, *sizes, C) as {IMAGES[0]} or "
-                             f"{IMAGES[1]}")  # fmt: skip
+            raise UsageError(f"data.path {self.path} holds {there}, and no images (N, *sizes, C) as arr_0 or images")
+        if self.range is None and images.dtype not in (np.uint8, np.uint16):
+            try:
+                scale(images, None)  # its error names the range of all rows
+            except ValueError as error:
+                raise UsageError(f"data.path {self.path} cannot be read: {error}") from None
         labels = np.zeros(len(images), np.int64) if given is None else given
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
             raise UsageError(f"the labels of data.path {self.path} are {labels.shape} {labels.dtype}; they must be "
@@ -60,7 +64,7 @@ class Arrays(ImageFiles):
 
 @dataclass
 class Rows:
-    """The rows of an array as files. Their checksums stand for their sizes."""
+    """The rows of an array in place of files. Their checksums stand for their sizes."""
 
     images: Array
     path: str
@@ -74,8 +78,5 @@ class Rows:
     def sizes(self) -> NDArray[np.int64]:
         return np.array([zlib.crc32(row.tobytes()) for row in self.images], dtype=np.int64)
 
-    def open(self, i: int) -> BinaryIO:
-        file = BytesIO()
-        np.save(file, self.images[i])
-        file.seek(0)
-        return file
+    def open(self, i: int) -> Any:
+        return nullcontext(self.images[i])

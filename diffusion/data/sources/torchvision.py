@@ -28,8 +28,7 @@ def open_torchvision(name: str, source: str, inside: str, path: str | None, **pa
     except Exception as error:  # torchvision raises whatever its download or its files gave
         reason = " ".join(str(error).split()).split(". ")[0]
         if path is None:
-            raise UsageError(f"{source} could not be downloaded to data/ ({reason}): name its folder with "
-                             "--data.path") from None  # fmt: skip
+            raise UsageError(f"{source} could not be downloaded to data/ ({reason}): add --data.path FOLDER") from None
         raise UsageError(f"data.path {path} does not hold {source} as torchvision lays it out ({reason})") from None
 
 
