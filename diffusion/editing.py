@@ -6,33 +6,35 @@ Encoding is `samplers.ddim_reverse`; interpolations and variations are recipes i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion.errors import UsageError
+from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
 from diffusion.samplers import Progress
 
 
 class Recorder:
-    """A model for a sampler, which keeps x_t and the predicted x_0 of each evaluation, on the CPU.
+    """Keeps x_t and the predicted x_0 of each evaluation of a sampler, on the CPU, in `steps`.
 
-    `timesteps` maps what the network is given of a timestep to its number in the process.
+    `watch` is for `sample_batch`: what it wraps is conditioned and guided.
     """
 
-    def __init__(self, process: GaussianDiffusion, model: Callable[..., Tensor]):
-        self.process, self.model = process, model
+    def __init__(self, process: GaussianDiffusion):
+        self.process = process
         self.steps: list[tuple[Tensor, Tensor]] = []
-        inputs = process.network_t(torch.arange(process.num_timesteps))
-        self.timesteps = {float(value): i for i, value in enumerate(inputs)}
 
-    def __call__(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        output = self.model(x, t, **conditions)
-        number = torch.full((len(x),), self.timesteps[float(t[0])], device=x.device)
-        self.steps.append((x.cpu(), self.process.p_mean_variance(output, x, number).pred_xstart.cpu()))
-        return output
+    def watch(self, denoiser: Denoiser) -> Denoiser:
+        def watched(x: Tensor, t: Tensor) -> Tensor:
+            output = denoiser(x, t)
+            every = torch.arange(self.process.num_timesteps, device=x.device)
+            number = (t[:, None] - self.process.network_t(every)).abs().argmin(1)
+            self.steps.append((x.cpu(), self.process.p_mean_variance(output, x, number).pred_xstart.cpu()))
+            return output
+
+        return watched
 
 
 @torch.no_grad()
@@ -60,6 +62,8 @@ def inpaint(
         mask = mask.expand(known.shape)
     except RuntimeError:
         raise UsageError(f"the mask is {tuple(mask.shape)}, and the images {tuple(known.shape)}") from None
+    if mask.dtype != torch.bool:
+        raise UsageError(f"the mask is {mask.dtype}; it must be torch.bool, true where an image is kept")
     draws = iter(range(10**9))
     x = noise(next(draws))
     for step in progress(range(process.num_timesteps)):

@@ -28,15 +28,16 @@ class EMA:
     Args:
         model: the model; the averages start as copies of its parameters.
         rates: constant rates, each in [0, 1).
-        warmup: use min(rate, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that short runs forget the
-            initial weights.
+        warmup: use min(rate, (1 + n) / (10 + n)) at update n = 0, 1, ..., so that short runs forget the start.
         lengths: of power-function averages, each above 0 and at most `LONGEST`.
 
     Attributes:
         averages: by rate, or by "length" and the length, the average of each parameter by its name.
     """
 
-    def __init__(self, model: nn.Module, rates: Sequence[float], warmup: bool = False, lengths: Sequence[float] = ()):
+    def __init__(self, model: nn.Module, rates: Sequence[float], warmup: bool = True, lengths: Sequence[float] = ()):
+        if not isinstance(rates, Sequence) or not isinstance(lengths, Sequence):
+            raise UsageError(f"rates are {rates} and lengths {lengths}; both must be lists, such as [0.999]")
         if len(set(rates)) < len(rates) or not all(0 <= rate < 1 for rate in rates):
             raise UsageError(f"rates are {list(rates)}; they must be different, from 0 to below 1")
         if len(set(lengths)) < len(lengths) or not all(0 < length <= LONGEST for length in lengths):

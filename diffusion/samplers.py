@@ -5,9 +5,7 @@
 A sampler works step by step from noise, without gradients. `noise(step)` returns the standard normal noise of the
 loop's iteration `step` (0, 1, ...), shaped like x, so the caller decides what an image depends on. `progress` wraps the
 loop's range, e.g. `tqdm.tqdm`. Keyword-only parameters are the sampler's options in configuration, on the command line
-and in error messages; a tuple in an `Annotated` type is the option's range.
-
-To add a sampler, write such a function and add it to `SAMPLERS`.
+and in error messages; a tuple in an `Annotated` type is the option's range. `SAMPLERS` lists them.
 """
 
 from __future__ import annotations
@@ -67,7 +65,8 @@ def ddim(
         pred_xstart, eps = _predict(process, model, x, t, clip_denoised)
         alpha_bar, alpha_bar_prev, _ = process.ddim_alphas(t, x)
         sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
-        mean = pred_xstart * torch.sqrt(alpha_bar_prev) + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
+        rest = torch.sqrt((1 - alpha_bar_prev - sigma**2).clamp(min=0))  # rounding can take it below 0
+        mean = pred_xstart * torch.sqrt(alpha_bar_prev) + rest * eps
         x = mean + sigma * noise(step)  # sigma is 0 at the last step
     return x
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.errors import UsageError
+from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
 from diffusion.samplers import SAMPLERS, Progress, check_options, check_process, guided
@@ -36,6 +37,7 @@ def sample_batch(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = iter,
+    watch: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
 ) -> Tensor:
     """Generate images `batch` of `seed`. Each is the same whatever other images are generated with it.
 
@@ -47,9 +49,12 @@ def sample_batch(
         low_res: the images that an upsampler enlarges, (len(batch), C, *sizes) in [-1, 1], else None.
         guidance: see `guided`.
         progress: wraps the steps.
+        watch: wraps what the sampler calls at each step, after conditions and guidance.
 
     Returns images (len(batch), *shape) in [-1, 1] on the CPU.
     """
+    if not isinstance(batch, range):
+        raise UsageError(f"batch is {batch}; it must be the numbers of the images, such as range(4)")
     check_options(sampler, options or {})
     check_process(sampler, options or {}, process)
     if not 0 <= guidance < math.inf or (guidance != 1 and labels is None):
@@ -61,7 +66,14 @@ def sample_batch(
     denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)
     x_T = image_noise(batch, shape, device, seed, "x_T")
     noise = partial(image_noise, batch, shape, device, seed)
-    return SAMPLERS[sampler](process, denoiser, x_T, noise, progress, **options or {}).cpu()
+    return SAMPLERS[sampler](process, watch(denoiser), x_T, noise, progress, **options or {}).cpu()
+
+
+def check_finite(images: Tensor) -> Tensor:
+    """Generated images as they are. Raises UsageError if they are not finite: no grey level stands for that."""
+    if not images.isfinite().all():
+        raise UsageError("the generated images hold numbers that are not finite: the weights have diverged")
+    return images
 
 
 def generate(
@@ -71,9 +83,7 @@ def generate(
     *,
     labels: Sequence[int] | None = None,
     low_res: Callable[[range], Tensor] | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Progress = iter,
+    **options: Any,
 ) -> Iterator[tuple[range, Tensor]]:
     """Generate images of a run, with the sampler, steps, options and guidance of its section `sample`.
 
@@ -82,26 +92,14 @@ def generate(
         indices: the numbers of the images, in batches. Image i of a seed is the same in any batch.
         labels: class numbers, of which image i takes number i modulo their count; None without classes.
         low_res: for an upsampler, a function from a batch to its small images in [-1, 1].
-        progress: wraps the steps of each batch.
+        options: seed, device, progress and watch (see `sample_batch`).
 
     Yields each batch and its images (N, C, *sizes) in [-1, 1], on the CPU.
     """
-    process, settings = config.sampling_process(), config.sample
+    settings = config.sample
+    process, shape = config.sampling_process(), config.data.shape
+    options |= {"sampler": settings.sampler, "options": settings.options, "guidance": settings.guidance}
     for batch in indices:
-        yield (
-            batch,
-            sample_batch(
-                process,
-                network,
-                config.data.shape,
-                batch,
-                sampler=settings.sampler,
-                options=settings.options,
-                labels=torch.tensor([labels[i % len(labels)] for i in batch]) if labels else None,
-                low_res=low_res(batch) if low_res else None,
-                guidance=settings.guidance,
-                seed=seed,
-                device=device,
-                progress=progress,
-            ),
-        )
+        y = torch.tensor([labels[i % len(labels)] for i in batch]) if labels else None
+        small = low_res(batch) if low_res else None
+        yield batch, sample_batch(process, network, shape, batch, labels=y, low_res=small, **options)

@@ -82,9 +82,9 @@ def test_a_mask_of_another_size_is_named():
 
 def test_the_recorded_steps_are_those_of_the_sampler():
     gaussian = fixed(5)
-    recorder = Recorder(gaussian, index_model(gaussian, of_normal(gaussian)))
+    recorder = Recorder(gaussian)
     x = torch.randn(2, 3, 4, 4)
-    out = ddim(gaussian, recorder, x, noise_of(x.shape))
+    out = ddim(gaussian, recorder.watch(index_model(gaussian, of_normal(gaussian))), x, noise_of(x.shape))
     assert len(recorder.steps) == 5
     assert torch.equal(recorder.steps[0][0], x)
     torch.testing.assert_close(recorder.steps[-1][1], out, atol=1e-5, rtol=1e-5)
@@ -118,3 +118,8 @@ def test_the_command_writes_captions_and_a_chain(tmp_path, monkeypatch, capsys):
     code, _, err = script(sample, monkeypatch, capsys, *argv, "--out", tmp_path / "again.png")
     assert code == 2
     assert "chain.png is there already" in err
+
+
+def test_a_mask_is_a_mask():
+    with pytest.raises(UsageError, match=r"the mask is torch.float32; it must be torch.bool"):
+        inpaint(fixed(2), None, torch.zeros(1, 1, 2, 2), torch.ones(2, 2), None)

@@ -15,7 +15,7 @@ def scalar(value):
 def test_averages_follow_their_closed_form():
     """Weights that jump from 0 to 1 and stay: after n updates the average is 1 - rate^n."""
     model = scalar(0.0)
-    ema = EMA(model, [0.5, 0.9, 0.0])
+    ema = EMA(model, [0.5, 0.9, 0.0], warmup=False)
     torch.nn.init.constant_(model.weight, 1.0)
     for step in range(5):
         ema.update(step)
@@ -45,7 +45,7 @@ def test_warm_up_ends_at_the_rate():
 def test_averaging_does_not_touch_the_weights():
     model = torch.nn.Linear(3, 3)
     before = [p.clone() for p in model.parameters()]
-    ema = EMA(model, [0.5])
+    ema = EMA(model, [0.5], warmup=False)
     ema.update(0)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert not any(p.requires_grad for p in ema.averages[0.5].values())

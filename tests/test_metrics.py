@@ -10,11 +10,11 @@ from test_scripts import script
 from test_trainer import small
 
 import evaluate
-from diffusion import UsageError
+from diffusion import UsageError, checkpoint
 from diffusion.data.base import open_data
 from diffusion.data.sources.digits import Digits
-from diffusion.metrics import METRICS, Subject
-from diffusion.metrics.base import Reference
+from diffusion.metrics import METRICS
+from diffusion.metrics.base import Reference, Subject
 from diffusion.metrics.features import FEATURES, Extractor
 from diffusion.metrics.frechet import frechet_distance
 from diffusion.training.trainer import Trainer
@@ -69,9 +69,10 @@ def test_the_frechet_distance_is_that_of_torch_fidelity():
 
 def test_the_kernel_distance_is_its_definition(monkeypatch):
     pytest.importorskip("torch_fidelity")
-    monkeypatch.setattr("diffusion.metrics.samples.KID_SUBSET", 10**6)  # one subset: all of the smaller set
+    monkeypatch.setattr("diffusion.metrics.samples.KID_SUBSET", 10**6)
+    monkeypatch.setattr("diffusion.metrics.samples.KID_PARTS", 1)  # one subset: all of the smaller set
     a, b = (cloud[:200].astype(np.float32) for cloud in clouds())
-    figures = METRICS["kid"](subject_of(a, b)).figures
+    figures = METRICS["kid"].score(subject_of(a, b)).figures
 
     def kernel(x, y):
         return (x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3
@@ -85,7 +86,7 @@ def test_the_kernel_distance_is_its_definition(monkeypatch):
 def test_precision_and_recall_are_their_definition():
     pytest.importorskip("torch_fidelity")
     a, b = (cloud[:150].astype(np.float32) for cloud in clouds(d=3))
-    figures = METRICS["precision_recall"](subject_of(a, b)).figures
+    figures = METRICS["precision_recall"].score(subject_of(a, b)).figures
 
     def covered(points, centres):
         radius = np.sort(np.linalg.norm(centres[:, None] - centres[None], axis=-1), axis=1)[:, 3]
@@ -98,8 +99,8 @@ def test_precision_and_recall_are_their_definition():
 def test_the_inception_score_is_its_definition():
     pytest.importorskip("torch_fidelity")
     confident = torch.eye(10).repeat(100, 1) * 50
-    assert METRICS["inception_score"](subject_of(*clouds(), confident)).figures["inception_score"] > 9.5
-    assert METRICS["inception_score"](subject_of(*clouds(), torch.zeros(1000, 10))).figures[
+    assert METRICS["inception_score"].score(subject_of(*clouds(), confident)).figures["inception_score"] > 9.5
+    assert METRICS["inception_score"].score(subject_of(*clouds(), torch.zeros(1000, 10))).figures[
         "inception_score"
     ] == pytest.approx(1)
 
@@ -111,7 +112,7 @@ def test_a_copy_of_the_data_is_found_and_shown():
     noisy = (dataset.images[:10].int() + 1).clamp(0, 255).to(torch.uint8)
     shifted = dataset.images[10:20].flip(-1)
     subject.__dict__["samples"] = torch.cat([noisy, shifted])
-    score = METRICS["nearest"](subject)
+    score = METRICS["nearest"].score(subject)
     assert 0.5 <= score.figures["pixels_copies"] < 0.7
     assert score.sheet.shape == (48, 1, 8, 8)
     rows = score.sheet.view(16, 3, 1, 8, 8)
@@ -139,7 +140,7 @@ def test_features_of_a_fixed_network_are_kept(cache, monkeypatch):
     first = Reference(dataset, torch.device("cpu"), "counting", most=50)
     again = Reference(dataset, torch.device("cpu"), "counting", most=50)
     assert torch.equal(first.features, again.features)
-    assert sum(calls) == 50
+    assert sum(calls) == 52  # and the first image of each, which shows that the network is the same
     [kept] = (cache / "diffusion").iterdir()
     kept.write_bytes(kept.read_bytes()[:100])
     assert torch.equal(Reference(dataset, torch.device("cpu"), "counting", most=50).features, first.features)
@@ -190,12 +191,16 @@ def test_all_metrics_share_the_samples_and_are_written_with_their_settings(run, 
     )
     assert code == 0, err
     found = json.loads(out.read_text())
-    assert found["settings"] | {"features": "", "reference": ""} == {
+    hashes = {"features", "reference", "data", "classes"}
+    assert list(found["settings"]["classes"].values()) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert {name: value for name, value in found["settings"].items() if name not in hashes} == {
         "n": 24, "sampler": "dpmpp", "steps": "2", "evaluations": 2, "options": {}, "guidance": 1.0, "seed": 0,
-        "features": "", "reference": "", "reference_images": 1797,
+        "sets": 1, "reference_images": 1797,
     }  # fmt: skip
+    saved = checkpoint.open_checkpoint(run)
+    assert (found["checkpoint"], found["ema"], found["weights"]) == (saved.path.name, "0.5", saved.fingerprint())
     assert {"frechet", "kid", "inception_score", "precision", "recall", "pixels_copies"} <= found.keys()
-    assert "24 samples are few for a Fréchet distance in 64 features" in said
+    assert "24 images are few for a Fréchet distance in 64 features" in said
     assert sheet.exists()
     code, said, err = script(
         evaluate, monkeypatch, capsys, *argv, "--metric", "frechet", "--ema", "0.9", "--against", out
@@ -239,17 +244,22 @@ def test_every_checkpoint_and_average_is_scored_and_the_best_named(run, tmp_path
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--metric", "fid"], "it is 'fid'; it must be one of bits_per_dim, frechet"),
+        (["--metric", "fid"], "it is 'fid', which is here frechet, with --features inception"),
+        (["--metric", "fod"], "it is 'fod', and must be one of bits_per_dim, frechet"),
         (["--metric", "frechet", "--against", "/nowhere"], "--against /nowhere holds no figures"),
-        (["--metric", "precision_recall", "--n", "3"], "precision_recall needs more than 3 samples"),
+        (["--metric", "frechet,precision_recall", "--n", "3"], "precision_recall needs at least 4 samples"),
+        (["--metric", "frechet", "--n", "1"], "frechet needs at least 2 samples and images of the data: --n is 1"),
+        (["--metric", "kid", "--n", "19"], "kid needs at least 20 samples"),
+        (["--metric", "inception_score", "--n", "19"], "inception_score needs at least 20 samples"),
         (
-            ["--metric", "inception_score", "--features", "pixels"],
+            ["--metric", "frechet,inception_score", "--features", "pixels", "--n", "20"],
             "inception_score needs a classifier, and pixels is none",
         ),
     ],
 )
 def test_what_cannot_be_measured_is_named(run, argv, says, monkeypatch, capsys):
     pytest.importorskip("torch_fidelity")
+    monkeypatch.setattr("diffusion.metrics.base.generate", lambda *a, **k: pytest.fail("samples before the refusal"))
     code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, "--n", 8, "--steps", 2, *argv)
     assert code == 2
     assert says in err
@@ -264,7 +274,7 @@ def test_samples_of_an_upsampler_are_not_scored(tmp_path, monkeypatch, capsys):
 
 def test_a_missing_package_is_named(run, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.metric_kid", None)
-    code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, "--n", 8, "--steps", 2, "--metric", "kid",
+    code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, "--n", 20, "--steps", 2, "--metric", "kid",
                           "--features", "pixels")  # fmt: skip
     assert code == 2
     assert "this metric needs a package: pip install torch-fidelity" in err

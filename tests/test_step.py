@@ -136,7 +136,7 @@ def test_wrong_names_and_shapes_get_one_line_from_python_too():
         ("schedule is cosin; .* mean cosine", lambda: Schedule.named("cosin", 10)),
         ("loss_type is mae; it must be one of mse", lambda: step_of(unet(), loss="mae")(x)),
         ("timestep_sampler is imp", lambda: step_of(unet(), timestep_sampler="imp")),
-        ("4 images do not divide into gradient_accumulation 3", lambda: step_of(unet(), gradient_accumulation=3)(x)),
+        ("4 images do not divide by gradient_accumulation 3", lambda: step_of(unet(), gradient_accumulation=3)(x)),
         ("output has 1 channels; variance_type learned_range needs 2", lambda: step_of(Half())(x)),
         ("sampler is plms; it must be one of ddpm, ddim",
          lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), sampler="plms")),
@@ -149,6 +149,11 @@ def test_wrong_names_and_shapes_get_one_line_from_python_too():
         ("label_dropout is 2, which is out of range", lambda: step_of(unet(), label_dropout=2)),
         ("label_dropout is 0.5, and there are no labels y", lambda: step_of(unet(), label_dropout=0.5)(x)),
         (r"rates are \[0.9, 1.5\]", lambda: step_of(unet(), ema_rates=[0.9, 1.5])),
+        (r"rates are 0.999 .* lists, such as \[0.999\]", lambda: step_of(unet(), ema_rates=0.999)),
+        (r"x_start has values from 0 to 255; images must be scaled to \[-1, 1\]",
+         lambda: step_of(unet())(torch.arange(256.0).view(1, 1, 16, 16))),
+        (r"batch is 4; it must be the numbers of the images, such as range\(4\)",
+         lambda: sample_batch(PROCESS, unet(), (1, 8, 8), 4)),
         (r"x_start is torch.uint8 \(4, 1, 8, 8\)", lambda: step_of(unet())(x.byte())),
         (r"x_start is torch.float32 \(0,", lambda: step_of(unet())(x[:0])),
         ("none of the network's parameters",
@@ -161,3 +166,13 @@ def test_wrong_names_and_shapes_get_one_line_from_python_too():
     ):  # fmt: skip
         with pytest.raises(UsageError, match=says):
             call()
+
+
+def test_an_average_of_a_short_run_follows_the_weights():
+    """As in a run, where ema_warmup is on: at a constant rate of 0.999 it would still be the initial weights."""
+    network = unet()
+    step, before = step_of(network, lr=1e-2, ema_rates=[0.999]), network.out[2].weight.detach().clone()
+    for _ in range(20):
+        step(images())
+    moved = (network.out[2].weight - before).norm()
+    assert (step.ema.averages[0.999]["out.2.weight"] - before).norm() > 0.5 * moved

@@ -22,7 +22,7 @@ def ours():
             zero_module(module.proj_out)
     zero_module(model.out[2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=case["lr"], weight_decay=0, fused=True)
-    ema = EMA(model, [case["ema_rate"]])
+    ema = EMA(model, [case["ema_rate"]], warmup=False)
     p = process(case["schedule"], case["steps"])
     generator = torch.Generator().manual_seed(case["data_seed"])
     losses, grad_norms = [], []

@@ -1,12 +1,14 @@
 """Metrics of a trained model. Each is a function, and a line in `METRICS`."""
 
-from collections.abc import Callable
-
-from diffusion.metrics.base import Score, Subject
+from diffusion.metrics import samples
+from diffusion.metrics.base import Metric
 from diffusion.metrics.bits_per_dim import bits_per_dim
-from diffusion.metrics.samples import frechet, inception_score, kid, nearest, precision_recall
 
-METRICS: dict[str, Callable[[Subject], Score]] = {
-    "bits_per_dim": bits_per_dim, "frechet": frechet, "kid": kid, "inception_score": inception_score,
-    "precision_recall": precision_recall, "nearest": nearest,
-}  # fmt: skip
+METRICS: dict[str, Metric] = {
+    "bits_per_dim": Metric(bits_per_dim),
+    "frechet": Metric(samples.frechet, least=2),
+    "kid": Metric(samples.kid, least=20, check=samples.check_fidelity),
+    "inception_score": Metric(samples.inception_score, least=20, check=samples.check_classifies),
+    "precision_recall": Metric(samples.precision_recall, least=4, check=samples.check_fidelity),
+    "nearest": Metric(samples.nearest),
+}

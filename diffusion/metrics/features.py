@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.checksums import sha256
-from diffusion.data.base import DataSet, load
+from diffusion.data.base import DataSet, load, part
 from diffusion.data.decode import to_x_start
 from diffusion.data.loader import batch_indices
-from diffusion.data.summary import evenly
 from diffusion.errors import UsageError, one_line
 
 CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 20_000, 500
@@ -39,29 +38,23 @@ def pixels(dataset: DataSet, device: torch.device, weights: Path | None) -> Extr
         pooled = F.interpolate(x, [min(8, size) for size in x.shape[2:]], mode="area")
         return pooled.flatten(1), None
 
-    return Extractor("pixels", run)
+    return Extractor("pixels (at most 8 an axis)", run)
 
 
 def classifier(dataset: DataSet, device: torch.device, weights: Path | None) -> Extractor:
     """A small classifier, trained here on the data and their classes: the same each time."""
     if not dataset.class_names or load(dataset, [0])[0].ndim != 4:
-        raise UsageError("--features is classifier, which needs images with classes: use pixels, efficientnet_lite0 or "
-                         "inception")  # fmt: skip
-    net = train_classifier(dataset, min(len(dataset), CLASSIFIER_IMAGES)).to(device)
-    spread = net[:-1](to_x_start(load(dataset, evenly(len(dataset), 1000).tolist())[0]).to(device)).std()
+        raise UsageError("--features is classifier, which needs images with classes: use pixels or inception")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:CLASSIFIER_IMAGES]
+    images, y = load(dataset, order.tolist())
+    net = fit_classifier(to_x_start(images), y, len(dataset.class_names), 64, CLASSIFIER_STEPS).to(device)
+    spread = net[:-1](to_x_start(load(dataset, part(len(dataset), 1000).tolist())[0]).to(device)).std()
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         features = net[:-1](x)
         return features / spread, net[-1](features)
 
     return Extractor(f"classifier of {dataset.fingerprint()}", run)
-
-
-def train_classifier(dataset: DataSet, n: int) -> nn.Sequential:
-    """A classifier of `n` images of a data set."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:n].tolist()
-    images, y = load(dataset, order)
-    return fit_classifier(to_x_start(images), y, len(dataset.class_names), 64, CLASSIFIER_STEPS)
 
 
 def fit_classifier(x: Tensor, y: Tensor, classes: int, features: int, steps: int) -> nn.Sequential:
@@ -90,8 +83,7 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, features: int, steps: int
 def as_rgb(x: Tensor) -> Tensor:
     """Images of 1 or 3 channels in [-1, 1] as RGB."""
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise UsageError(f"images of {tuple(x.shape[1:])} are not what this network of features sees, which are "
-                         "grey and RGB images: use --features pixels")  # fmt: skip
+        raise UsageError(f"images of {tuple(x.shape[1:])} are neither grey nor RGB: use --features pixels")
     return x.expand(-1, 3, -1, -1)
 
 
@@ -126,9 +118,8 @@ def inception(dataset: DataSet, device: torch.device, weights: Path | None) -> E
             torch.load(weights, weights_only=True, map_location="meta")  # torch-fidelity would run code in the file
         net = FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], weights and str(weights))
     except Exception as error:  # of the download, the file, or the state dict
-        where = "downloaded" if weights is None else f"read from {weights}"
-        hint = ": name a file of them with --features_weights" if weights is None else ""
-        raise UsageError(f"Inception's weights cannot be {where} ({one_line(error)}){hint}") from None
+        where = "downloaded: add --features_weights FILE" if weights is None else f"read from {weights}"
+        raise UsageError(f"Inception's weights cannot be {where} ({one_line(error)})") from None
     net = net.to(device)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:

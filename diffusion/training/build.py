@@ -37,13 +37,15 @@ def parameter_groups(network: nn.Module, scalar_lr_factor: float = 1.0, muon: bo
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """The learning rate of optimizer step `step` (0, 1, ...): linear warm-up, then `lr_schedule`."""
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    if train.lr_schedule == "constant":
-        return train.lr
+    """The learning rate of optimizer step `step` (0, 1, ...): linear warm-up, then `lr_schedule`.
+
+    A warm-up that lasts into the decay of `wsd` ends where the two meet.
+    """
+    warming = train.lr * (step + 1) / train.warmup_steps if step < train.warmup_steps else train.lr
     if train.lr_schedule == "wsd":
-        return train.lr * min(1.0, (1 - step / train.steps) / DECAY_SHARE)
+        return min(warming, train.lr * min(1.0, (1 - step / train.steps) / DECAY_SHARE))
+    if train.lr_schedule == "constant" or step < train.warmup_steps:
+        return warming
     done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
     return train.lr * 0.5 * (1 + math.cos(math.pi * done))
 

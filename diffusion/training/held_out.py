@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
+from numpy.typing import NDArray
 from torch import nn
 
 from diffusion.config import Config
-from diffusion.data.base import DataSet, load
+from diffusion.data.base import DataSet, Labels, load, part
 from diffusion.data.decode import shrink, to_x_start
 from diffusion.losses import training_losses
 from diffusion.process import GaussianDiffusion
-from diffusion.randomness import image_noise
+from diffusion.randomness import generator_for, image_noise
 from diffusion.sampling import batches
 
 MOST = 1000
-"""How many images are scored at the most."""
+"""How many images are scored at the most, spread over all."""
 
 
 @torch.no_grad()
@@ -30,27 +32,39 @@ def held_out_loss(
     accelerator: Accelerator,
     size: int,
 ) -> float:
-    """The mean loss of the first held-out images, in batches of `size`, each process a share.
+    """The mean loss over held-out images and timesteps, in batches of `size`, each process a share.
 
-    Timesteps are spread evenly, and they and the noise of an image are the same at every call.
+    Images, timesteps and noise are the same at every call.
     """
-    n, device = min(len(dataset), MOST), accelerator.device
+    images_of, t_of, weights = pairs(part(len(dataset), MOST), process.num_timesteps)
+    n, device = len(t_of), accelerator.device
     share = -(-n // accelerator.num_processes)  # all processes call the network as often, since FSDP gathers weights
     first = accelerator.process_index * share
-    sums = torch.zeros(2, device=device)
+    total = torch.zeros((), device=device)
     for batch in batches(range(first, first + share), size):
-        images, y = load(dataset, [i % n for i in batch])
+        chosen = np.arange(batch.start, batch.stop) % n
+        images, y = load(dataset, images_of[chosen].tolist())
         x_start = to_x_start(images.to(device))
         inputs = {"y": y.to(device)} if config.model.class_cond else {}
         if config.data.low_res_size is not None:
             inputs["low_res"] = shrink(x_start, config.data.low_res_size)
-        # Multiples of the golden ratio, modulo 1, are spread evenly for any number of images.
-        numbers = torch.arange(batch.start, batch.stop, device=device)
-        t = ((numbers * 0.6180339887) % 1 * process.num_timesteps).long()
+        t = torch.from_numpy(t_of[chosen]).to(device)
         noise = image_noise(batch, x_start.shape[1:], device, config.train.seed, "held_out")
         losses = training_losses(process, partial(network, **inputs), x_start, t, noise, config.diffusion.loss,
                                  config.diffusion.weighting)["loss"]  # fmt: skip
-        counted = numbers < n
-        sums += torch.stack([losses[counted].sum(), counted.sum()])
-    total, count = reduce(sums, reduction="sum").tolist()
-    return total / count
+        weight = np.where(np.arange(batch.start, batch.stop) < n, weights[chosen], 0.0)
+        total += (losses * torch.from_numpy(weight).to(losses)).sum()
+    return reduce(total, reduction="sum").item()
+
+
+def pairs(images: Labels, num_timesteps: int) -> tuple[Labels, Labels, NDArray[np.float64]]:
+    """Pairs of an image and a timestep, and a weight for each, so that all images and all timesteps count alike.
+
+    Both divide [0, 1) into equal parts, in a random order. A pair is where a part of an image overlaps one of a
+    timestep, and its weight is their overlap: N + T pairs at most. Returns (images, timesteps, weights).
+    """
+    images, t = (values[torch.randperm(len(values), generator=generator_for("cpu", 0, name)).numpy()]
+                 for values, name in ((images, "images"), (np.arange(num_timesteps), "timesteps")))  # fmt: skip
+    starts = np.union1d(np.arange(len(images)) * len(t), np.arange(len(t)) * len(images))
+    whole = len(images) * len(t)
+    return images[starts // len(t)], t[starts // len(images)], np.diff(np.append(starts, whole)) / whole

@@ -21,7 +21,7 @@ class Meter:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.sums = torch.zeros(2, 4, device=accelerator.device)
+        self.sums = torch.zeros(3, 4, device=accelerator.device)
         self.skipped, self.in_a_row = torch.zeros(2, device=accelerator.device)
         self.last_skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self.unreadable: list[str] = []
@@ -39,10 +39,14 @@ class Meter:
         yield
         self.started += time.perf_counter() - began
 
-    def update(self, losses: Tensor, quarter: Tensor) -> None:
-        """Add the losses (B,) of images whose t lies in the quarters (B,), 0 to 3. Non-finite losses are left out."""
+    def update(self, losses: Tensor, weights: Tensor, quarter: Tensor) -> None:
+        """Add the losses (B,) of images whose t lies in the quarters (B,), 0 to 3. Non-finite losses are left out.
+
+        With the weights of importance sampling (B,), else ones, the means are those over uniform t.
+        """
         in_quarter = F.one_hot(quarter, 4).float() * torch.isfinite(losses)[:, None]
-        self.sums += torch.stack([torch.where(in_quarter > 0, losses[:, None], 0).sum(0), in_quarter.sum(0)])
+        weighted = torch.where(in_quarter > 0, (losses * weights)[:, None], 0)
+        self.sums += torch.stack([weighted, in_quarter * weights[:, None], in_quarter]).sum(1)
 
     def count_step(self, step: int, skipped: Tensor) -> None:
         """Count step `step` (1, 2, ...), which was skipped (1) or not (0)."""
@@ -53,10 +57,12 @@ class Meter:
     def compute(self) -> dict[str, Any]:
         """The metrics over all processes since the last call. (How many steps were skipped in a row is kept.)"""
         sums = self.accelerator.reduce(self.sums.clone()).tolist()  # waits for the device
-        images, seconds = sum(sums[1]), time.perf_counter() - self.started
+        images, seconds = sum(sums[2]), time.perf_counter() - self.started
         metrics: dict[str, Any] = {"loss": sum(sums[0]) / images if images else None}
         metrics |= {"images_per_second": (images - self.before) / seconds, "skipped": int(self.skipped)}
-        quarters = {f"loss_q{q + 1}": total / n if n else None for q, (total, n) in enumerate(zip(*sums, strict=True))}
+        quarters = {
+            f"loss_q{q}": total / n if n else None for q, (total, n, _) in enumerate(zip(*sums, strict=True), 1)
+        }
         self.sums.zero_()
         self.skipped = torch.zeros_like(self.skipped)
         self.unreadable.clear()
@@ -80,9 +86,9 @@ class Meter:
         processes, unreadable = len(state["sums"]), state["unreadable"]
         if not isinstance(unreadable, list) or not all(isinstance(name, str) for name in unreadable):
             raise ValueError("the names of unreadable images are not strings")
-        sums = checked_tensor(state["sums"], torch.Size([processes, 2, 4]), torch.float32).to(self.sums.device)
+        sums = checked_tensor(state["sums"], torch.Size([processes, 3, 4]), torch.float32).to(self.sums.device)
         steps = checked_tensor(state["steps"], torch.Size([3]), torch.float32).to(self.sums.device)
-        if not sums.isfinite().all() or not steps.isfinite().all() or (steps < 0).any() or (sums[:, 1] < 0).any():
+        if not sums.isfinite().all() or not steps.isfinite().all() or (steps < 0).any() or (sums[:, 1:] < 0).any():
             raise ValueError("its sums are impossible")
         if processes == self.accelerator.num_processes:
             self.sums.copy_(sums[self.accelerator.process_index])
@@ -91,4 +97,4 @@ class Meter:
         if self.accelerator.is_main_process:
             self.unreadable.extend(unreadable)
         self.skipped, self.in_a_row, self.last_skipped = steps[0], steps[1], steps[2].long()
-        self.before = float(sums[:, 1].sum())
+        self.before = float(sums[:, 2].sum())

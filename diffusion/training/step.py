@@ -44,9 +44,11 @@ class StepResult(NamedTuple):
     """What a step computed, on the device: reading it waits for the device."""
 
     losses: Tensor
-    """(B,), of this process's images, unweighted."""
+    """(B,), of this process's images."""
     t: Tensor
     """(B,), their timesteps."""
+    weights: Tensor
+    """(B,), 1 where t is drawn uniformly: the mean of losses * weights is an estimate of the loss over uniform t."""
     grad_norm: Tensor
     skipped: Tensor
     """1.0 where a loss or gradient was not finite, and no weight was changed; else 0.0."""
@@ -59,7 +61,7 @@ class TrainingStep:
         network: moved to the accelerator's device and wrapped by it. Called with (x_t, t), and y=labels if given.
         process: what the network's output means.
         optimizer: over the network's parameters. With torch's fused ones, a step never waits for the device.
-        ema_rates: moving averages to keep, in `ema`; `ema_warmup`, `ema_lengths`: see `EMA`.
+        ema_rates: moving averages to keep, in `ema`, such as [0.9999]; `ema_warmup`, `ema_lengths`: see `EMA`.
         seed: of timesteps, noise, flips, dropout and dropped labels.
         loss: see `training_losses`.
         weighting: see `training_losses`.
@@ -82,7 +84,7 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         *,
         ema_rates: Sequence[float] = (),
-        ema_warmup: bool = False,
+        ema_warmup: bool = True,
         ema_lengths: Sequence[float] = (),
         loss: LossType = "rescaled_mse",
         weighting: Weighting = "none",
@@ -116,7 +118,7 @@ class TrainingStep:
         self.importance = LossSecondMoment(process.num_timesteps) if by_importance else None
         self.seed, self.gradient_accumulation, self.grad_clip = seed, gradient_accumulation, grad_clip
         self.label_dropout, self.random_flip, self.low_res_size = label_dropout, random_flip, low_res_size
-        self.step = 0
+        self.step, self._checked = 0, False
         self._parameters = list(network.parameters())
         self._dropout = any(module.p > 0 for module in network.modules() if isinstance(module, nn.Dropout))
         self.model.train()
@@ -153,20 +155,26 @@ class TrainingStep:
             self.importance.update(draws.t, accelerator.reduce(losses))  # every process learns of the whole batch
         grad_norm, skipped = self._update(losses)
         self.step += 1
-        own_losses, own_t = (torch.cat([values[part] for part in slices]) for values in (losses, draws.t))
-        return StepResult(own_losses, own_t, grad_norm, skipped)
+        own, t, weights = (torch.cat([x[part] for part in slices]) for x in (losses, draws.t, draws.weights))
+        return StepResult(own, t, weights, grad_norm, skipped)
 
     def _check(self, x_start: Tensor, y: Tensor | None) -> None:
         """Raise UsageError if a batch cannot be trained on."""
         if not len(x_start) or not x_start.is_floating_point():
             raise UsageError(f"x_start is {x_start.dtype} {tuple(x_start.shape)}; it must be float images in [-1, 1]")
+        if not self._checked:  # once, since it waits for the device
+            low, high = (end.item() for end in torch.aminmax(x_start))
+            if not -1.001 <= low <= high <= 1.001:
+                raise UsageError(f"x_start has values from {low:g} to {high:g}; images must be scaled to [-1, 1]")
+            self._checked = True
         if y is not None and y.shape != x_start.shape[:1]:
             raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x_start)},)")
         if self.label_dropout and y is None:
             raise UsageError(f"label_dropout is {self.label_dropout}, and there are no labels y")
         if len(x_start) % self.gradient_accumulation:
-            raise UsageError(f"{len(x_start)} images do not divide into gradient_accumulation "
-                             f"{self.gradient_accumulation}")  # fmt: skip
+            raise UsageError(
+                f"{len(x_start)} images do not divide by gradient_accumulation {self.gradient_accumulation}"
+            )
 
     def _update(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Let the optimizer take a step, unless a number is not finite. Returns the gradient's norm and `skipped`."""
