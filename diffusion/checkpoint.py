@@ -35,7 +35,7 @@ from diffusion.files import to_disk
 from diffusion.models.unet import UNetModel
 from diffusion.tensor_files import load_plain, load_tensors
 
-FORMAT = 5
+FORMAT = 6
 Weights = Mapping[str, Tensor]
 
 
@@ -76,7 +76,10 @@ class Checkpoint:
         return self.weights() if self.step == 0 else self._tensors(f"ema_{key}.safetensors")
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
-        tensors = load_tensors(self.file(name))
+        try:
+            tensors = load_tensors(self.path / name)
+        finally:
+            self.file(name)  # verified once it is in memory: it may be overwritten in place while it is read
         for key, value in tensors.items():
             if value.dtype != torch.float32:
                 raise UsageError(f"checkpoint {self.path}: {key} in {name} is of {value.dtype}; weights are float32")
@@ -111,6 +114,11 @@ class Checkpoint:
         others = f", a length from length0.01 to length{LONGEST}" if self.step and lengths else ""
         raise UsageError(f"--ema is {wanted}; {self.path} has {', '.join(names)}{others}, or none")
 
+    def name_of(self, wanted: str | None = None) -> str:
+        """The weights that `--ema` selects, as it calls them."""
+        name = f"{self.chosen(wanted)}".removesuffix(".safetensors").removeprefix("ema_")
+        return "none" if name == "model" else wanted or name
+
     def _reconstructed(self, length: float) -> dict[str, Tensor]:
         """The power-function average of a length, from all that the run has stored up to this checkpoint."""
         lengths = self.config.train.ema_lengths
@@ -120,11 +128,9 @@ class Checkpoint:
         coefficients, error = reconstruct([(of, saved.step) for saved, of in parts], length, self.step)
         if error > 0.1:
             steps = ", ".join(str(saved.step) for saved, of in parts if of == lengths[0])
-            raise UsageError(
-                f"--ema is length{length}; the averages of lengths {', '.join(map(str, lengths))} after steps {steps} "
-                f"express it with an error of {error:.0%}, above 10%: name a length nearer to theirs, or keep more "
-                "checkpoints"
-            )
+            known = f"{', '.join(map(str, lengths))} after steps {steps}"
+            raise UsageError(f"--ema is length{length}; the averages of lengths {known} express it with an error of "
+                             f"{error:.0%}, above 10%: name a nearer one, or keep more checkpoints")  # fmt: skip
         total: dict[str, Tensor] = {}
         for coefficient, (saved, of) in zip(coefficients.tolist(), parts, strict=True):
             for name, value in saved.ema(f"length{of}").items():
@@ -140,11 +146,6 @@ class Checkpoint:
             verify(self.path, {name: self.sums[name]})
         return self.path / name
 
-    def fits_classes(self, names: tuple[str, ...]) -> bool:
-        """Whether data with these classes can be scored. A converted model may have numbers in place of names."""
-        numbered = self.step == 0 and self.class_names == tuple(map(str, range(len(names))))
-        return names == self.class_names or numbered
-
     def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Restore the state of each part by its name. Raises UsageError if the file does not fit."""
         path = self.file("training.pt")
@@ -153,10 +154,8 @@ class Checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(training[name])
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise UsageError(
-                f"checkpoint {self.path}: {path.name} does not hold what a run of this network saves "
-                f"({one_line(error)}): --back_to STEP goes back to an earlier checkpoint"
-            ) from None
+            what = f"does not hold what a run of this network saves ({one_line(error)})"
+            raise UsageError(f"checkpoint {self.path}: {path.name} {what}: --back_to STEP goes back") from None
 
     def network(self, weights: Weights) -> UNetModel:
         """The network with `weights`. Raises UsageError if they are of another architecture."""
@@ -169,13 +168,13 @@ class Checkpoint:
 
 def save(
     folder: Path,
-    *,
     step: int,
     config: Config,
     class_names: tuple[str, ...],
     weights: Weights,
     averages: Mapping[float | str, Weights],
     training: dict[str, Any],
+    *,
     data: str | None = None,
     origin: dict[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
@@ -226,20 +225,23 @@ def step_of(folder: Path) -> int:
 
 
 def best(run: Path) -> Path | None:
-    """The checkpoint with the lowest loss of held-out images, if a run has any."""
-    losses = {}
+    """The checkpoint with the lowest loss of held-out images, if a run has any: of those with the newest one's data."""
+    losses, data = {}, list[Any]()
     for folder in folders(run):
         with suppress(OSError, ValueError, AttributeError):
-            loss = json.loads((folder / "state.json").read_bytes()[:MAX_JSON_BYTES]).get("held_out_loss")
-            if isinstance(loss, float):
-                losses[folder] = loss
+            state = json.loads((folder / "state.json").read_bytes()[:MAX_JSON_BYTES])
+            data.append(state.get("data"))
+            if isinstance(state.get("held_out_loss"), float) and data[-1] == data[0]:
+                losses[folder] = state["held_out_loss"]
     return min(losses, key=lambda folder: losses[folder]) if losses else None
 
 
 def link_best(run: Path) -> Path | None:
     """Let the link `best` of a run point to its best checkpoint, if there is one, and return that."""
-    chosen = best(run)
+    chosen, link = best(run), run / "best"
     with suppress(OSError):  # some file systems have no links
+        if os.path.lexists(link) and not os.readlink(link).startswith("checkpoints/"):
+            return chosen  # somebody else's
         if chosen is None:
             (run / "best").unlink(missing_ok=True)
         else:
@@ -255,7 +257,8 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
     best by held-out images."""
     chosen = link_best(run)
     for path in folders(run)[keep_last:] if keep_last else []:
-        if path != chosen and (not keep_every or step_of(path) % keep_every):
+        ours = path.name == f"step_{step_of(path):08d}"
+        if ours and path != chosen and (not keep_every or step_of(path) % keep_every):
             removed = path.rename(path.with_name(f".{path.name}.tmp"))  # it must not look like a checkpoint
             shutil.rmtree(removed, ignore_errors=True)
 
@@ -313,9 +316,7 @@ def _newest(path: Path, use: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
             break
     if not damage:
         hint = f"; name the folder, {path.parent}" if path.is_file() else ""
-        raise UsageError(
-            f"{path} is no checkpoint, and no run that has saved one (no checkpoints/step_... in it){hint}"
-        )
+        raise UsageError(f"{path} is no checkpoint, and no run that has saved one (no checkpoints/step_...){hint}")
     first = str(damage[0][1])
     raise Damaged(first if len(damage) == 1 else
                   f"none of the {len(damage)} checkpoints of {path} is whole; of the newest: {first}")  # fmt: skip

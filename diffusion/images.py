@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.data.decode import PIL_MODES
@@ -21,6 +22,8 @@ from diffusion.files import replace_bytes
 
 TILE = 64
 """Smaller images are enlarged to about this many pixels in a grid."""
+PNG_MARK = "Software\0diffusion {}"
+"""How a grid's file says which command wrote it, near its beginning."""
 CAPTION = 14
 """Pixels of a line of text under an image."""
 SLICES = 8
@@ -70,14 +73,17 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_grid(
-    images: Tensor, path: Path, num_classes: int = 0, columns: int | None = None, captions: Sequence[str] = ()
-) -> None:
+    images: Tensor, path: Path, num_classes: int = 0, columns: int | None = None, captions: Sequence[str] = (),
+    by: str = "train",
+) -> None:  # fmt: skip
     """Write a grid of images, whose classes are taken in turn, as PNG, atomically; with a caption under each image, if
-    there are captions."""
+    there are captions. The file says which command it is written `by`."""
     path.parent.mkdir(exist_ok=True)
     buffer = BytesIO()
     columns = columns or grid_columns(len(images), num_classes)
-    (captioned(images, columns, captions) if captions else grid(images, columns)).save(buffer, format="PNG")
+    mark, drawn = PngInfo(), captioned(images, columns, captions) if captions else grid(images, columns)
+    mark.add_text("Software", f"diffusion {by}")
+    drawn.save(buffer, format="PNG", pnginfo=mark)
     replace_bytes(path, buffer.getvalue())
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import gzip
 import html
 import json
-import math
-import shlex
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -25,6 +23,8 @@ from diffusion.errors import UsageError, one_line
 POINTS, GRIDS, GRID_PIXELS = 1500, 24, 640
 """How many points a curve has at the most, how many grids are shown, and how wide they are."""
 GRID_BYTES = 2_000_000
+LARGEST = 1e300
+"""Larger numbers are none that a run logs, and no plot can show them."""
 COLOURS = "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"
 DASHES = "solid", "dot", "dash", "dashdot"
 PLOTS = {
@@ -62,25 +62,25 @@ def report(runs: Sequence[Path]) -> str:
     sections = (_differences(runs, names) if len(runs) > 1 else "") + sections
     page = (files("diffusion") / "report.html").read_text(encoding="utf-8")
     data = json.dumps({"plots": plots, "grids": grids}, allow_nan=False).replace("<", "\\u003c")
-    subtitle = html.escape(f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].resolve()))
-    values = {"title": html.escape(title), "subtitle": subtitle, "tiles": tiles, "sections": sections,
+    subtitle = f"{len(runs)} runs" if len(runs) > 1 else f"{lines[runs[0]][-1]['step']:,} steps"
+    values = {"title": _text(title), "subtitle": subtitle, "tiles": tiles, "sections": sections,
               "plotly": _plotly(), "data": data}  # fmt: skip
-    for name, value in values.items():
-        page = page.replace(f"@{name}@", value)
-    return page
+    return re.sub(r"@(\w+)@", lambda match: values.get(match[1], match[0]), page)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics. Raises UsageError if there are none."""
+    """The numbers in the lines of a run's metrics. Raises UsageError if there are none."""
     found = []
     try:
         for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
             try:
                 values = json.loads(line)
-            except ValueError:  # cut off by a kill
+            except (ValueError, RecursionError):  # cut off by a kill
                 continue
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
-                found.append(values)
+            numbers = {name: value for name, value in (values.items() if isinstance(values, dict) else ())
+                       if type(value) in (int, float) and abs(value) < LARGEST}  # fmt: skip
+            if type(numbers.get("step")) is int:
+                found.append(numbers)
     except OSError as error:
         raise UsageError(f"{run} has no metrics.jsonl that can be read ({one_line(error)}): name a run") from None
     if not found:
@@ -95,13 +95,13 @@ def read_grids(run: Path, budget: int) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     for path in reversed([paths[i] for i in some] if some else paths):  # the newest first, which must be there
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:  # for others PIL would start a program
                 scale = min(1.0, GRID_PIXELS / image.width)
-                small = image.resize((round(image.width * scale), round(image.height * scale)))
+                small = image.resize((round(image.width * scale), max(1, round(image.height * scale))))
             buffer = BytesIO()
             small.convert("RGB").save(buffer, format="WEBP", quality=85)
             step = int(path.stem.removeprefix("step_"))
-        except (OSError, ValueError):
+        except Exception:  # PIL has many types; a page leaves out what it cannot show
             continue
         text = base64.b64encode(buffer.getvalue()).decode()
         budget -= len(text)
@@ -113,8 +113,7 @@ def read_grids(run: Path, budget: int) -> list[tuple[int, str]]:
 
 def _trace(lines: Sequence[dict[str, Any]], column: str, name: str) -> dict[str, Any]:
     """A curve, of which long stretches are averaged."""
-    points = [(line["step"], line[column]) for line in lines
-              if isinstance(line.get(column), int | float) and math.isfinite(line[column])]  # fmt: skip
+    points = [(line["step"], line[column]) for line in lines if column in line]
     size = -(-len(points) // POINTS) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     y = [float(f"{sum(value for _, value in part) / len(part):.6g}") for part in parts]
@@ -127,53 +126,59 @@ def _tiles(last: dict[str, Any], name: str) -> str:
               "images/s": last.get("images_per_second")}  # fmt: skip
     shown = "".join(f'<div class="tile"><b>{value if isinstance(value, str) else f"{value:.4g}"}</b>{what}</div>'
                     for what, value in values.items() if value is not None)  # fmt: skip
-    return (
-        f'<p>{html.escape(name)}</p><div class="tiles">{shown}</div>' if name else f'<div class="tiles">{shown}</div>'
-    )
+    return f'<p>{_text(name)}</p><div class="tiles">{shown}</div>' if name else f'<div class="tiles">{shown}</div>'
 
 
 def _differences(runs: Sequence[Path], names: Sequence[str]) -> str:
     """The settings in which runs differ."""
     try:
-        configs = [dataclasses.asdict(load_config(run / "config.yaml")) for run in runs]
-    except (OSError, UsageError):
+        flat = [load_config(run / "config.yaml").flat() for run in runs]
+    except Exception:  # of a configuration that cannot be read
         return ""
-    flat = [{f"{section}.{key}": value for section, fields in config.items() for key, value in fields.items()}
-            for config in configs]  # fmt: skip
     keys = [key for key in dict.fromkeys(key for found in flat for key in found)
             if any(found.get(key) != flat[0].get(key) for found in flat)]  # fmt: skip
     lines = [f"{key}: " + ", ".join(f"{found.get(key)} in {name}" for found, name in zip(flat, names, strict=True))
              for key in keys]  # fmt: skip
-    return f"<h2>What differs</h2><pre>{html.escape(chr(10).join(lines) or 'nothing but what happened')}</pre>"
+    return f"<h2>What differs</h2><pre>{_text(chr(10).join(lines) or 'nothing but what happened')}</pre>"
 
 
 def _section(run: Path, name: str) -> str:
-    """Commands, environment and configuration of a run."""
-    where = shlex.quote(str(run))
-    commands = f"train.py --out {where}", f"sample.py --ckpt {where}", f"evaluate.py --ckpt {where}"
-    parts = {"Commands": "\n".join(f"python {line}" for line in commands)}
+    """How a run began, commands for it, its environment and configuration."""
+    commands = (
+        "train.py --out RUN",
+        "train.py --config RUN/config.yaml --out NEW",
+        "sample.py --ckpt RUN",
+        "evaluate.py --ckpt RUN",
+    )
+    parts = {"Commands, with RUN for the run's folder": "\n".join(f"python {line}" for line in commands)}
+    paths = [str(run.resolve())]
     with suppress(OSError):
-        parts["Data"] = (run / "data.txt").read_text(errors="replace").strip()
+        parts["Beginning"] = (run / "data.txt").read_text(errors="replace").strip()
     saved = checkpoint.folders(run)
     if saved:
-        try:
+        with suppress(Exception):  # a damaged checkpoint is told where it is used
             state = json.loads((saved[0] / "state.json").read_bytes())
-            best = checkpoint.best(run)
+            best, paths = checkpoint.best(run), [*paths, str((state.get("origin") or {}).get("path"))]
             about = {
                 "checkpoints": len(saved), "best by held-out images": best and best.name, "data": state.get("data"),
                 "classes": ", ".join(state.get("class_names", [])), **(state.get("environment") or {}),
                 "weights from": (state.get("origin") or {}).get("path"),
             }  # fmt: skip
             parts["Checkpoints and environment"] = "\n".join(f"{key}: {value}" for key, value in about.items() if value)
-        except (OSError, ValueError, TypeError, AttributeError):
-            pass  # a damaged checkpoint is told where it is used
-    try:
-        load_config(run / "config.yaml")
+    with suppress(Exception):  # nor one of its configuration
+        settings = load_config(run / "config.yaml").flat().values()
+        paths += [value for value in settings if isinstance(value, str) and value.startswith("/")]
         parts["Configuration"] = (run / "config.yaml").read_text()
-    except (OSError, UsageError):
-        pass
-    heads = {title: html.escape(f"{title}: {name}" if name else title) for title in parts}
-    return "".join(f"<h2>{heads[title]}</h2><pre>{html.escape(text)}</pre>" for title, text in parts.items())
+    heads = {title: _text(f"{title}: {name}" if name else title) for title in parts}
+    return "".join(f"<h2>{heads[title]}</h2><pre>{_text(text, paths)}</pre>" for title, text in parts.items())
+
+
+def _text(text: str, paths: Sequence[str] = ()) -> str:
+    """Text for the page, which is made to be handed on: `paths` and what looks like one are shortened to their ends."""
+    for path in sorted(paths, key=len, reverse=True):
+        for written in (path, path.replace("'", "''")):  # in YAML
+            text = text.replace(written, Path(path).name)
+    return html.escape(re.sub(r"(?<![\w.~/-])/(?:[^/\n'\":;,=()]*/)*([^/\n'\":;,=()]+)", r"\1", text))
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

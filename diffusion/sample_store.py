@@ -13,6 +13,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -35,6 +36,7 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 SUFFIXES = {"grid": ".png", "images": "", "npz": ".npz"}
 
 
+@dataclass
 class SampleStore:
     """Images that are written batch by batch into `out`: a grid (.png), a folder of images, or an array (.npz).
 
@@ -51,25 +53,23 @@ class SampleStore:
     `begin` is called by one process, `is_done` and `write` by any, and `finish` by one when all are done.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        form: Form,
-        n: int,
-        shape: Sequence[int],
-        labels: Sequence[int] | None,
-        settings: dict[str, Any],
-        declared: tuple[float, float] | None = None,
-        names: Sequence[str] = (),
-    ):
-        out = Path(os.path.realpath(out)) if out.is_symlink() else out  # links are followed
-        self.out, self.form, self.n, self.shape, self.labels = out, form, n, tuple(shape), labels
-        self.names = names
-        self.declared = None if form == "grid" else declared
+    out: Path
+    form: Form
+    n: int
+    shape: tuple[int, ...]
+    labels: Sequence[int] | None
+    settings: dict[str, Any]
+    declared: tuple[float, float] | None = None
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.out = Path(os.path.realpath(self.out)) if self.out.is_symlink() else self.out  # links are followed
+        self.declared = None if self.form == "grid" else self.declared
         self.dtype = to_stored(torch.zeros(1), self.declared).dtype
-        self.settings = settings | {"classes": None if labels is None else list(labels)}
-        self.folder = out if form == "images" else out.with_name(f"{out.name}.parts")
+        self.settings = self.settings | {"classes": None if self.labels is None else list(self.labels)}
+        self.folder = self.out if self.form == "images" else self.out.with_name(f"{self.out.name}.parts")
         self._lock: int | None = None
+        self._ours = False  # whether the folder's settings are those of this call
 
     def begin(self) -> None:
         """Create the folder, or continue what the same command left there.
@@ -84,7 +84,8 @@ class SampleStore:
             raise FileExistsError(f"{self.folder} is not empty: name a new folder")
         self.folder.mkdir(exist_ok=True)
         self._lock = lock(self.folder / ".lock")
-        if not path.exists():
+        self._ours = not path.exists()
+        if self._ours:
             self._write_settings()
         try:
             found = json.loads(path.read_bytes())
@@ -97,6 +98,7 @@ class SampleStore:
             key = min(differ)
             raise FileExistsError(f"{self.folder} holds samples of other settings ({key} was {found.get(key)}, and is "
                                   f"{self.settings.get(key)}): name another, or remove it")  # fmt: skip
+        self._ours = True
 
     def _write_settings(self) -> None:
         replace_bytes(self.folder / SETTINGS, json.dumps(self.settings, indent=1).encode())
@@ -107,7 +109,7 @@ class SampleStore:
             (self.folder / ".lock").unlink(missing_ok=True)
             unlock(self._lock)
             self._lock = None
-            if self.folder.exists() and [path.name for path in self.folder.iterdir()] == [SETTINGS]:
+            if self._ours and self.folder.exists() and [path.name for path in self.folder.iterdir()] == [SETTINGS]:
                 (self.folder / SETTINGS).unlink()
                 self.folder.rmdir()
 
@@ -153,11 +155,13 @@ class SampleStore:
         for left in self.folder.glob(".*.tmp"):  # left by a kill
             left.unlink(missing_ok=True)
         labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in range(self.n)]
+        if self.form != "images" and self.out.exists():
+            raise UsageError(f"--out {self.out} was written by another command meanwhile: name another")
         if self.form == "grid":
             images = torch.from_numpy(np.concatenate(list(self._arrays(batches))))
             images = rearrange(images, "n ... c -> n c ...")
             captions = [self.names[label] for label in labels] if labels and self.names else ()
-            save_grid(images, self.out, len(self.labels or ()), captions=captions)
+            save_grid(images, self.out, len(self.labels or ()), captions=captions, by="sample")
         elif self.form == "npz":
             temporary = self.folder / ".whole.tmp"
             self._save_npz(temporary, batches, labels)
@@ -183,12 +187,8 @@ class SampleStore:
 
     def _save_npz(self, path: Path, batches: Sequence[range], labels: list[int] | None) -> None:
         """`np.savez` of arr_0 and arr_1, of which only one batch at a time is in memory."""
-        channels, *size = self.shape
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self.dtype),
-            "fortran_order": False,
-            "shape": (self.n, *size, channels),
-        }
+        kind, shape = np.lib.format.dtype_to_descr(self.dtype), (self.n, *self.shape[1:], self.shape[0])
+        header = {"descr": kind, "fortran_order": False, "shape": shape}
         with zipfile.ZipFile(path, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(cast(BinaryIO, file), header)

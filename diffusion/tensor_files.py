@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from diffusion.errors import UsageError, one_line
@@ -53,11 +53,12 @@ def _check_dense(value: object, name: str = "a tensor") -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Load a safetensors file. Raises UsageError if it is damaged."""
+    """Load a safetensors file into memory. (Mapped, its tensors would change with the file.) Raises UsageError if it is
+    damaged."""
     try:
         if not path.is_file():
             raise ValueError("it is no file")
-        return load_file(path)
+        return load(path.read_bytes())
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {one_line(error)}") from None
 

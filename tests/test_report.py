@@ -1,13 +1,18 @@
 """Reports in a real browser, and trackers."""
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from helpers import SMALL
+from PIL import Image
 from test_scripts import script
+from test_sources import pixels, write
 from test_trainer import metrics, small
 
 import train
@@ -107,8 +112,8 @@ def test_a_run_without_metrics_is_named(tmp_path, content, says, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("argv", "says"),
-    [(["/nowhere"], "/nowhere is not there"), (["{run}", "--out", "a.pdf"], "must be a .html file"),
-     (["{run}", "--out", "{run}/checkpoints/step_00000004/a.html"], "outside of checkpoints")],
+    [(["/nowhere"], "/nowhere is not there"), (["{run}", "--out", "a.pdf"], "must end in .html"),
+     (["{run}", "--out", "{run}/checkpoints/step_00000004/a.html"], "is part of what the run")],
 )  # fmt: skip
 def test_what_cannot_be_reported_is_named(run, argv, says, monkeypatch, capsys):
     code, _, err = script(command, monkeypatch, capsys, *(text.replace("{run}", str(run)) for text in argv))
@@ -199,3 +204,105 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path, monkeypatch):
     assert tracker.calls == 2
     assert said == ["failing failed, and is left out from now on: No space left on device"]
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+# --- a page of what somebody else made --------------------------------------------------------------------------------
+
+
+def foreign(tmp_path, lines=(), name="run"):
+    run = tmp_path / "home" / "me" / name
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_bytes(b"\n".join([b'{"step": 1, "loss": 0.5}', *lines]) + b"\n")
+    return run
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": 9, "loss": "<script>alert(1)</script>"}', b'{"step": 9, "held_out_loss": "</script><script>alert(1)"}',
+     b'{"step": 9, "loss": {"a": "<b>"}}', b'{"step": 9, "loss": NaN, "lr": Infinity}', b'{"step": 9, "loss": 1e999}',
+     b'{"step": 1' + b"0" * 400 + b"}", b'{"step": "9", "loss": 1}', b'{"step": true, "loss": true}', b"[[" * 9999,
+     b'{"step": 9, "loss": ' + b"9" * 5000 + b"}", b'{"step": null}', b"\xff\xfe", b'{"step": 9, "\\ud800": 1}',
+     b'{"step": -9, "loss": 1}', b'{"step": 9, "images_per_second": []}', b'{"step": 9.5, "loss": 1}', b"null", b"9"],
+    ids=lambda line: repr(line)[:40],
+)  # fmt: skip
+def test_whatever_stands_in_the_metrics_the_page_shows_numbers(line, tmp_path, monkeypatch, capsys):
+    run = foreign(tmp_path, [line])
+    page = report([run])
+    assert "alert(1)" not in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    for plot in data["plots"]:
+        for trace in plot["traces"]:
+            assert all(type(value) in (int, float) for value in trace["x"] + trace["y"])
+    code, _, err = script(command, monkeypatch, capsys, run)
+    assert code == 0, err
+
+
+def test_only_the_formats_that_a_run_writes_are_opened(tmp_path, monkeypatch):
+    run = foreign(tmp_path)
+    (run / "samples").mkdir()
+    started = []
+    monkeypatch.setattr(
+        "subprocess.Popen.__init__", lambda *a, **k: started.append(a) or (_ for _ in ()).throw(OSError())
+    )
+    files = {
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "text": b"<svg/>",
+        "": b"",
+    }
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    for i, content in enumerate([*files.values(), bomb.getvalue(), bomb.getvalue()[:999]]):
+        (run / f"samples/step_{i:08d}.png").write_bytes(content)
+    (run / "samples/step_x.png").write_bytes(b"no")
+    Image.new("L", (90, 90)).save(run / "samples/step_00000099.png")
+    page = report([run])
+    assert not started
+    grids = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["grids"]
+    assert [step for step, _ in grids[0]["images"]] == [99]
+
+
+def test_the_page_names_no_folders(tmp_path, monkeypatch, capsys):
+    """It is made to be handed on. Neither names nor text can be markup, or anything but text."""
+    secret = tmp_path / "secret folder" / "pictures & <b>"
+    for i in range(8):
+        write(secret / ["cat", os.fsdecode(b"d\xf6g")][i % 2] / f"{i}.png", pixels(8, 8))
+    argv = ["--out", tmp_path / "secret folder/run", *SMALL, "--train.batch_size", 4, "--data.source", "folder",
+            "--data.path", secret, "--data.image_size", 8, "--data.channels", 1]  # fmt: skip
+    for steps in (3, 4):  # the second start is told of what the first has written
+        code, out, err = script(train, monkeypatch, capsys, *argv, "--train.steps", steps)
+        assert code == 0, err
+        assert "report: " in out
+    page = (tmp_path / "secret folder/run/report.html").read_bytes().decode()
+    assert "secret folder" not in page
+    assert str(tmp_path) not in page
+    assert "<b>" not in re.sub(r'<div class="tile"><b>', "", page.split('id="plotly"')[0])
+    assert "begun by: train.py --out &#x27;run&#x27; " in page
+    assert "python train.py --out RUN\n" in page
+
+
+def test_a_report_that_fails_never_decides_how_a_run_ends(tmp_path, monkeypatch, capsys):
+    def fails(runs):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("diffusion.commands.report.report", fails)
+    code, _, err = script(train, monkeypatch, capsys, "--out", tmp_path / "run", *SMALL, "--train.steps", 1)
+    assert code == 0
+    assert "train.py: no report: division by zero" in err
+    monkeypatch.undo()
+    (tmp_path / "run/report.html").write_text("mine")
+    code, _, err = script(train, monkeypatch, capsys, "--out", tmp_path / "run", "--train.steps", 2)
+    assert code == 0
+    assert "no report" in err
+    assert (tmp_path / "run/report.html").read_text() == "mine"
+
+
+def test_no_form_of_a_path_stays_whole(tmp_path):
+    from diffusion.report import _text
+
+    odd = "/home/alice (work)/it's, x=1/pics"
+    quoted = odd.replace("'", "''")
+    page = _text(f"'{quoted}' {odd}: row 3; file:///home/alice/secret/run host:/home/alice/secret/run", [odd])
+    assert "alice" not in page
+    assert "secret" not in page
+    assert page.count("pics") == 2
+    assert _text("a 1/2 images/s, ylecun/mnist, runs/digits") == "a 1/2 images/s, ylecun/mnist, runs/digits"

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import SMALL
+from PIL import Image
 from test_scripts import script
 from test_trainer import assert_same_bits, metrics, small
 
@@ -16,11 +18,14 @@ import evaluate
 import sample
 import train
 from diffusion import UsageError, checkpoint
-from diffusion.commands import convert
+from diffusion.commands import check_data, convert, report, schema
 from diffusion.training.run_folder import go_back, locate
 from diffusion.training.trainer import Trainer
 
 STEP = "step_00000003"
+NEW = ["missing/one/new.png", "empty/new.png", "animation.png"]
+FOREIGN = ["data.txt", "report.html", "metrics.jsonl", "metrics_superseded.jsonl", ".lock", "best", "trackers/x",
+           "samples/step_00000003.png", "checkpoints/.step_mine.tmp/x"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +41,27 @@ def places(tmp_path_factory):
                                      ("config.yaml", "state.json", "model.safetensors", "training.pt", "SHA256SUMS")),
         "copy", f"copy/checkpoints/{STEP}", "copy/config.yaml", "alone", "alone/config.yaml",
     ]  # fmt: skip
+    # Somebody's own: files that look like each output, an empty folder, a broken link, a pipe; and what is not there.
+    things += [
+        "notes.txt",
+        "photo.png",
+        "page.html",
+        "numbers.json",
+        "animation.gif",
+        "empty",
+        "broken.png",
+        "pipe.png",
+    ]
+    Image.new("L", (9, 9)).save(root / "photo.png")
+    for name in ("notes.txt", "page.html", "numbers.json", "animation.gif"):
+        (root / name).write_text("mine")
+    (root / "empty").mkdir()
+    (root / "broken.png").symlink_to(root / "nowhere.png")
+    os.mkfifo(root / "pipe.png")
+    things += NEW
     (root / "links").mkdir()
     for i, thing in enumerate(
-        thing for thing in list(things) if Path(thing).suffix not in (".json", ".pt", ".safetensors")
+        thing for thing in list(things) if Path(thing).suffix not in (".json", ".pt", ".safetensors", ".gif")
     ):
         link = f"links/{i}_{Path(thing).name}"
         (root / link).symlink_to(root / thing)
@@ -72,6 +95,13 @@ COMMANDS = {
     "sample --npz --out": (sample, ["--ckpt", "RUN", "--n", "1", "--steps", "2", "--npz", "--out", "IT"]),
     "evaluate --ckpt": (evaluate, ["--ckpt", "IT", "--n", "1", "--steps", "1"]),
     "evaluate --out": (evaluate, ["--ckpt", "RUN", "--n", "1", "--steps", "1", "--out", "IT"]),
+    "sample --chain": (sample, ["--ckpt", "RUN", "--n", "1", "--steps", "2", "--out", "made.png", "--chain", "IT"]),
+    "evaluate --sheet": (evaluate, ["--ckpt", "RUN", "--metric", "nearest", "--features", "pixels", "--n", "2",
+                                    "--steps", "2", "--sheet", "IT"]),
+    "report --out": (report, ["RUN", "--out", "IT"]),
+    "report of several --out": (report, ["RUN", "copy", "--out", "IT"]),
+    "check-data --sheet": (check_data, ["--sheet", "IT"]),
+    "schema --out": (schema, ["--out", "IT"]),
     "convert": (convert, ["openai", "IT", "--out", "NEW"]),
     "convert --out": (convert, ["openai", "RUN", "--out", "IT"]),
 }  # fmt: skip
@@ -85,6 +115,8 @@ def test_nothing_that_existed_is_changed_by_pointing_at_it(places, name, monkeyp
     monkeypatch.chdir(root)
     codes = set()
     for thing in things:
+        if module is train and (thing in NEW or Path(thing).resolve() == root / "empty"):  # where a run may begin
+            continue
         words = {"IT": thing, "RUN": "run", "NEW": "new"}
         code, _, err = script(module, monkeypatch, capsys, *(words.get(word, word) for word in argv))
         assert code in (0, 2), (thing, err)
@@ -96,7 +128,7 @@ def test_nothing_that_existed_is_changed_by_pointing_at_it(places, name, monkeyp
         assert {path: after.get(path) for path in before} == before, thing
         for path in after.keys() - before.keys():
             inside = path.relative_to(root)
-            if inside.parts[0] != "new":
+            if inside.parts[0] not in {"new", "missing", "empty", "made.png", "animation.png"}:
                 assert "samples" in inside.parts or path.name == ".lock", (thing, path)
                 assert "checkpoints" not in inside.parts, (thing, path)
                 assert inside.parts[0] != "alone", (thing, path)
@@ -104,7 +136,7 @@ def test_nothing_that_existed_is_changed_by_pointing_at_it(places, name, monkeyp
         Path("new").unlink(missing_ok=True)
         for path in sorted(after.keys() - before.keys(), reverse=True):
             if path.exists():
-                path.rmdir() if path.is_dir() else path.unlink()
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     assert 2 in codes
 
 
@@ -297,7 +329,7 @@ def test_a_run_that_has_begun_does_not_begin_with_other_weights(source, tmp_path
 
 def test_another_tools_metrics_are_not_emptied(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
-    with pytest.raises(UsageError, match=r"of something else"):
+    with pytest.raises(UsageError, match=r"holds a metrics.jsonl, and is not a run"):
         Trainer(small(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "accuracy": 0.5}\n'
@@ -430,3 +462,164 @@ def test_somebody_elses_files_in_a_parent_are_no_run(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text("{}")
     Trainer(small(train__steps=1), tmp_path / "sub/run").run()
     assert checkpoint.open_checkpoint(tmp_path / "sub/run").step == 1
+
+
+# --- whose folder it is -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_that_holds_what_a_run_writes_and_is_none_is_refused(name, tmp_path):
+    mine = tmp_path / "d" / name
+    mine.parent.mkdir(parents=True)
+    mine.symlink_to(tmp_path) if name == "best" else mine.write_text("notes")
+    before = listing(tmp_path)
+    with pytest.raises(UsageError, match=rf"--out .* holds a {re.escape(name.split('/')[0])}, and is not a run: name"):
+        Trainer(small(), tmp_path / "d")
+    assert listing(tmp_path) == before
+
+
+def test_a_configuration_in_its_own_folder_stays_as_it_was_written(tmp_path, monkeypatch, capsys):
+    text = "# my run\ntrain: {steps: 2, batch_size: 8}\nsample: {n: 2, steps: 2}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    argv = ["--config", tmp_path / "config.yaml", "--out", tmp_path]
+    code, _, err = script(train, monkeypatch, capsys, *argv, "--train.steps", 1)
+    assert code == 2
+    assert "holds a config.yaml with something else in it: name another folder" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    code, _, err = script(train, monkeypatch, capsys, *argv)
+    assert code == 0, err
+    assert (tmp_path / "config.yaml").read_text() == text
+    code, _, err = script(train, monkeypatch, capsys, "--out", tmp_path, "--train.steps", 3)
+    assert code == 0, err
+    assert "steps: 3" in (tmp_path / "config.yaml").read_text()
+
+
+def test_files_of_others_in_a_run_stay(tmp_path):
+    Trainer(small(train__steps=2, data__held_out=0.1), tmp_path).run()
+    (tmp_path / "checkpoints/.step_mine.tmp").mkdir()
+    (tmp_path / "checkpoints/.step_00000009.tmp").mkdir()
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").symlink_to("/")
+    Trainer(small(train__steps=4, data__held_out=0.1), tmp_path).run()
+    assert (tmp_path / "checkpoints/.step_mine.tmp").exists()
+    assert not (tmp_path / "checkpoints/.step_00000009.tmp").exists()
+    assert os.readlink(tmp_path / "best") == "/"
+
+
+def test_a_start_that_was_killed_at_once_is_begun_again(tmp_path):
+    (tmp_path / ".lock").touch()
+    Trainer(small(train__steps=1), tmp_path).run()
+
+
+def test_going_back_puts_the_page_aside(tmp_path):
+    Trainer(small(train__steps=4, checkpoint__every=2), tmp_path).run()
+    (tmp_path / "report.html").write_text("of steps 1 to 4")
+    aside = go_back(tmp_path, 2)
+    assert not (tmp_path / "report.html").exists()
+    assert (aside / "report.html").read_text() == "of steps 1 to 4"
+
+
+def test_what_the_same_command_wrote_is_written_anew(places, tmp_path, monkeypatch, capsys):
+    root, _ = places
+    run = root / "run"
+    sheet = ["--ckpt", run, "--metric", "nearest", "--features", "pixels", "--n", "2", "--steps", "2", "--sheet"]
+    for module, argv, out in ((report, [run, "--out"], "a.html"), (check_data, ["--sheet"], "a.png"),
+                              (evaluate, sheet, "b.png")):  # fmt: skip
+        for _ in range(2):
+            code, _, err = script(module, monkeypatch, capsys, *argv, tmp_path / out)
+            assert code == 0, err
+    for module, argv, out in ((check_data, ["--sheet"], "b.png"), (evaluate, sheet, "a.png")):
+        code, _, err = script(module, monkeypatch, capsys, *argv, tmp_path / out)
+        assert code == 2, "another command's"
+        assert "is there already, not from this command" in err
+
+
+def test_samples_do_not_replace_what_was_written_meanwhile(places, tmp_path, monkeypatch, capsys):
+    root, _ = places
+    out = tmp_path / "a.png"
+    monkeypatch.setattr("diffusion.commands.sample.write_chain", lambda *a, **k: out.write_text("mine"))
+    code, _, err = script(sample, monkeypatch, capsys, "--ckpt", root / "run", "--n", 1, "--steps", 2, "--out", out,
+                          "--chain", tmp_path / "c.png")  # fmt: skip
+    assert code == 2
+    assert f"--out {out} was written by another command meanwhile" in err
+    assert out.read_text() == "mine"
+
+
+def test_weights_that_are_overwritten_while_they_are_used_are_those_that_were_verified(places, tmp_path):
+    root, _ = places
+    copy = shutil.copytree(root / "run", tmp_path / "run")
+    saved, weights = checkpoint.open_weights(copy)
+    before = {name: value.clone() for name, value in weights.items()}
+    file = saved.path / saved.chosen()
+    size = file.stat().st_size
+    with file.open("r+b") as opened:  # in place, as rsync --inplace does
+        opened.seek(size // 2)
+        opened.write(bytes(size - size // 2))
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())
+    os.truncate(file, 100)
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())
+    with pytest.raises(UsageError, match="is not whole"):
+        checkpoint.open_weights(saved.path)
+
+
+@pytest.mark.parametrize("content", ['["my", "list"]', "not JSON", '{"seed": 9}'])
+def test_a_refused_sampling_removes_nothing(places, content, tmp_path, monkeypatch, capsys):
+    root, _ = places
+    for folder, argv in (
+        ("us", ["--images", "--out", tmp_path / "us"]),
+        ("q.npz.parts", ["--npz", "--out", tmp_path / "q.npz"]),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "samples.json").write_text(content)
+        before = listing(tmp_path)
+        code, _, _ = script(sample, monkeypatch, capsys, "--ckpt", root / "run", "--n", 1, "--steps", 2, *argv)
+        assert code == 2
+        assert listing(tmp_path) == before
+
+
+def test_a_chain_is_not_written_into_the_samples(places, tmp_path, monkeypatch, capsys):
+    root, _ = places
+    out = tmp_path / "a.png"
+    for argv in (
+        ["--out", out, "--chain", out],
+        ["--images", "--out", tmp_path / "d", "--chain", tmp_path / "d/000000.png"],
+    ):
+        code, _, err = script(sample, monkeypatch, capsys, "--ckpt", root / "run", "--n", 1, "--steps", 2, *argv)
+        assert code == 2
+        assert "or is it: name another" in err
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_removes_nothing_beside_it(places, tmp_path, monkeypatch, capsys):
+    root, _ = places
+    (tmp_path / ".new.pt.tmp").mkdir()
+    (tmp_path / ".new.pt.tmp/precious.txt").write_text("x")
+    code, _, err = script(convert, monkeypatch, capsys, "openai", root / "run", "--out", tmp_path / "new.pt")
+    assert code == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.pt.tmp", "new.pt"]
+    assert (tmp_path / ".new.pt.tmp/precious.txt").exists()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    code, _, err = script(convert, monkeypatch, capsys, "diffusers", root / "run", "--out", ".")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_the_last_line_of_the_metrics_may_lack_its_end(tmp_path):
+    Trainer(small(train__steps=4, train__log_every=1), tmp_path).run()
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text().rstrip("\n"))
+    Trainer(small(train__steps=5, train__log_every=1), tmp_path).run()
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_comments_survive_other_settings_and_folders_survive_pruning(tmp_path, monkeypatch, capsys):
+    text = "# my run\ntrain: {steps: 2, batch_size: 8}\nsample: {n: 2, steps: 2}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    assert script(train, monkeypatch, capsys, "--config", tmp_path / "config.yaml", "--out", tmp_path)[0] == 0
+    (tmp_path / "checkpoints/step_1").mkdir()
+    (tmp_path / "checkpoints/step_1/notes.txt").write_text("mine")
+    argv = ["--out", tmp_path, "--train.steps", 3, "--checkpoint.keep_last", 1]
+    assert script(train, monkeypatch, capsys, *argv)[0] == 0
+    [kept] = tmp_path.glob("config_*.yaml")
+    assert kept.read_text() == text
+    assert (tmp_path / "checkpoints/step_1/notes.txt").exists()

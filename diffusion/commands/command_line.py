@@ -35,7 +35,6 @@ class Command:
     out: Path
     back_to: int | None = None
     """The step of the checkpoint to go back to."""
-    verify_resume: bool = False
     dry_run: bool = False
 
 
@@ -76,42 +75,22 @@ def parse_command_line(argv: Sequence[str]) -> Command:
         given_options = sample.get("options", {})
         sample["options"] = given_options | chosen if isinstance(given_options, dict) else given_options
     config = config_of(sections)
-    if args.dry_run and args.verify_resume:
-        raise UsageError("--dry_run and --verify_resume are two commands: give one of them")
     if out is None and args.back_to is not None:
         raise UsageError(f"--back_to is {args.back_to}: add --out with the run that is to go back")
     if out is None:
         out = run_folder.default_out(files[-1] if files else Path("digits"))
-    return Command(config, out, args.back_to, args.verify_resume, args.dry_run)
+    return Command(config, out, args.back_to, args.dry_run)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        allow_abbrev=False,
-        usage="%(prog)s [--config FILE] [--out FOLDER] [--SECTION.KEY VALUE ...]",
-        description="Train a diffusion model. The same command again continues the run.",
-    )
+    parser = Parser(allow_abbrev=False, usage="%(prog)s [--config FILE] [--out FOLDER] [--SECTION.KEY VALUE ...]",
+                    description="Train a diffusion model. The same command again continues the run.")  # fmt: skip
     add = parser.add_argument
-    add(
-        "--config",
-        action="append",
-        metavar="FILE",
-        help="the run's YAML file (default: the settings of the run in --out, or the digits run)",
-    )
+    add("--config", action="append", metavar="FILE",
+        help="the run's YAML file (default: the settings of the run in --out, or the digits run)")  # fmt: skip
     add("--out", metavar="FOLDER", help="the run's folder (default: runs/<name of --config>)")
-    add(
-        "--back_to",
-        type=_step,
-        metavar="STEP",
-        help="go back to the run's checkpoint of this step, and end: later ones are put away, and the same command "
-        "without this flag continues from there",
-    )
-    add(
-        "--verify_resume",
-        action="store_true",
-        help="train a few steps with and without an interruption, and check that both end with the same bits; "
-        "nothing is kept",
-    )
+    add("--back_to", type=_step, metavar="STEP",
+        help="go back to the checkpoint of this step, and end; later ones are put away")  # fmt: skip
     add("--dry_run", "--dry-run", action="store_true",
         help="train a few steps and tell what the run would cost and what looks wrong; nothing is kept")  # fmt: skip
     for name in SECTIONS:

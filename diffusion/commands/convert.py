@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,21 +21,17 @@ from safetensors import SafetensorError
 from diffusion import checkpoint
 from diffusion.commands.terminal import Parser, check_writable, non_empty_path, open_run, print_line
 from diffusion.config_file import save_config
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, one_line, prefixed
 from diffusion.interop.diffusers import pipeline_writer, read_pipeline
 from diffusion.interop.openai import flags_from_config, from_openai
-from diffusion.training.run_folder import check_writable_file
+from diffusion.training.run_folder import check_not_a_runs
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        description="Weights of other codebases, in and out.", allow_abbrev=False,
-        epilog="A run becomes the other's format; anything else becomes a run.",
-    )  # fmt: skip
+    parser = Parser(allow_abbrev=False, description="Weights of other codebases, in and out. A run becomes the other's "
+                    "format; anything else becomes a run.")  # fmt: skip
     parser.add_argument("format", choices=["openai", "diffusers"])
-    parser.add_argument(
-        "source", type=non_empty_path, help="a run's folder, a .pt file (openai), a pipeline's folder (diffusers)"
-    )
+    parser.add_argument("source", type=non_empty_path, help="a run, a .pt file (openai), or a pipeline (diffusers)")
     parser.add_argument("--out", type=non_empty_path, required=True, help="a new folder, or a new .pt file")
     parser.add_argument("--flags", help="openai, to a run: the flags of their README for this checkpoint")
     parser.add_argument("--class_names", type=non_empty_path, help="to a run: a text file, one class name per line")
@@ -48,9 +44,10 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if not args.source.exists():
         raise UsageError(f"{args.source} is not there")
-    if os.path.lexists(args.out) and (not args.out.is_dir() or any(args.out.iterdir())):
+    if not args.out.name or (os.path.lexists(args.out) and (not args.out.is_dir() or any(args.out.iterdir()))):
         raise UsageError(f"--out {args.out} is there already: name a new one")
-    check_writable_file(args.out)
+    with prefixed(f"--out {args.out} "):
+        check_not_a_runs(args.out)
     is_run = args.source.is_dir() and checkpoint.is_run_or_checkpoint(args.source)
     if args.out.is_dir() and is_run and args.format == "openai":
         raise UsageError(f"--out {args.out} is a folder: name a new .pt file")
@@ -60,16 +57,15 @@ def main() -> None:
             raise UsageError(f"--{name} has no meaning for {args.format} from {'a run' if is_run else args.source}")
     check_writable(args.out.parent, f"--out {args.out}")
     write, says = export(args) if is_run else take_in(args)
-    temporary = args.out.with_name(f".{args.out.name}.tmp")  # so that an incomplete file is never used
-    _remove(temporary)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(args.out)
+        with tempfile.TemporaryDirectory(
+            dir=args.out.parent, prefix="."
+        ) as folder:  # so that all of it is used or none
+            write(Path(folder, args.out.name))
+            Path(folder, args.out.name).replace(args.out)
     except (OSError, RuntimeError, SafetensorError) as error:  # types raised for a full disk
         raise UsageError(f"--out {args.out} cannot be written: {one_line(error)}") from None
-    finally:
-        _remove(temporary)
     print_line(f"{args.out.resolve()}: {says}")
 
 
@@ -109,10 +105,7 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
 
     def write(out: Path) -> None:
         out.mkdir()
-        checkpoint.save(
-            checkpoint.checkpoint_folder(out, 0), step=0, config=config, class_names=names, weights=weights,
-            averages={}, training={},
-        )  # fmt: skip
+        checkpoint.save(checkpoint.checkpoint_folder(out, 0), 0, config, names, weights, averages={}, training={})
         save_config(config, out / "config.yaml")
         (out / "metrics.jsonl").touch()
 
@@ -138,13 +131,6 @@ def _read_names(path: Path, wanted: int) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--class_names {path} cannot be read: {error}") from None
     if len(set(names)) != wanted or len(names) != wanted or not all(names):
-        raise UsageError(
-            f"--class_names {path} has {len(names)} names, {len(set(names) - {''})} different ones; "
-            f"the weights have {wanted}"
-        )
+        different = len(set(names) - {""})
+        raise UsageError(f"--class_names {path} has {different} different names, {len(names)} in all; wanted: {wanted}")
     return tuple(names)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.unlink(missing_ok=True)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from diffusion.commands.terminal import Parser, check_writable, non_empty_path, print_line
+from diffusion.commands.terminal import Parser, check_output, non_empty_path, print_line
 from diffusion.errors import UsageError
-from diffusion.files import replace_text
+from diffusion.files import replace_bytes, written_by
 from diffusion.report import report
-from diffusion.training.run_folder import locate
+
+OURS = written_by('<meta name="generator" content="diffusion report">')
 
 
 def write_report(runs: list[Path], out: Path) -> None:
     """Write the page of runs. Raises UsageError if one has no metrics, or it cannot be written."""
+    if out.exists() and not (out.is_file() and OURS(out)):
+        raise UsageError(f"{out} is there already, and is no such page")
     try:
-        replace_text(out, report(runs))
+        replace_bytes(out, report(runs).encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from None
 
@@ -30,9 +33,7 @@ def main() -> None:
         if not run.is_dir():
             raise UsageError(f"{run} is {'no folder' if run.exists() else 'not there'}: name a run's folder")
     out = args.out or (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html"
-    if out.suffix != ".html" or out.is_dir() or locate(out).checkpoint is not None:
-        raise UsageError(f"--out is {out}; it must be a .html file outside of checkpoints")
-    check_writable(out.parent, f"--out {out}")
+    check_output(out, "--out", ".html", OURS)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_report(args.runs, out)
     print_line(f"report: {out.resolve()}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import sys
 from contextlib import closing
@@ -16,17 +15,8 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoint import Checkpoint, Weights, is_run_or_checkpoint
+from diffusion.commands import terminal
 from diffusion.commands.command_line import OPTIONS
-from diffusion.commands.terminal import (
-    Parser,
-    advance,
-    check_counts,
-    check_writable,
-    non_empty_path,
-    open_run,
-    print_line,
-    progress_bar,
-)  # fmt: skip
 from diffusion.compilation import compile_network
 from diffusion.config import Config
 from diffusion.config_file import parse_value
@@ -35,15 +25,15 @@ from diffusion.data.decode import scale, to_uint8, to_x_start
 from diffusion.data.sources.folder import Folder
 from diffusion.distributed import accelerate_starts, check_launcher, launcher, on_cpu
 from diffusion.editing import Recorder
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, prefixed
 from diffusion.fields import plain
 from diffusion.files import check_no_dangling_link
 from diffusion.images import save_gif, save_grid
 from diffusion.sample_store import SUFFIXES, Form, SampleStore, begin_unused
 from diffusion.samplers import SAMPLERS, sampler_options
-from diffusion.sampling import batches, generate
+from diffusion.sampling import batches, check_finite, generate
 from diffusion.signals import SamplingInterrupted, StopSignals
-from diffusion.training.run_folder import check_writable_file, locate
+from diffusion.training.run_folder import check_not_a_runs, locate
 
 MAX_IN_GRID = 10_000
 
@@ -63,12 +53,11 @@ class LowRes(NamedTuple):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description="Generate images with a trained model.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--ckpt", type=non_empty_path, required=True, help="a run's folder (its newest checkpoint), or a checkpoint's")
+    parser = terminal.Parser(description="Generate images with a trained model.", allow_abbrev=False)
+    add, path = parser.add_argument, terminal.non_empty_path
+    add("--ckpt", type=path, required=True, help="a run's folder (its newest checkpoint), or a checkpoint's")
     add("--n", type=int, help="how many images (default: as in the run's grids)")
-    add("--classes", help="class numbers or names, separated by commas, taken in turn (default: all of them, or those "
-                          "of --low_res)")  # fmt: skip
+    add("--classes", help="class numbers or names, separated by commas, in turn (default: all, or those of --low_res)")
     add("--sampler", choices=SAMPLERS, help="default: as in the run's grids")
     add("--steps", help="sampling steps: a count, sections like 10,15,20, ddim50, logsnr10, karras10, or a list like "
         "[0, 250, 999] (default: as in the run's grids; of another sampler, its usual ones)")  # fmt: skip
@@ -79,44 +68,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add(f"--{option}", metavar=type(defaults[samplers[0]]).__name__.upper(), help=f"option of {', '.join(samplers)}"
             f" (default: as in the run's grids, else {', '.join(texts)})")  # fmt: skip
     add("--seed", type=int, default=0, help="image i of a seed is the same at any --n and --batch_size (default: 0)")
-    add("--guidance", type=float, help="classifier-free guidance: 1 none, above 1 clearer classes and less variety, "
-                                       "0 no class at all (default: as in the run's grids)")  # fmt: skip
-    add("--low_res", type=non_empty_path, help="for an upsampler: a folder or an .npz of small images (files of other "
+    add("--guidance", type=float, help="guidance: 1 none, above 1 clearer classes, 0 no class (default: the grids')")
+    add("--low_res", type=path, help="for an upsampler: a folder or an .npz of small images (files of other "
         "sizes are resized as for training), or a run that generates them with its own sampler")  # fmt: skip
     add("--batch_size", type=int, default=64, help="images generated at once (default: 64)")
-    add("--ema", help="which moving average of the weights: a rate, length0.07 for one that is reconstructed from "
-        "train.ema_lengths, or none for the weights in training (default: the run's first)")  # fmt: skip
-    add("--out", type=non_empty_path, help="where to write (default: RUN/samples/...)")
+    add("--ema", help="moving average: a rate, length0.07 (see train.ema_lengths), or none (default: the run's first)")
+    add("--out", type=path, help="where to write (default: RUN/samples/...)")
     add("--captions", action="store_true", help="write the classes' names under the images of a grid")
-    add("--chain", type=non_empty_path, metavar="FILE.png", help="also write how the first image comes about: x_t over "
-        "the predicted x_0 of each step, and FILE.gif of the latter")  # fmt: skip
+    add("--chain", type=path, metavar="FILE.png", help="also write x_t and the predicted x_0 of each step, and a .gif")
     add("--compile", action="store_true", help="compile the network: for many images, since it takes half a minute")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--images", action="store_true", help="a folder with a PNG each (.npy of what PNG cannot hold)")
-    form.add_argument("--npz", action="store_true", help="write arr_0 (N, *sizes, C), uint8 or as data.range says, and "
-                                                         "arr_1, the classes")  # fmt: skip
+    form.add_argument(
+        "--npz", action="store_true", help="arr_0 (N, *sizes, C), as data.range says, and arr_1, the classes"
+    )
     parser.epilog = "Each batch is written when it is done; the same command continues after an interruption."
     args = parser.parse_args(argv)
-    args.options = {
-        option: parse_value(getattr(args, option), f"--{option}")
-        for option in OPTIONS
-        if getattr(args, option) is not None
-    }
+    given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
+    args.options = {option: parse_value(text, f"--{option}") for option, text in given.items()}
     return args
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
-    check_counts(args)
+    terminal.check_counts(args)
     form: Form = "images" if args.images else "npz" if args.npz else "grid"
-    for out, kind in ((args.out, form), (args.chain, "grid")):
-        if out is not None:
-            check_out(out, kind)
-    saved, weights = open_run(args.ckpt, args.ema)
+    check_outputs(args.out, args.chain, form)
+    saved, weights = terminal.open_run(args.ckpt, args.ema)
     config = with_flags(saved.config, args)
     low_res = open_low_res(saved, args.low_res, args.classes is not None)
-    labels = choose_labels(low_res.base[0] if low_res.base and not saved.class_names else saved, args.classes)
+    labels = terminal.choose_labels(low_res.base[0] if low_res.base and not saved.class_names else saved, args.classes)
     n = choose_n(args, config, low_res, form)
     if low_res.images is not None and labels and args.classes is None:
         labels = low_res.labels
@@ -126,20 +108,21 @@ def main() -> None:
     with accelerate_starts():
         state = PartialState(cpu=on_cpu())
     store = open_store(args, form, saved, config, n, labels, low_res, state)
-    network, passes = saved.network(weights).eval().to(state.device), process_length(config)
+    network, passes = saved.network(weights).eval().to(state.device), config.sampling_process().num_timesteps
     if args.compile and (reason := compile_network(network, state.device)) and state.is_main_process:
-        print_line(f"sample.py: --compile: nothing can be compiled here ({reason}): going on without", error=True)
+        terminal.print_line(f"sample.py: --compile: nothing can be compiled here ({reason}): going on", error=True)
     if low_res.base is not None:
         first = low_res.base[0].config
         first_network = low_res.base[0].network(low_res.base[1]).eval().to(state.device)
-        passes += process_length(first)
+        passes += first.sampling_process().num_timesteps
     todo = batches(range(n), args.batch_size)
     mine = [batch for batch in todo[state.process_index :: state.num_processes] if not store.is_done(batch)]
     signals = StopSignals(1, launcher())
-    with closing(store), progress_bar(len(mine) * passes, state.is_main_process and bool(mine)) as bar, signals:
+    bar = terminal.progress_bar(len(mine) * passes, state.is_main_process and bool(mine))
+    with closing(store), bar, signals:
         common: dict[str, Any] = dict(
-            seed=args.seed, device=state.device, progress=lambda steps: signals.interruptible(advance(bar, steps)),
-            labels=labels if saved.class_names else None)  # fmt: skip
+            seed=args.seed, device=state.device, labels=labels if saved.class_names else None,
+            progress=lambda steps: signals.interruptible(terminal.advance(bar, steps)))  # fmt: skip
 
         def small(batch: range) -> Tensor:
             if low_res.base is None:
@@ -152,7 +135,7 @@ def main() -> None:
         condition = None if args.low_res is None else small
         try:
             for batch, images in generate(config, network, mine, low_res=condition, **common):
-                store.write(batch, images)
+                store.write(batch, check_finite(images))
         except SamplingInterrupted:
             done = sum(len(batch) for batch in todo if store.is_done(batch))
             raise signals.stopped(f"with {done} of {n} images done, in {store.folder.resolve()}: "
@@ -162,7 +145,7 @@ def main() -> None:
             write_chain(args.chain, config, network, low_res=condition, **common)
         if state.is_main_process:
             store.finish(todo)
-            print_line(f"{n} images: {store.out.resolve()}")
+            terminal.print_line(f"{n} images: {store.out.resolve()}")
 
 
 def choose_n(args: argparse.Namespace, config: Config, low_res: LowRes, form: Form) -> int:
@@ -177,17 +160,13 @@ def choose_n(args: argparse.Namespace, config: Config, low_res: LowRes, form: Fo
 
 def write_chain(path: Path, config: Config, network: torch.nn.Module, **options: Any) -> None:
     """Generate the first image, and write its steps: x_t and the predicted x_0 as a strip, the latter as a GIF, too."""
-    recorder = Recorder(config.sampling_process(), network)
-    [_] = generate(config, recorder, [range(1)], **options)
+    recorder = Recorder(config.sampling_process())
+    [_] = generate(config, network, [range(1)], watch=recorder.watch, **options)
     x_t, pred_xstart = (to_uint8(torch.cat([x[:1] for x in kind])) for kind in zip(*recorder.steps, strict=True))
-    save_grid(torch.cat([x_t, pred_xstart]), path, columns=len(x_t))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(torch.cat([x_t, pred_xstart]), path, columns=len(x_t), by="sample")
     save_gif(pred_xstart, path.with_suffix(".gif"))
-    print_line(f"steps of the first image: {path.resolve()}")
-
-
-def process_length(config: Config) -> int:
-    """The number of sampling steps."""
-    return config.sampling_process().num_timesteps
+    terminal.print_line(f"steps of the first image: {path.resolve()}")
 
 
 def with_flags(config: Config, args: argparse.Namespace) -> Config:
@@ -224,12 +203,13 @@ def open_store(
                            saved.class_names if args.captions else ())  # fmt: skip
 
     guided = f"_guidance{sample.guidance:g}" if sample.guidance != 1 else ""
-    name = f"{saved.path.name}_{sample.sampler}{process_length(config)}_seed{args.seed}{guided}{SUFFIXES[form]}"
+    steps = config.sampling_process().num_timesteps
+    name = f"{saved.path.name}_{sample.sampler}{steps}_seed{args.seed}{guided}{SUFFIXES[form]}"
     default = (locate(saved.path).run or Path()) / "samples" / name
     where = [args.out]
     if state.is_main_process:
         try:
-            check_writable((args.out or default).parent, f"--out {args.out or default}")
+            terminal.check_writable((args.out or default).parent, f"--out {args.out or default}")
             store = at(args.out) if args.out else begin_unused(default, at)
             if args.out:
                 store.begin()
@@ -242,42 +222,40 @@ def open_store(
     return store if state.is_main_process else at(where[0])
 
 
-def check_out(out: Path, form: Form) -> None:
-    """Raise UsageError if `--out` cannot be what is to be written."""
-    suffix = SUFFIXES[form]
-    check_writable_file(out)
-    check_no_dangling_link(out)
-    if form != "images":
-        if out.is_dir():
-            raise UsageError(f"--out {out} is a folder: name a {suffix} file, or add --images")
-        if out.suffix != suffix:
-            raise UsageError(f"--out {out} must end in {suffix}")
-        if out.exists():
-            raise UsageError(f"--out {out} is there already: name another, or remove it")
-    elif out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file: name a folder")
+def check_outputs(out: Path | None, chain: Path | None, form: Form) -> None:
+    """Raise UsageError if what `--out` and `--chain` name cannot be written."""
+    if chain is not None and out in (chain, chain.with_suffix(".gif"), *chain.parents[:-1]):
+        raise UsageError(f"--chain {chain} lies in --out {out}, or is it: name another")
+    if chain is not None:
+        for suffix in (".png", ".gif"):
+            terminal.check_output(chain if suffix == ".png" else chain.with_suffix(suffix), "--chain", suffix)
+    if out is not None and form != "images":
+        terminal.check_output(out, "--out", SUFFIXES[form], instead=", or add --images")
+    elif out is not None:
+        check_no_dangling_link(out)
+        with prefixed(f"--out {out} "):
+            check_not_a_runs(out)
+            if out.exists() and not out.is_dir():
+                raise UsageError("is a file: name a folder")
 
 
 def open_low_res(saved: Checkpoint, path: Path | None, classes_given: bool) -> LowRes:
     """What `--low_res` names. Raises UsageError if it is missing or does not fit."""
     data, size = saved.config.data, saved.config.data.low_res_size
     if (path is None) != (size is None):
-        raise UsageError(
-            f"{saved.path} is an upsampler: name the small images, or a run that generates them, with --low_res"
-            if path is None
-            else f"--low_res is {path}, but {saved.path} is not an upsampler"
-        )
+        wrong = f"--low_res is {path}, but {saved.path} is not an upsampler"
+        missing = f"{saved.path} is an upsampler: name the small images, or a run that generates them, with --low_res"
+        raise UsageError(missing if path is None else wrong)
     if path is None or size is None:
         return LowRes()
     if not path.exists():
         raise UsageError(f"--low_res {path} is not there")
     small = (data.channels, *data.low_res_sizes)
     if is_run_or_checkpoint(path):
-        base, weights = open_run(path)
+        base, weights = terminal.open_run(path)
         if (base.config.data.shape, base.config.data.low_res_size) != (small, None):
             kind = "an upsampler" if base.config.data.low_res_size is not None else "a run"
-            raise UsageError(f"--low_res {path} is {kind} of (channels, height, width) {base.config.data.shape}; "
-                             f"{saved.path} enlarges {small}")  # fmt: skip
+            raise UsageError(f"--low_res {path} is {kind} of {base.config.data.shape}; {saved.path} enlarges {small}")
         if base.class_names and saved.class_names not in ((), base.class_names):
             raise UsageError(f"--low_res {path} has other classes than {saved.path}")
         return LowRes(base=(base, weights))
@@ -292,8 +270,7 @@ def open_low_res(saved: Checkpoint, path: Path | None, classes_given: bool) -> L
     else:
         raise UsageError(f"--low_res is {path}; it must be a run, a folder of images, or an .npz that --npz wrote")
     if images.shape[1:] != small:
-        raise UsageError(f"--low_res {path} holds images of (channels, height, width) {tuple(images.shape[1:])}; "
-                         f"{saved.path} enlarges {small}")  # fmt: skip
+        raise UsageError(f"--low_res {path} holds images of {tuple(images.shape[1:])}; {saved.path} enlarges {small}")
     if saved.class_names and labels is None and not classes_given:
         raise UsageError(f"--low_res {path} does not say the classes, which {saved.path} needs: add --classes")
     return LowRes(images, labels)
@@ -309,37 +286,9 @@ def read_npz(path: Path, num_classes: int, declared: tuple[float, float] | None)
         if images.ndim < 3 or (declared is None and images.dtype != np.uint8) or len(images) == 0:
             raise ValueError(f"arr_0 is {images.shape} {images.dtype}, not (N, H, W, C) uint8")
         images = scale(images, declared)
-        if labels is not None and (
-            labels.shape != images.shape[:1]
-            or labels.dtype.kind not in "iu"
-            or not ((labels >= 0) & (labels < num_classes)).all()
-        ):
+        whole = labels is None or (labels.shape == images.shape[:1] and labels.dtype.kind in "iu")
+        if labels is not None and not (whole and ((labels >= 0) & (labels < num_classes)).all()):
             raise ValueError(f"arr_1 is {labels.shape} {labels.dtype}, not a class below {num_classes} for each")
     except Exception as error:  # numpy raises OSError, KeyError, ValueError, BadZipFile, ...
         raise UsageError(f"--low_res {path} is not an array that --npz wrote: {error}") from None
     return torch.from_numpy(np.moveaxis(images, -1, 1).copy()), None if labels is None else labels.tolist()
-
-
-def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:
-    """The class numbers to generate in turn; None for a model without classes."""
-    names = saved.class_names
-    if not names:
-        if wanted is not None:
-            raise UsageError(f"--classes is {wanted}, but the model of {saved.path} has no classes")
-        return None
-    if wanted is None:
-        return list(range(len(names)))
-    labels = []
-    for word in wanted.split(","):
-        if word in names:
-            labels.append(names.index(word))
-        elif word.isdecimal() and word.isascii() and len(word) < 10 and int(word) < len(names):
-            labels.append(int(word))
-        else:
-            near = [] if word.isdecimal() else difflib.get_close_matches(word, names, n=3)
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:10])}{more}"
-            raise UsageError(
-                f"--classes has {word!r}, which is not a class name or a number from 0 to {len(names) - 1}: {hint}"
-            )
-    return labels

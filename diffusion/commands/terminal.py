@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import sys
@@ -17,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.checkpoint import Checkpoint, open_weights
-from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line
+from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line, prefixed
 from diffusion.files import check_no_dangling_link
-from diffusion.training.run_folder import check_is_run
+from diffusion.training.run_folder import check_is_run, check_not_a_runs
 
 
 def non_empty_path(text: str) -> Path:
@@ -33,9 +34,8 @@ def check_counts(args: argparse.Namespace) -> None:
     """Raise UsageError if `--n`, `--batch_size` or `--seed` is out of range."""
     for name, value, least in (("n", args.n, 1), ("batch_size", args.batch_size, 1), ("seed", args.seed, 0)):
         if value is not None and not least <= value <= 10**9:
-            raise UsageError(
-                f"--{name} is {value}; it must be {f'at least {least}' if value < least else 'at most 10^9'}"
-            )
+            right = f"at least {least}" if value < least else "at most 10^9"
+            raise UsageError(f"--{name} is {value}; it must be {right}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +65,52 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UsageError(f"{flag} cannot be written: {one_line(error)}") from None
 
 
+def check_output(
+    path: Path, flag: str, suffix: str = "", ours: Callable[[Path], bool] | None = None, instead: str = ""
+) -> None:
+    """Raise UsageError, with the flag, if a command may not write a file: it belongs to a run, has another suffix, or
+    is there already and was not written by the same command, as `ours` tells."""
+    with prefixed(f"{flag} {path} "):
+        check_not_a_runs(path)
+        if path.is_dir():
+            raise UsageError(f"is a folder: name a {suffix or '.json'} file{instead}")
+        if path.suffix != (suffix or path.suffix):
+            raise UsageError(f"must end in {suffix}")
+        if path.is_fifo() and not str(path).startswith("/dev/"):
+            raise UsageError("is a pipe: name a file")
+        if len(os.fsencode(path.name)) > 200:
+            raise UsageError("has too long a name: take one of up to 200 bytes")
+        if path.is_symlink() and not path.exists():
+            raise UsageError(f"is a broken link ({os.readlink(path)})")
+        if path.is_file() and not (ours and ours(path)):
+            raise UsageError(f"is there already{', not from this command' if ours else ''}: name another, or remove it")
+    check_writable(path.parent, f"{flag} {path}")
+
+
+def choose_labels(saved: Checkpoint, wanted: str | None) -> list[int] | None:
+    """The class numbers to generate in turn; None for a model without classes."""
+    names = saved.class_names
+    if not names:
+        if wanted is not None:
+            raise UsageError(f"--classes is {wanted}, but the model of {saved.path} has no classes")
+        return None
+    if wanted is None:
+        return list(range(len(names)))
+    labels = []
+    for word in wanted.split(","):
+        if word in names:
+            labels.append(names.index(word))
+        elif word.isdecimal() and word.isascii() and len(word) < 10 and int(word) < len(names):
+            labels.append(int(word))
+        else:
+            near = [] if word.isdecimal() else difflib.get_close_matches(word, names, n=3)
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:10])}{more}"
+            right = f"a class name or a number from 0 to {len(names) - 1}"
+            raise UsageError(f"--classes has {word!r}, which is not {right}: {hint}")
+    return labels
+
+
 class _Unbreakable:
     """A stream for progress: a full disk or a closed pipe does not end the run."""
 
@@ -85,10 +131,8 @@ class _Unbreakable:
 
 def print_line(text: str, error: bool = False) -> None:
     """Print a line to stdout, or to stderr beside a bar. A closed stream does not end the run."""
-    tqdm.write(
-        "\n" * text.startswith("\n") + escape_control(text.lstrip("\n")),
-        file=_Unbreakable(sys.stderr if error else sys.stdout),
-    )
+    line = "\n" * text.startswith("\n") + escape_control(text.lstrip("\n"))
+    tqdm.write(line, file=_Unbreakable(sys.stderr if error else sys.stdout))
 
 
 def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:

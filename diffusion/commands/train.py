@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,35 +13,13 @@ import torch
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.report import write_report
 from diffusion.commands.terminal import print_line, progress_bar
-from diffusion.config import Config
-from diffusion.data.summary import describe_data
-from diffusion.distributed import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
-from diffusion.errors import UsageError, escape_control
+from diffusion.distributed import check_launcher, with_launchers_settings
+from diffusion.errors import escape_control, one_line
 from diffusion.files import replace_text
 from diffusion.training import run_folder
 
 if TYPE_CHECKING:
     from diffusion.training.trainer import Trainer
-
-
-def verify_resume(config: Config) -> None:
-    """Check that a few steps of this configuration end with the same bits when they are interrupted and resumed."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    from diffusion.training import verify
-
-    with accelerate_starts():
-        state = PartialState(cpu=on_cpu())
-    with tempfile.TemporaryDirectory() as folder:
-        shared = [folder]  # the first process's is shared
-        broadcast_object_list(shared)
-        differs = verify.verify_resume(config, Path(shared[0]))
-        state.wait_for_everyone()
-    if differs:
-        raise UsageError(f"a continued run is not the uninterrupted one: {differs}")
-    if state.is_main_process:
-        print_line(f"{verify.STEPS} steps, interrupted and resumed, end with the same bits as without a break")
 
 
 def go_back(out: Path, step: int) -> None:
@@ -55,6 +33,8 @@ def go_back(out: Path, step: int) -> None:
 
 def announce(trainer: Trainer) -> None:
     """Print where and how a run begins, and what was found in the data."""
+    from diffusion.training.data import describe_run
+
     config, out = trainer.config, trainer.out
     begun = f"continues after step {trainer.step}" if trainer.step else "begins"
     if trainer.origin and not trainer.step:
@@ -63,13 +43,10 @@ def announce(trainer: Trainer) -> None:
     where = f"{trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
     where += f" of {torch.get_num_threads()} threads" if trainer.accelerator.device.type == "cpu" else ""
     print_line(f"run {out.resolve()} {begun}: {len(trainer.dataset)} images, on {where}{precision}")
-    lines = describe_data(config.data, trainer.dataset)
-    if trainer.dataset.class_names and not config.model.class_cond:
-        lines.append("the classes are not learnt: --model.class_cond true learns them")
-    if trainer.data.held_out is not None:
-        lines.append(f"{len(trainer.data.held_out)} more images are held out")
+    lines = describe_run(config, trainer.data)
     for line in lines:
         print_line(f"  {line}")
+    lines.append(f"begun by: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
     with suppress(OSError):  # a full disk is told where a checkpoint is written
         if trainer.step == 0:
             replace_text(out / "data.txt", "\n".join(map(escape_control, lines)) + "\n")  # for the report
@@ -88,9 +65,6 @@ def main() -> None:
 
         for line in dry_run(config):
             print_line(line)
-        return
-    if command.verify_resume:
-        verify_resume(config)
         return
 
     from diffusion.training.trainer import Trainer  # after parsing, so that --help and typos are answered at once
@@ -124,8 +98,8 @@ def main() -> None:
         try:
             write_report([out], out / "report.html")
             print_line(f"report: {(out / 'report.html').resolve()}")
-        except UsageError as error:  # it can be written later, and the run is done
-            print_line(f"{Path(sys.argv[0]).name}: no report: {error}", error=True)
+        except Exception as error:  # of any type: it can be written later, and the run is done
+            print_line(f"{Path(sys.argv[0]).name}: no report: {one_line(error)}", error=True)
         if (out / "best").exists():
-            print_line(f"best by held-out images: {(out / 'best').resolve().name}, which --ckpt {out / 'best'} names")
+            print_line(f"best by held-out loss: {(out / 'best').resolve().name} (--ckpt {out / 'best'})")
         print_line(f"images: {trainer.last_grid.resolve()}")

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion.config import Config
 from diffusion.data.decode import to_x_start
 from diffusion.data.loader import step_batches
-from diffusion.data.summary import describe_data
+from diffusion.training.data import describe_run
 from diffusion.training.trainer import Trainer
 
 STEPS = 4
@@ -43,7 +43,7 @@ def dry_run(config: Config) -> list[str]:
             states = [value for state in step.optimizer.state.values() for value in state.values()]
             weights = sum(p.numel() for p in trainer.network.parameters())
             moments = sum(value.numel() for value in states if isinstance(value, torch.Tensor))
-            lines = describe_data(config.data, trainer.dataset)
+            lines = describe_run(config, trainer.data)
             images_there = len(trainer.dataset)
     seconds = statistics.median(times[2:])
     if device.type == "cuda":

@@ -31,8 +31,7 @@ def continued_config(saved: Checkpoint, now: Config, out: Path) -> Config:
     if now.train.init_from is None:  # it matters no more
         now = dataclasses.replace(now, train=dataclasses.replace(now.train, init_from=saved.config.train.init_from))
     if now.train.steps < saved.step:
-        raise UsageError(f"train.steps is {now.train.steps}, and the run {out} has done {saved.step}: "
-                         f"--back_to STEP goes back to an earlier checkpoint")  # fmt: skip
+        raise UsageError(f"train.steps is {now.train.steps}, and {out} has done {saved.step}: --back_to STEP goes back")
     for section, name, before, after in _differences(saved.config, now):
         if name not in RESUMABLE.get(section, ()):
             raise UsageError(

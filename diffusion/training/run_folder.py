@@ -25,10 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffusion import checkpoint
-from diffusion.config import SECTIONS, Config
+from diffusion.config import Config
 from diffusion.config_file import load_config, save_config
 from diffusion.errors import UsageError, one_line
 from diffusion.files import check_no_dangling_link, lock, replace_text, unlock
@@ -62,20 +60,20 @@ def locate(path: Path) -> Place:
         in_run = folder.parent.name == "checkpoints"
         if (folder / "state.json").is_file() or (in_run and re.fullmatch(r"(damaged_|\.)?step_\d+.*", folder.name)):
             return Place(real, folder.parent.parent if in_run else None, folder)
-        if _is_run(folder):
+        if is_begun(folder):
             return Place(real, folder)
     return Place(real)
 
 
-def _is_run(folder: Path) -> bool:
-    if any((path / "state.json").is_file() for path in checkpoint.folders(folder)):
+LOCK_TEXT = "process "
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a run was begun in a folder: it has saved a checkpoint, or its lock is marked."""
+    if any((folder / "state.json").is_file() for folder in checkpoint.folders(out)):
         return True
-    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
-        return False
-    with contextlib.suppress(Exception):  # for foreign YAML
-        if (folder / "config.yaml").stat().st_size < 2**16:
-            keys = yaml.safe_load((folder / "config.yaml").read_text())
-            return isinstance(keys, dict) and SECTIONS.keys() <= keys.keys()
+    with contextlib.suppress(OSError):
+        return (out / ".lock").is_file() and (out / ".lock").read_bytes()[:100].startswith(LOCK_TEXT.encode())
     return False
 
 
@@ -109,9 +107,7 @@ def check_out(out: Path) -> None:
         what = "is" if place.path == place.checkpoint else "lies in"
         raise UsageError(f"--out {out} {what} {_called(place)}: {_ways_on(place)}")
     if place.run is not None and not place.is_run and place.path.relative_to(place.run).parts[0] in OWN:
-        raise UsageError(
-            f"--out {out} lies in the run {place.run}: continue that with --out {place.run}, or name a folder elsewhere"
-        )
+        raise UsageError(f"--out {out} lies in the run {place.run}: continue that with --out {place.run}")
 
 
 def check_is_run(path: Path) -> None:
@@ -122,18 +118,16 @@ def check_is_run(path: Path) -> None:
         raise UsageError(f"{path} lies in the {'checkpoint' if place.checkpoint else 'run'} {inside}: name that folder")
 
 
-def check_writable_file(out: Path) -> None:
-    """Raise UsageError if `--out` names a file or folder that a run itself writes."""
+def check_not_a_runs(out: Path) -> None:
+    """Raise UsageError, to be prefixed with the flag and the path, if a run itself writes this file or folder."""
     place = locate(out)
     own = place.checkpoint is not None
     if place.run is not None and not own:
-        inside = place.path.relative_to(place.run).parts
-        grid = len(inside) == 2 and inside[0] == "samples" and re.fullmatch(r"step_\d+\.png", inside[1])
-        own = (
-            inside[:1] == ("checkpoints",) or (len(inside) == 1 and inside[0] in OWN.keys() - {"samples"}) or bool(grid)
-        )
+        names = [re.escape(name) for name in OWN if name not in ("samples", "report.html")]
+        kept = "|".join([*names, "checkpoints/.*", r"samples/step_\d+\.png"])
+        own = bool(re.fullmatch(kept, place.path.relative_to(place.run).as_posix(), re.DOTALL))
     if own:
-        raise UsageError(f"--out {out} is part of what the run {place.run or place.checkpoint} keeps: name another")
+        raise UsageError(f"is part of what the run {place.run or place.checkpoint} keeps: name another")
 
 
 def _called(place: Place) -> str:
@@ -164,13 +158,13 @@ class RunFolder:
 
     def __init__(self, out: Path, warn: Callable[[str], None] = lambda message: None):
         check_out(out)
-        self.path = out
+        self.path, self._ours = out, is_begun(out)
         self._begun = False
         self._made: list[Path] = []
         self._lock: int | None = None
         with _told(out):
             check_no_dangling_link(out)
-            _check_ours(out)
+            _check_ours(out, self._ours)
             self._made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -187,10 +181,12 @@ class RunFolder:
         except BlockingIOError:
             self._made.clear()
             holder = " ".join(path.read_text().split())[:100]
-            raise UsageError(f"--out {self.path} is in use by another process that trains there"
-                             + (f" ({holder})" if holder else "")) from None  # fmt: skip
+            held = f" ({holder})" if holder else ""
+            raise UsageError(f"--out {self.path} is in use by another process that trains there{held}") from None
         if new:
             self._made.insert(0, path)
+        if not os.fstat(descriptor).st_size:
+            _sign(descriptor)
         return descriptor
 
     def begin(self, config: Config, step: int, damaged: Sequence[Path] = ()) -> int:
@@ -200,16 +196,29 @@ class RunFolder:
         """
         with _told(self.path):
             assert self._lock is not None
+            self._save_config(config)
             for folder in damaged:
                 folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time_ns()}"))
             for left in (self.path / "checkpoints").glob(".step_*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)  # left by a kill during a save
+                if re.fullmatch(r"\.step_\d+\.tmp", left.name):
+                    shutil.rmtree(left, ignore_errors=True)  # left by a kill during a save
             last = _truncate_metrics(self.path, step)
-            save_config(config, self.path / "config.yaml")
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            _sign(self._lock)
         self._begun = True
         return last
+
+    def _save_config(self, config: Config) -> None:
+        """Write the configuration, unless the file that is there reads as the same. Raises UsageError if somebody
+        else's reads as another."""
+        path = self.path / "config.yaml"
+        with contextlib.suppress(UsageError):
+            if load_config(path) == config:
+                return
+        if path.exists() and not self._ours:
+            raise UsageError(f"--out {self.path} holds a config.yaml with something else in it: name another folder")
+        if path.exists() and "#" in path.read_text(errors="replace"):  # somebody's comments
+            path.rename(path.with_name(f"config_{time.time_ns()}.yaml"))
+        save_config(config, path)
 
     def close(self) -> None:
         """Release the folder."""
@@ -231,19 +240,21 @@ def _told(out: Path) -> Iterator[None]:
         raise UsageError(f"--out {out} cannot be written: {one_line(error)}") from None
 
 
-def _check_ours(out: Path) -> None:
+def _sign(descriptor: int) -> None:
+    """Write who holds a run's lock, which also marks the folder as a run."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{LOCK_TEXT}{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _check_ours(out: Path, begun: bool) -> None:
     """Raise UsageError if a folder has files that are named like a run's but are not."""
-    for name, is_kind in OWN.items():
-        if os.path.lexists(out / name) and not is_kind(out / name):
+    present = [name for name in OWN if os.path.lexists(out / name)]
+    for name in present:
+        if not OWN[name](out / name):
             raise NotADirectoryError(errno.ENOTDIR, f"its {name} is a link to nowhere, or not what a run has")
-    try:
-        if not checkpoint.folders(out):
-            if (out / "config.yaml").exists():
-                load_config(out / "config.yaml")
-            elif (out / "metrics.jsonl").exists():
-                raise ValueError("metrics without a configuration")
-    except ValueError:  # UsageError is one
-        raise UsageError(f"--out {out} holds a config.yaml or metrics.jsonl of something else: name another") from None
+        lock_of_a_kill = name == ".lock" and not (out / name).stat().st_size
+        if not begun and name != "config.yaml" and not lock_of_a_kill:
+            raise UsageError(f"--out {out} holds a {name}, and is not a run: name another folder")
 
 
 NO_STEP = 10**12
@@ -261,7 +272,8 @@ def _read_metrics(path: Path) -> list[tuple[int, str]]:
         return found if type(found) is int else NO_STEP
 
     lines = path.read_text(errors="surrogateescape").splitlines(keepends=True) if path.exists() else []
-    return [(step(line), line) for line in lines if line.endswith("\n")]
+    whole = [line for line in lines if line.endswith("\n") or step(line) != NO_STEP]
+    return [(step(line), line.rstrip("\n") + "\n") for line in whole]
 
 
 def _truncate_metrics(out: Path, step: int) -> int:
@@ -323,6 +335,8 @@ def go_back(out: Path, step: int) -> Path | None:
             temporary.rename(aside)
             for path in (*grids, *checkpoints):  # newest first: the run always keeps the older ones
                 path.rename(aside / path.parent.name / path.name)
+            if (out / "report.html").exists():
+                (out / "report.html").rename(aside / "report.html")
             checkpoint.link_best(out)
             lines = _read_metrics(out / "metrics.jsonl")
             replace_text(out / "metrics.jsonl", "".join(line for at, line in lines if at <= step))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,8 @@ class Trackers:
             return
         accelerator.project_configuration.set_directories(str(out / "trackers"))
         accelerator.log_with = filter_trackers(check_trackers(names), str(out / "trackers"))
-        settings = {
-            f"{section}.{name}": value if isinstance(value, int | float | str) else str(value)
-            for section, fields in dataclasses.asdict(config).items()
-            for name, value in fields.items()
-        }
+        settings = {name: value if isinstance(value, int | float | str) else str(value)
+                    for name, value in config.flat().items()}  # fmt: skip
         try:
             accelerator.init_trackers(out.name, config=settings)
         except Exception as error:  # of any tracker's own type

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather, gather_object
@@ -18,7 +19,7 @@ from torch.compiler import set_stance
 from diffusion import checkpoint
 from diffusion.compilation import compile_network
 from diffusion.config import Config
-from diffusion.data.base import Batch, load
+from diffusion.data.base import Batch, load, part
 from diffusion.data.decode import shrink, to_uint8, to_x_start
 from diffusion.data.loader import batch_indices, step_batches
 from diffusion.distributed import accelerate_starts, check_known, keep_freed_memory, launcher, on_cpu
@@ -28,7 +29,7 @@ from diffusion.randomness import seed_for
 from diffusion.sampling import batches, generate
 from diffusion.sharding import shard_like, to_host
 from diffusion.signals import SamplingInterrupted, StopSignals
-from diffusion.training.build import build_step, learning_rate
+from diffusion.training.build import DECAY_SHARE, build_step, learning_rate
 from diffusion.training.data import open_run_data
 from diffusion.training.held_out import held_out_loss
 from diffusion.training.meter import Meter
@@ -65,10 +66,8 @@ class Trainer:
             keep_freed_memory()
         train, accumulation = config.train, config.train.gradient_accumulation or 1
         if train.batch_size % (accelerator.num_processes * accumulation):
-            raise UsageError(
-                f"train.batch_size {train.batch_size} does not divide into {accelerator.num_processes} processes "
-                f"times train.gradient_accumulation {accumulation}"
-            )
+            processes = f"{accelerator.num_processes} processes times train.gradient_accumulation {accumulation}"
+            raise UsageError(f"train.batch_size {train.batch_size} does not divide into {processes}")
         self._slices = micro_batch_slices(train.batch_size, accelerator.process_index, accelerator.num_processes,
                                           accumulation)  # fmt: skip
         if train.precision == "fp16" and accelerator.device.type == "cpu":
@@ -121,7 +120,7 @@ class Trainer:
             checkpoint.check_fits(self.network, weights, saved.path)
             self.network.load_state_dict(weights)
         elif train.init_from is not None:
-            notes, self.origin = start_from(Path(train.init_from), self.network, config, self.class_names)
+            notes, self.origin = start_from(Path(train.init_from), self.network, config, self.data)
         self.training_step = build_step(config, self.network, self.process, accelerator)
         self.ema, self.meter = self.training_step.ema, Meter(accelerator)
         if train.compile and (reason := compile_network(self.network, accelerator.device)):
@@ -129,6 +128,8 @@ class Trainer:
         if saved:
             self._restore(saved)
             notes += changes(saved, config, self.environment)
+            if saved.data not in (None, self.data.fingerprint):
+                notes.append("the data have changed: held-out images may have been trained on, and losses differ")
         if accelerator.is_main_process:
             self._warn_at_start(saved, notes)
 
@@ -144,9 +145,14 @@ class Trainer:
     def _warn_at_start(self, saved: checkpoint.Checkpoint | None, notes: Sequence[str]) -> None:
         for _, damage in saved.passed_over if saved else ():
             self.warn(f"{damage}; it is moved to damaged_..., and that of step {self.step} is used")
-        self._warn_of("image files left out, since they cannot be read", self.dataset.left_out)
+        if self.dataset.left_out:
+            self.warn(name_some(self.dataset.left_out, "image files left out, since they cannot be read"))
         for note in notes:
             self.warn(note)
+        train = self.config.train
+        stable = train.steps * (1 - DECAY_SHARE) if train.lr_schedule == "wsd" else train.steps - 1
+        if train.warmup_steps - 1 > stable:
+            self.warn(f"train.lr is not reached: train.warmup_steps is {train.warmup_steps} of {train.steps} steps")
         if not self.config.model.use_norm and self.config.train.grad_clip is None:
             self.warn("without normalisation the first steps can throw a run far back: --train.grad_clip 1 prevents it "
                       "(docs/zero-init.md)")  # fmt: skip
@@ -187,7 +193,7 @@ class Trainer:
                 group["lr"] = lr * group["factor"]
             images, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in next(data))
             result = step(to_x_start(images), y if self.class_names else None)
-            meter.update(result.losses, result.t * 4 // self.process.num_timesteps)
+            meter.update(result.losses, result.weights, result.t * 4 // self.process.num_timesteps)
             meter.count_step(self.step, result.skipped)
             self._after_step(lr, result.grad_norm, on_step)
 
@@ -219,7 +225,7 @@ class Trainer:
                 if not saves:
                     self.save()
         if not_written is not None:
-            raise NotWritten(f"{not_written}; {self._last_checkpoint()}")
+            raise NotWritten(f"{not_written}; {self._saved()}")
         if self._signals.stop_requested():
             if not saves:
                 self.save()
@@ -235,8 +241,7 @@ class Trainer:
             self.save()
             raise self._stopped()
         if waited > WAIT_SECONDS:  # the others are inside a step, and cannot save with this process
-            raise WorkerDied("stopped by a signal while images were waited for: the steps since the last checkpoint "
-                             "are not saved, and the same command continues from it")  # fmt: skip
+            raise WorkerDied("stopped by a signal while images were waited for: the last checkpoint is continued from")
 
     def _stopped(self) -> Stopped:
         return self._signals.stopped(f"after step {self.step}, which is saved: the same command continues")
@@ -253,6 +258,14 @@ class Trainer:
         """The path of the present step's grid."""
         return self.out / "samples" / f"step_{self.step:08d}.png"
 
+    @contextmanager
+    def _average(self) -> Iterator[None]:
+        """Within `with`, the network is the first average, to be evaluated: it is compiled for training alone."""
+        self.network.eval()
+        with self.ema.in_place(self.config.train.averages[0]), set_stance("force_eager"):
+            yield
+        self.network.train()
+
     def sample(self) -> None:
         """Write a grid of images generated from fixed noise with the first moving average."""
         config, accelerator = self.config, self.accelerator
@@ -260,17 +273,16 @@ class Trainer:
         # All processes generate as many, so that gathering is one call; the surplus of the last is cut off.
         indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         labels, low_res = list(range(len(self.class_names))) or None, None
-        if config.data.low_res_size is not None:  # the first images of the data, shrunk, are enlarged
-            images, y = load(self.dataset, [i % len(self.dataset) for i in range(indices.stop)])
+        if config.data.low_res_size is not None:  # some images of the data, shrunk, are enlarged
+            some = np.resize(part(len(self.dataset), config.sample.n), indices.stop)
+            images, y = load(self.dataset, some.tolist())
             small, labels = shrink(to_x_start(images), config.data.low_res_size), y.tolist() if labels else None
             low_res = lambda batch: small[batch.start : batch.stop]  # noqa: E731
         size = self._slices[0].stop - self._slices[0].start
-        self.network.eval()
-        with self.ema.in_place(config.train.averages[0]), set_stance("force_eager"):  # compiled for training alone
+        with self._average():
             generated = [images for _, images in generate(
                 config, self.network, batches(indices, size), labels=labels, low_res=low_res, seed=config.train.seed,
                 device=accelerator.device, progress=self._signals.interruptible)]  # fmt: skip
-        self.network.train()
         images = gather(to_uint8(torch.cat(generated)).to(accelerator.device))[: config.sample.n]
         self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
         self._trackers.log_grid(self.last_grid, self.step)
@@ -279,12 +291,9 @@ class Trainer:
         """The loss of the held-out images after this step, with the first moving average; None without any."""
         if self.data.held_out is not None and self._scored[0] != self.step:
             size = self._slices[0].stop - self._slices[0].start
-            self.network.eval()
-            with self.ema.in_place(self.config.train.averages[0]), set_stance("force_eager"):
-                loss = held_out_loss(
-                    self.config, self.network, self.process, self.data.held_out, self.accelerator, size
-                )
-            self.network.train()
+            with self._average():
+                loss = held_out_loss(self.config, self.network, self.process, self.data.held_out, self.accelerator,
+                                     size)  # fmt: skip
             self._scored = self.step, loss if math.isfinite(loss) else None
         return self._scored[1]
 
@@ -300,44 +309,27 @@ class Trainer:
         broadcast_object_list(broken)
         if broken[0]:
             raise UsageError(f"after step {self.step}, {broken[0]} is no longer finite, and nothing is saved: "
-                             f"{self._again_with('a lower train.lr or with train.grad_clip')}")  # fmt: skip
+                             f"{self._saved()}, with a lower train.lr or with train.grad_clip")  # fmt: skip
         averages = {key: to_host(average, main) for key, average in self.ema.averages.items()}
         states = {name: to_host(part.state_dict(), main) for name, part in self.parts.items()}
 
         def write() -> None:
-            checkpoint.save(
-                folder,
-                step=self.step,
-                config=self.config,
-                class_names=self.class_names,
-                weights=weights,
-                averages=averages,
-                training=states,
-                data=self.data.fingerprint,
-                held_out_loss=held_out,
-                origin=self.origin,
-                environment=self.environment,
-            )
+            checkpoint.save(folder, self.step, self.config, self.class_names, weights, averages, states,
+                            data=self.data.fingerprint, held_out_loss=held_out, origin=self.origin,
+                            environment=self.environment)  # fmt: skip
             checkpoint.prune(self.out, config.keep_last, config.keep_every)
 
         try:
             self._write(write, folder)
         except NotWritten as error:
-            raise NotWritten(f"{error}; {self._last_checkpoint()}") from None
+            raise NotWritten(f"{error}; {self._saved()}") from None
 
-    def _last_checkpoint(self) -> str:
-        """What is saved of the run, and how it continues."""
+    def _saved(self) -> str:
+        """What is saved of the run, and that it continues."""
         found = checkpoint.folders(self.out)
         if not found:
             return "no checkpoint was saved before, so the same command begins again"
         return f"the checkpoints up to step {checkpoint.step_of(found[0])} are whole, and the same command continues"
-
-    def _again_with(self, what: str) -> str:
-        """How a run that diverged is repaired."""
-        found = checkpoint.folders(self.out)
-        if not found:
-            return f"no checkpoint was saved before, so begin again with {what}"
-        return f"continue from the checkpoint of step {checkpoint.step_of(found[0])} with {what}"
 
     def _write(self, write: Callable[[], None], path: Path) -> None:
         """Let the main process write. If it cannot, all raise NotWritten, or all go on with a warning."""
@@ -354,11 +346,6 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.warn(failed[0])
 
-    def _warn_of(self, what: str, errors: Sequence[str]) -> None:
-        """Name up to five errors, and count all."""
-        if errors:
-            self.warn(name_some(errors, what))
-
     def _log(self, grad_norm: Tensor, lr: float, saves: bool) -> Metrics:
         """Write a line of metrics, with the loss of held-out images if a checkpoint is due.
 
@@ -371,18 +358,19 @@ class Trainer:
             with self.meter.paused():
                 metrics["held_out_loss"] = self.score_held_out()
         if self.accelerator.is_main_process:
-            self._warn_of("image files replaced by others, since they cannot be read", sorted(set(unreadable)))
+            if unreadable:
+                self.warn(
+                    name_some(sorted(set(unreadable)), "image files replaced by others, since they cannot be read")
+                )
             if metrics["skipped"]:
                 self.warn(f"{metrics['skipped']} steps by step {self.step} had a loss or gradient that is not finite "
                           "and were skipped")  # fmt: skip
         in_a_row = int(self.meter.in_a_row)
         if in_a_row >= self.config.train.max_skipped or (in_a_row and self.step == self.config.train.steps):
             last = int(self.meter.last_skipped)
-            raise UsageError(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite. The last was step {last}, "
-                f"with {self._describe(last - 1)}. Nothing since is saved: "
-                f"{self._again_with('a lower train.lr or with train.grad_clip')}"
-            )
+            raise UsageError(f"{in_a_row} steps in a row had a loss or gradient that is not finite. The last was step "
+                             f"{last}, with {self._describe(last - 1)}. Nothing since is saved: {self._saved()}, with "
+                             "a lower train.lr or with train.grad_clip")  # fmt: skip
         metrics = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
         self._write(lambda: append_line(self.out / "metrics.jsonl", metrics), self.out / "metrics.jsonl")
         self._trackers.log(metrics, self.step)

@@ -12,6 +12,7 @@ from diffusion.config import Config
 from diffusion.errors import UsageError
 from diffusion.fields import plain
 from diffusion.models.unet import UNetModel
+from diffusion.training.data import RunData, seen_before
 from diffusion.training.run_folder import check_is_run
 
 CLASSES = "label_emb.weight"
@@ -24,14 +25,13 @@ MEANING = {
 """Settings that change the shape, place or meaning of weights."""
 
 
-def start_from(
-    path: Path, network: UNetModel, config: Config, class_names: Sequence[str]
-) -> tuple[list[str], dict[str, object]]:
+def start_from(path: Path, network: UNetModel, config: Config, data: RunData) -> tuple[list[str], dict[str, object]]:
     """Copy the weights of a run, checkpoint or converted model (see `copy_weights`). Returns messages about them, and
     the record of their origin."""
     check_is_run(path)
     source, weights = open_weights(path)
-    return copy_weights(network, weights, source, config, class_names), origin_of(source)
+    notes = copy_weights(network, weights, source, config, data.class_names)
+    return notes + seen_before(source, data), origin_of(source)
 
 
 @torch.no_grad()
@@ -50,10 +50,9 @@ def copy_weights(
               if (before := getattr(getattr(saved.config, section), name))
               != (after := getattr(getattr(config, section), name))]  # fmt: skip
     if not any(mine[name].ndim > 1 for name in fit):
-        raise UsageError(
-            f"train.init_from is {saved.path}, and none of its weights fit this network ({'; '.join(differ)}): take "
-            f"its settings too, with --config {saved.path / 'config.yaml'}"
-        )
+        file = saved.path / "config.yaml"
+        raise UsageError(f"train.init_from is {saved.path}, and none of its weights fit this network "
+                         f"({'; '.join(differ)}): take its settings too, with --config {file}")  # fmt: skip
     for name in fit:
         mine[name].copy_(weights[name])
     notes = []
@@ -84,13 +83,13 @@ def _copy_classes(table: torch.Tensor, weights: Weights, theirs: Sequence[str], 
         return [f"train.init_from: the {len(names)} classes begin anew: there are no embeddings of them there"]
     numbers = list(theirs) == [str(i) for i in range(len(names))]  # a converted model, whose names are unknown
     rows = {name: theirs.index(name) for name in names if name in theirs}
-    if numbers and list(names) != list(theirs):
+    if numbers and set(names) != set(theirs):
         rows = {name: i for i, name in enumerate(names)}
     for i, name in enumerate(names):
         if name in rows:
             table[i].copy_(there[rows[name]])
     if len(rows) == len(names):
-        unnamed = numbers and list(names) != list(theirs)
+        unnamed = numbers and set(names) != set(theirs)
         return [f"train.init_from: {len(names)} classes are taken over by number, since it has no names"] * unnamed
     new = [name for name in names if name not in rows]
     more = f", and {len(new) - 10} more" if len(new) > 10 else ""

@@ -1,16 +1,28 @@
-"""A check that a configuration resumes exactly, on the user's machine and data."""
+"""Whether a configuration resumes exactly, on this machine and data: a few steps, interrupted and resumed, against the
+same steps without a break. Takes the flags of train.py, on one process or several, and leaves nothing behind.
+
+    python benchmarks/verify_resume.py --config folder_small --data.path images
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffusion import checkpoint
+from diffusion.commands.command_line import parse_command_line
+from diffusion.commands.terminal import exit_code, print_line
 from diffusion.config import Config
+from diffusion.distributed import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
+from diffusion.errors import UsageError
 from diffusion.training.build import parameter_groups
 from diffusion.training.trainer import Trainer
 
@@ -62,9 +74,31 @@ def _tensors(run: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     # in the optimizer's order
     model = saved.network(weights)
     named = {id(p): name for name, p in model.named_parameters()}
-    names = [named[id(p)] for group in parameter_groups(model, 1.0) for p in group["params"]]
+    groups = parameter_groups(model, muon=config.train.optimizer == "muon")
+    names = [named[id(p)] for group in groups for p in group["params"]]
     for i, moments in training["step"]["optimizer"].items():
         yield from ((f"the optimizer's {kind} of {names[i]}", value) for kind, value in moments.items())
     for part in ("scaler", "importance"):
         values = (training["step"][part] or {}).items()
         yield from ((f"{part} {name}", torch.as_tensor(value)) for name, value in values if value is not None)
+
+
+def main() -> None:
+    config = parse_command_line(sys.argv[1:]).config
+    check_launcher()
+    config = with_launchers_settings(config).resolved()
+    with accelerate_starts():
+        state = PartialState(cpu=on_cpu())
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]  # the first process's is shared
+        broadcast_object_list(shared)
+        differs = verify_resume(config, Path(shared[0]))
+        state.wait_for_everyone()
+    if differs:
+        raise UsageError(f"a continued run is not the uninterrupted one: {differs}")
+    if state.is_main_process:
+        print_line(f"{STEPS} steps, interrupted and resumed, end with the same bits as without a break")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
