@@ -33,7 +33,7 @@ dist:
 	cd dist && venv/bin/diffusion sample --ckpt runs/digits --n 10 --steps 5
 	cd dist && venv/bin/diffusion evaluate --ckpt runs/digits --n 10 --steps 5
 	cd dist && venv/bin/diffusion convert openai runs/digits --out digits.pt
-	cd dist && venv/bin/diffusion schema --out schema.json
+	cd dist && venv/bin/diffusion schema > schema.json
 	rm -rf build dist/venv dist/runs dist/digits.pt dist/schema.json
 
 docs: $(BIN)/python

@@ -13,10 +13,11 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field
+from torch import nn
 
 from diffusion.data.base import DataConfig
 from diffusion.data.sources import SOURCES
-from diffusion.ema import LONGEST
+from diffusion.ema import EMA
 from diffusion.errors import UsageError, check_name, prefixed
 from diffusion.fields import Finite, Natural, PathText, Positive, describe, has_field, section, shown
 from diffusion.losses import LossType, Weighting
@@ -100,8 +101,9 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         self.process()
         if self.weighting != "none" and "mse" not in self.loss:
-            raise UsageError(f"diffusion.weighting is {self.weighting}, which weights mse losses only, and "
-                             f"diffusion.loss is {self.loss}")  # fmt: skip
+            raise UsageError(
+                f"diffusion.weighting {self.weighting} is for mse losses, and diffusion.loss is {self.loss}"
+            )
 
     def process(self, respacing: int | str = "") -> GaussianDiffusion:
         """The process, with `respacing` in place of the training's if given. Raises UsageError if it is impossible."""
@@ -161,18 +163,13 @@ class TrainConfig:
     """trackers that metrics and grids are also sent to: tensorboard, wandb, ... (all that accelerate knows)"""
 
     def __post_init__(self) -> None:
-        if self.batch_size % (self.gradient_accumulation or 1):
-            raise UsageError(
-                f"train.gradient_accumulation {self.gradient_accumulation} does not divide train.batch_size "
-                f"{self.batch_size}"
-            )
-        if not self.averages or not all(0 <= rate < 1 for rate in self.ema_rates):
-            raise UsageError(f"train.ema_rates is {list(self.ema_rates)}; it needs one or more rates from 0 to below 1")
-        if not all(0 < length <= LONGEST for length in self.ema_lengths):
-            raise UsageError(f"train.ema_lengths is {list(self.ema_lengths)}; lengths are above 0, up to {LONGEST}")
-        for name, values in (("rate", self.ema_rates), ("length", self.ema_lengths)):
-            if len(set(values)) < len(values):
-                raise UsageError(f"train.ema_{name}s is {list(values)}; each {name} may stand there once")
+        batch, parts = self.batch_size, self.gradient_accumulation or 1
+        if batch % parts:
+            raise UsageError(f"train.gradient_accumulation {parts} does not divide train.batch_size {batch}")
+        with prefixed("train.ema_"):
+            EMA(nn.Module(), self.ema_rates, lengths=self.ema_lengths)
+        if not self.averages:
+            raise UsageError("train.ema_rates is [], and train.ema_lengths too: one of them must have an average")
 
     @property
     def averages(self) -> tuple[float | str, ...]:
@@ -239,19 +236,14 @@ class Config:
             with prefixed("data.image_"):
                 check_sizes(self.data.sizes, len(self.model.channel_mult))
         if self.train.label_dropout and not self.model.class_cond:
-            raise UsageError(
-                f"train.label_dropout is {self.train.label_dropout}, but model.class_cond is false: no class to drop"
-            )
+            share = self.train.label_dropout
+            raise UsageError(f"train.label_dropout is {share}, but model.class_cond is false: no class to drop")
         if self.train.scalar_lr_factor != 1 and self.model.init != "fixup":
-            raise UsageError(
-                f"train.scalar_lr_factor is {self.train.scalar_lr_factor}, but only model.init fixup has scalars: "
-                "leave it at 1"
-            )
+            factor = self.train.scalar_lr_factor
+            raise UsageError(f"train.scalar_lr_factor is {factor}, but only model.init fixup has scalars")
         if self.sample.guidance != 1 and not self.train.label_dropout:
-            raise UsageError(
-                f"sample.guidance is {self.sample.guidance}, which needs a network that was trained with "
-                "train.label_dropout above 0 (the share of images without their class); without, it can only be 1"
-            )
+            guidance = self.sample.guidance
+            raise UsageError(f"sample.guidance is {guidance}; without train.label_dropout, it can only be 1")
         with prefixed("sample.steps: "):
             check_process(self.sample.sampler, self.sample.options, self.sampling_process())
 
@@ -261,6 +253,11 @@ class Config:
             return self
         found = list(self.data.found_sizes())
         return dataclasses.replace(self, data=dataclasses.replace(self.data, image_size=found))
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by "section.name"."""
+        sections = dataclasses.asdict(self).items()
+        return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
 
     def sample_steps(self) -> str:
         """The steps of the section `sample`, as a respacing string: its own, or the sampler's usual ones."""
@@ -278,19 +275,11 @@ class Config:
         options = dataclasses.asdict(self.model)
         class_cond, init = options.pop("class_cond"), options.pop("init")
         if class_cond and not num_classes:
-            raise UsageError(
-                f"model.class_cond is true, but the data ({self.data.source}) have no classes: set --model.class_cond "
-                "false" + (", or put the images into one folder per class" if self.data.source == "folder" else "")
-            )
+            raise UsageError("model.class_cond is true, and there are no classes: set it to false")
         outputs = 2 if self.diffusion.variance in ("learned", "learned_range") else 1
         kind = UNetModel if self.data.low_res_size is None else SuperResModel
-        network = kind(
-            in_channels=self.data.channels,
-            out_channels=outputs * self.data.channels,
-            num_classes=num_classes if class_cond else None,
-            dims=len(self.data.shape) - 1,
-            **options,
-        )
+        channels, dims, classes = self.data.channels, len(self.data.shape) - 1, num_classes if class_cond else None
+        network = kind(channels, out_channels=outputs * channels, num_classes=classes, dims=dims, **options)
         initialise(network, init)
         return network
 
@@ -302,11 +291,6 @@ CLASSES: dict[str, list[Any]] = {name: [kind] for name, kind in SECTIONS.items()
 FIELDS = list(
     {f"{name}.{f.name}": None for name, kinds in CLASSES.items() for kind in kinds for f in dataclasses.fields(kind)}
 )
-
-
-RENAMED = {"data.name": "data.source", "data.may_change": "data.allow_change", "diffusion.mean": "diffusion.prediction",
-           "train.timesteps": "train.timestep_sampler", "train.accumulation": "train.gradient_accumulation",
-           "sample.eta": "sample.options.eta"}  # fmt: skip
 
 
 def config_of(sections: Mapping[str, Any]) -> Config:
@@ -369,7 +353,5 @@ def classes_with(key: str) -> list[Any]:
 
 def unknown(key: str, known: list[str] | None = None) -> UsageError:
     """What to say of a key that does not exist, with the nearest that does."""
-    if key in RENAMED:
-        return UsageError(f"unknown key {key}: it is {RENAMED[key]} now")
     near = difflib.get_close_matches(key, known or FIELDS, n=1, cutoff=0.4)
     return UsageError(f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "; --help lists them all"))

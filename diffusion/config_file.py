@@ -38,8 +38,7 @@ def find_config(name: str) -> Path:
         return by_name[name]
     if path.exists():
         return path
-    raise UsageError(f"--config {name} is not a file or a configuration that ships with the package: "
-                     f"{did_you_mean(name, by_name)}")  # fmt: skip
+    raise UsageError(f"--config {name} is not a file or a shipped configuration: {did_you_mean(name, by_name)}")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -61,13 +60,11 @@ def load_config(path: Path) -> Config:
 def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     """The sections of a YAML file, as they stand there. Raises UsageError if it is not made of sections."""
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"--config {path} is no file")
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise OSError("it is no file")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(f"--config {path}: {one_line(error).lower()}") from None
     if len(content) > MAX_FILE_BYTES:
         raise UsageError(f"--config {path} is larger than {MAX_FILE_BYTES} bytes: it is no configuration")
@@ -136,8 +133,6 @@ def _parse_yaml(text: str, path: str) -> dict[str, dict[str, Any]]:
     except Exception as error:  # YAML's constructors raise whatever an odd tag or number gives
         raise UsageError(f"--config {path} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in SECTIONS):
-        raise UsageError(
-            f"--config {path} must be made of sections ({', '.join(SECTIONS)}) of keys, as configs/digits.yaml is"
-        )
+        raise UsageError(f"--config {path} must be made of sections ({', '.join(SECTIONS)}) of keys")
     check_keys(content)
     return content

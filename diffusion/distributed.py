@@ -38,10 +38,8 @@ def check_launcher() -> None:
         return  # not started by it, or as one of several processes
     asked = re.search(r"--num[_-]processes[= ](\d+)", " ".join(_launchers_command()))
     if asked and int(asked[1]) > 1:
-        raise UsageError(
-            f"accelerate launch starts one process without GPUs, not {asked[1]}: "
-            f"use torchrun --nproc_per_node {asked[1]} {os.path.basename(sys.argv[0])} ..."
-        )
+        torchrun = f"torchrun --nproc_per_node {asked[1]} {os.path.basename(sys.argv[0])} ..."
+        raise UsageError(f"accelerate launch starts one process without GPUs, not {asked[1]}: use {torchrun}")
     if os.environ.get("OMP_NUM_THREADS") == "1":  # its default, which leaves all other cores idle
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -60,10 +58,8 @@ def with_launchers_settings(config: Config) -> Config:
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         for size in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
             if (value := os.environ.get(f"PARALLELISM_CONFIG_{size}", "1")) != "1":
-                raise UsageError(
-                    f"the launcher was told parallelism_config_{size.lower()} {value}, which is not known here: to "
-                    "shard a network, use configs/accelerate/fsdp2.yaml"
-                )
+                name = f"parallelism_config_{size.lower()} {value}"
+                raise UsageError(f"the launcher was told {name}; to shard, use configs/accelerate/fsdp2.yaml")
     told = _launchers_settings()
     taken = {}
     for name, (flag, value) in told.items():
@@ -71,10 +67,8 @@ def with_launchers_settings(config: Config) -> Config:
         if mine is None:
             taken[name] = value
         elif mine != value:
-            raise UsageError(
-                f"train.{name} is {mine}, and the launcher was told {flag} {value}: give both the same value, or leave "
-                "one of them out"
-            )
+            raise UsageError(f"train.{name} is {mine}, and the launcher was told {flag} {value}: give both the same "
+                             "value, or leave one of them out")  # fmt: skip
     train = dataclasses.replace(config.train, **taken)
     return dataclasses.replace(config, train=train)
 
@@ -96,9 +90,7 @@ def _launchers_settings() -> dict[str, tuple[str, Any]]:
     # Its files and defaults contain no explicitly.
     if precision != "no" or getattr(arguments, "mixed_precision", None) == "no":
         if precision not in ("no", "bf16", "fp16"):
-            raise UsageError(
-                f"the launcher was told --mixed_precision {precision}; train.precision knows no, bf16 and fp16"
-            )
+            raise UsageError(f"the launcher was told --mixed_precision {precision}; it must be no, bf16 or fp16")
         told["precision"] = "--mixed_precision", precision
     for field, flag, kind in (
         ("gradient_accumulation", "gradient_accumulation_steps", int),
@@ -109,9 +101,8 @@ def _launchers_settings() -> dict[str, tuple[str, Any]]:
             try:
                 told[field] = f"--{flag}", kind(given)
             except ValueError:
-                raise UsageError(
-                    f"the launcher was told --{flag} {given}; it must be of type {kind.__name__}"
-                ) from None
+                right = f"it must be of type {kind.__name__}"
+                raise UsageError(f"the launcher was told --{flag} {given}; {right}") from None
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend == "inductor" and on_cpu():
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -119,10 +110,8 @@ def _launchers_settings() -> dict[str, tuple[str, Any]]:
         try:
             get_cpp_compiler()
         except Exception:
-            raise UsageError(
-                "the launcher was told --dynamo_backend inductor, which needs a C++ compiler on a CPU: install one "
-                "(g++), or leave the flag out"
-            ) from None
+            raise UsageError("the launcher was told --dynamo_backend inductor, which needs a C++ compiler: install "
+                             "one (g++), or leave the flag out") from None  # fmt: skip
     return told
 
 
@@ -178,11 +167,9 @@ def accelerate_starts() -> Iterator[None]:
     except (ValueError, LookupError, AttributeError, ImportError, RuntimeError, AssertionError) as error:
         if isinstance(error, torch.distributed.DistError):
             raise
-        names = [
-            f"{name}={value}"
-            for name, value in sorted(os.environ.items())
-            if name.startswith("ACCELERATE_") or name in ("FORK_LAUNCHED", "LOCAL_RANK", "WORLD_SIZE")
-        ]
+        read = [name for name in os.environ if name.startswith("ACCELERATE_")]
+        read += [name for name in ("FORK_LAUNCHED", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
+        names = [f"{name}={os.environ[name]}" for name in sorted(read)]
         said = f"; it reads {', '.join(names)} from the environment" if names else ""
         raise UsageError(f"accelerate cannot start: {one_line(error)}{said}") from None
 
@@ -196,10 +183,8 @@ def check_known(accelerator: Accelerator) -> None:
         kind == DistributedType.FSDP and not accelerator.is_fsdp2
     ):
         name = "FSDP 1" if kind == DistributedType.FSDP else kind.value
-        raise UsageError(
-            f"accelerate is set up for {name}, which this trainer does not know: to cut a network up over GPUs, "
-            "use accelerate launch --config_file configs/accelerate/fsdp2.yaml"
-        )
+        raise UsageError(f"accelerate is set up for {name}, which this trainer does not know: to shard a network, use "
+                         "accelerate launch --config_file configs/accelerate/fsdp2.yaml")  # fmt: skip
 
 
 def check_agreed(*claims: tuple[str, str, str]) -> None:

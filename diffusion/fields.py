@@ -123,6 +123,10 @@ def _message(error: ValidationError, values: Mapping[str, Any], section: str, cl
     options = next((words for words in types.values() if words), [])
     if kind in LIMITS:
         right = f"{LIMITS[kind][0]} {first['ctx'][LIMITS[kind][1]]:g}"
+    elif kind == "string_pattern_mismatch":
+        right = f"text that matches {first['ctx']['pattern']}"
+    elif kind.endswith(("too_short", "too_long")) or kind == "multiple_of":
+        right = first["msg"].split(" should ")[1].removeprefix("be ").removeprefix("have ")
     elif kind == "finite_number":
         right = "a finite number"
     elif options:

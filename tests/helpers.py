@@ -127,7 +127,8 @@ def _forked(environment, argv, cwd, output):
     if "RANK" in environment:
         torch.set_num_threads(1)  # torchrun sets OMP_NUM_THREADS
     sys.argv = argv
-    code = exit_code(importlib.import_module(f"diffusion.commands.{Path(argv[0]).stem}").main)
+    folder = "benchmarks" if argv[0].startswith("benchmarks/") else "diffusion.commands"
+    code = exit_code(importlib.import_module(f"{folder}.{Path(argv[0]).stem}").main)
     sys.stdout.flush()
     os._exit(code)
 

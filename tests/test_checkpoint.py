@@ -156,7 +156,7 @@ def test_a_format_from_the_future_is_refused(run):
     path, _ = run
     file = path / "checkpoints/step_00000010/state.json"
     forge(file.parent, file.name, json.dumps(json.loads(file.read_text()) | {"format": 99}).encode())
-    with pytest.raises(UsageError, match="has format 99; this version reads 5"):
+    with pytest.raises(UsageError, match="has format 99; this version reads 6"):
         checkpoint.open_checkpoint(file.parent)
 
 

@@ -54,7 +54,7 @@ def test_without_a_compiler_sampling_goes_on_and_says_so(tmp_path, monkeypatch):
                    "--images", "--out", tmp_path / "images")  # fmt: skip
     said = [line for line in done.stderr.splitlines() if "--compile" in line]
     assert len(said) == 1
-    assert "going on without" in said[0]
+    assert "going on" in said[0]
     assert len(list((tmp_path / "images").glob("*.png"))) == 2
 
 

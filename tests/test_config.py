@@ -1,16 +1,19 @@
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
 import yaml
 from helpers import ROOT, golden
+from pydantic import Field
 
 from diffusion import UsageError
 from diffusion.commands.command_line import parse_command_line
 from diffusion.config import Config, shared_fields
 from diffusion.config_file import load_config, save_config
 from diffusion.data.sources import SOURCES
+from diffusion.fields import section
 
 FILES = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/published").glob("*.yaml")])
 
@@ -156,9 +159,9 @@ def test_a_folder_or_a_file_with_a_shipped_name(tmp_path, monkeypatch):
     assert parse("--config", "./cifar10").data.source == "digits"
 
 
-def test_old_names_of_settings_are_told(tmp_path):
+def test_the_nearest_setting_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("train:\n  timesteps: uniform\n")
-    with pytest.raises(UsageError, match=r"train\.timesteps: it is train\.timestep_sampler now"):
+    with pytest.raises(UsageError, match=r"train\.timesteps: did you mean train\.(timestep_sampler|steps)"):
         load_config(tmp_path / "a.yaml")
 
 
@@ -188,8 +191,8 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--train.lr", "-1"], "train.lr is -1; it must be above 0"),
         (["--train.lr", ".inf"], "train.lr is inf"),
         (["--train.ema_rates", "0.9"], "train.ema_rates is 0.9; it must be a list: [0.9]"),
-        (["--train.ema_rates", "[1.0]"], "train.ema_rates is [1.0]"),
-        (["--train.ema_rates", "[0.9,0.9]"], "each rate may stand there once"),
+        (["--train.ema_rates", "[1.0]"], "train.ema_rates are [1.0]"),
+        (["--train.ema_rates", "[0.9,0.9]"], "train.ema_rates are [0.9, 0.9]; they must be different"),
         (["--train.gradient_accumulation", "3"], "train.gradient_accumulation 3 does not divide train.batch_size 64"),
         (["--data.channels", "5"], "data.channels is 5; it must be at most 4"),
         (["--diffusion.steps", str(10**30)], "it must be at most 100000"),
@@ -211,7 +214,7 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--conf", "configs/digits.yaml"], "unknown key conf: did you mean config?"),
         (["--train.label_dropout", "1"], "train.label_dropout is 1; it must be below 1"),
         (["--model.class_cond", "false", "--train.label_dropout", "0.1"], "model.class_cond is false: no class"),
-        (["--sample.guidance", "2"], "sample.guidance is 2.0, which needs a network that was trained with"),
+        (["--sample.guidance", "2"], "sample.guidance is 2.0; without train.label_dropout, it can only be 1"),
         (["--data.low_res_size", "8"], "data.low_res_size is 8; it must be at most 7"),
         (["--model.num_head_channels", "48"], "model.num_head_channels is 48, which does not divide 32 channels"),
         (["--model.channel_mult", "[1,1.5]"], "each of which makes a multiple of 32"),
@@ -270,15 +273,31 @@ def test_help_explains_every_field(capsys):
         parse("--help")
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for section in dataclasses.fields(Config):
-        for f in dataclasses.fields(section.default_factory):
-            start = text.index(f"--{section.name}.{f.name} ", text.index("options:"))
+    for part in dataclasses.fields(Config):
+        for f in dataclasses.fields(part.default_factory):
+            start = text.index(f"--{part.name}.{f.name} ", text.index("options:"))
             entry = text[start : text.index("default:", start)]
             assert len(entry.split()) > 3, entry
 
 
 def test_a_runs_own_configuration_continues_that_run(tmp_path):
     save_config(Config(), tmp_path / "config.yaml")
-    assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).out == Path("runs/config")
     (tmp_path / "metrics.jsonl").touch()
+    assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).out == Path("runs/config")
+    (tmp_path / ".lock").write_text("process 7 on here\n")  # as a run that was killed before its first checkpoint has
     assert parse_command_line(["--config", str(tmp_path / "config.yaml")]).out == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("b", "data.word is b; it must be text that matches ^x+$"), ("x" * 9, "at most 8 characters"), (3, "of type str")],
+)
+def test_what_is_wrong_with_a_section_of_ones_own_is_said(value, says):
+    @section("data")
+    class Mine:
+        word: Annotated[str, Field(pattern="^x+$", max_length=8)] = "x"
+        """a word"""
+
+    with pytest.raises(UsageError) as caught:
+        Mine(word=value)
+    assert says in str(caught.value)

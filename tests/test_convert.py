@@ -94,7 +94,7 @@ def test_a_published_file_comes_back_unchanged(published, tmp_path, monkeypatch,
     assert code == 0
     assert_same(torch.load(tmp_path / "back.pt", weights_only=True), torch.load(path, weights_only=True))
     if "--class_cond True" in flags:  # and not the 1000 classes that their scripts know
-        assert "1000 classes or none" in out
+        assert "3 channels and 0 or 1000 classes" in out
         return
     # The flags that are printed describe the same run.
     printed = out.split("flags: ")[1]
@@ -109,7 +109,7 @@ def test_the_average_goes_out_unless_asked_otherwise(tmp_path, monkeypatch, caps
         code, out, _ = run_convert(monkeypatch, capsys, "openai", tmp_path / "run", *flags, "--out", tmp_path / "a.pt")
         assert code == 0
         assert (
-            "for 3 channels and 1000 classes or none, and this has 1 and 10" in out
+            "their networks have 3 channels and 0 or 1000 classes, and this 1 and 10" in out
         )  # their scripts cannot build it, their class can
         assert_same(torch.load(tmp_path / "a.pt", weights_only=True), wanted)
         (tmp_path / "a.pt").unlink()
@@ -223,7 +223,7 @@ def test_a_converted_model_is_trained_on(published, tmp_path, monkeypatch, capsy
         ("network", "--image_size 64 128", "it must be pairs"),
         ("network", "'", "cannot be split into words"),
         ("network", "--image_size 64 --image_size 64", "a flag twice"),
-        ("network", "--image_size 48", "images of 48, for which the widths are not known"),
+        ("network", "--image_size 48", "images of 48, whose widths are not known"),
         ("network", "--noise_schedule sqrt", "diffusion.schedule is sqrt; it must be one of linear, cosine"),
         ("network", "--attention_resolutions 0", "are numbers with commas"),
         ("network", BASE + "--image_size 32", "is of another architecture: input_blocks."),

@@ -123,7 +123,7 @@ def test_a_run_of_an_older_version_is_named_as_one(run, monkeypatch, capsys):
     (run / "config.yaml").write_text("data:\n  name: digits\n")
     code, _, err = script(train, monkeypatch, capsys, "--out", run)
     assert code == 2
-    assert "step_00000002 has format 4; this version reads 5" in err
+    assert "step_00000002 has format 4; this version reads 6" in err
 
 
 def test_overlapping_memory_is_copied_before_it_is_written(run):
@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_read_now_is_not_damaged(run, monkeypatch, name, e
 def test_a_checkpoint_of_another_version_is_not_put_away(run):
     state_ = json.loads((newest(run) / "state.json").read_text()) | {"format": 99}
     forge(newest(run), "state.json", json.dumps(state_).encode())
-    with pytest.raises(UsageError, match="has format 99; this version reads 5"):
+    with pytest.raises(UsageError, match="has format 99; this version reads 6"):
         Trainer(small(train__steps=3, train__optimizer="adamw"), run)
     assert newest(run).name == "step_00000002"
 
@@ -382,7 +382,9 @@ def test_a_closed_terminal_saves_the_run_and_nohup_keeps_it(tmp_path):
 
 def test_divergence_before_the_first_checkpoint_does_not_speak_of_one(tmp_path):
     config = small(train__lr=1e30, train__steps=50, train__max_skipped=2, train__log_every=1)
-    with pytest.raises(UsageError, match=r"no checkpoint was saved before, so begin again with a lower train\.lr"):
+    with pytest.raises(
+        UsageError, match=r"no checkpoint was saved before, so the same command begins again, with a lower train\.lr"
+    ):
         Trainer(config, tmp_path).run()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     for line in lines:
@@ -402,7 +404,7 @@ def test_figures_replace_figures_only(trained, tmp_path, monkeypatch, capsys):
     argv = ["--ckpt", trained, "--n", 1, "--steps", 1, "--out", tmp_path / "mine.json"]
     code, _, err = script(evaluate, monkeypatch, capsys, *argv)
     assert code == 2
-    assert "is there already, and holds no figures" in err
+    assert "is there already: name another" in err
     assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
 
 
@@ -474,9 +476,10 @@ def test_labels_that_no_class_has_are_named(tmp_path):
 
 def test_one_image_of_one_pixel_is_trained_on(tmp_path):
     for i in range(2):
-        Image.new("L", (1, 1), 100 * i).save(tmp_path / f"{i}.png")
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("L", (1, 1), 100 * i).save(tmp_path / f"in/{i}.png")
     config = small(model__attention_resolutions=(), model__channel_mult=(1,), model__class_cond=False,
-                   data__source="folder", data__path=str(tmp_path), data__image_size=1, train__batch_size=1,
+                   data__source="folder", data__path=str(tmp_path / "in"), data__image_size=1, train__batch_size=1,
                    train__steps=1, sample__n=1)  # fmt: skip
     Trainer(config, tmp_path / "run").run()
 

@@ -44,11 +44,7 @@ def test_what_is_left_open_is_taken(monkeypatch, environment, mine, field, value
             {"precision": "no"},
             "precision is no, .* told --mixed_precision bf16",
         ),
-        (
-            {"ACCELERATE_MIXED_PRECISION": "fp8"},
-            {},
-            "told --mixed_precision fp8; train.precision knows no, bf16 and fp16",
-        ),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "told --mixed_precision fp8; it must be no, bf16 or fp16"),
         (
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
             {"gradient_accumulation": 2},
@@ -112,7 +108,7 @@ def test_inductor_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     monkeypatch.setattr("diffusion.distributed.on_cpu", lambda: True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    with pytest.raises(UsageError, match="needs a C\\+\\+ compiler on a CPU"):
+    with pytest.raises(UsageError, match="needs a C\\+\\+ compiler"):
         with_launchers_settings(config_of({}))
 
 

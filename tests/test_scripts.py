@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -25,12 +27,19 @@ from PIL import Image
 import evaluate
 import sample
 import train
+from benchmarks import verify_resume
 from diffusion import checkpoint
 from diffusion.commands import convert
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
+from diffusion.data.base import load
+from diffusion.data.decode import to_x_start
+from diffusion.data.sources.digits import Digits
 from diffusion.ema import EMA
 from diffusion.interop.openai import config_from_flags, parse_flags
+from diffusion.likelihood import bits_per_dim
+from diffusion.metrics.base import Subject
+from diffusion.randomness import image_noise
 from diffusion.training.trainer import Trainer
 
 
@@ -73,7 +82,7 @@ def commands_of(page):
 
 
 def test_the_pages_show_the_commands_that_this_file_runs():
-    assert [len(commands_of(page)) for page in PAGES] == [5, 17, 15, 5]
+    assert [len(commands_of(page)) for page in PAGES] == [5, 16, 16, 5]
 
 
 def in_process_or_whole(argv, monkeypatch, capsys, folder):
@@ -185,19 +194,25 @@ def test_two_processes_share_importance_dropped_classes_and_small_images(tmp_pat
 
 
 def test_users_can_verify_that_their_runs_resume(tmp_path):
-    flags = [
-        "--verify_resume",
-        "--train.batch_size",
-        "16",
-        "--model.dropout",
-        "0.1",
-        "--train.gradient_accumulation",
-        "2",
-    ]
+    flags = ["--train.batch_size", "16", "--model.dropout", "0.1", "--train.gradient_accumulation", "2"]
     for processes in (1, 2):
-        out = together("train.py", *flags, "--data.workers", "1", processes=processes, cwd=tmp_path)
+        out = together("benchmarks/verify_resume.py", *flags, "--data.workers", "1", processes=processes, cwd=tmp_path)
         assert "4 steps, interrupted and resumed, end with the same bits as without a break" in out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_moments_are_named_after_their_weights(optimizer, tmp_path):
+    config = parse_command_line([*SMALL, "--train.steps", "4", "--train.optimizer", optimizer]).config
+    Trainer(config, tmp_path).run()
+    named = dict(verify_resume._tensors(tmp_path, config))
+    weights = {
+        name.removeprefix("the weight "): value for name, value in named.items() if name.startswith("the weight")
+    }
+    moments = {name: value for name, value in named.items() if name.startswith("the optimizer's") and value.ndim}
+    assert {name.split(" of ")[1] for name in moments} == weights.keys()
+    for name, value in moments.items():
+        assert value.shape == weights[name.split(" of ")[1]].shape, name
 
 
 def test_a_resume_that_is_not_exact_is_found(tmp_path, monkeypatch, capsys):
@@ -209,7 +224,7 @@ def test_a_resume_that_is_not_exact_is_found(tmp_path, monkeypatch, capsys):
         self.ema = self.training_step.ema = EMA(self.network, self.config.train.ema_rates, self.config.train.ema_warmup)
 
     monkeypatch.setattr(Trainer, "_restore", without_averages)
-    code, out, err = script(train, monkeypatch, capsys, "--verify_resume", "--train.batch_size", "16")
+    code, out, err = script(verify_resume, monkeypatch, capsys, "--train.batch_size", "16")
     assert (code, out) == (2, "")
     assert re.search("a continued run is not the uninterrupted one: the average at 0.999 of .* differs by up to", err)
 
@@ -361,7 +376,7 @@ def test_guidance_changes_the_pictures_of_a_run_that_was_trained_for_it(cascade,
     [
         (["--ckpt", "upsampler"], "is an upsampler: name the small images"),
         (["--ckpt", "base", "--low_res", "base"], "is not an upsampler"),
-        (["--ckpt", "upsampler", "--low_res", "upsampler"], "is an upsampler of (channels, height, width) (1, 8, 8)"),
+        (["--ckpt", "upsampler", "--low_res", "upsampler"], "is an upsampler of (1, 8, 8)"),
         (["--ckpt", "upsampler", "--low_res", "a.npz", "--n", "3"], "--n is 3, and --low_res a.npz holds 2 images"),
         (["--ckpt", "upsampler", "--low_res", "wide.npz"], "(1, 4, 5); "),
         (["--ckpt", "upsampler", "--low_res", "bad.npz"], "bad.npz is not an array that --npz wrote"),
@@ -375,7 +390,10 @@ def test_guidance_changes_the_pictures_of_a_run_that_was_trained_for_it(cascade,
         (["--ckpt", "upsampler", "--low_res", "plain"], "plain does not say the classes"),
         (["--ckpt", "base", "--guidance", "nan"], "--guidance is nan"),
         (["--ckpt", "base", "--guidance", "-1"], "--guidance is -1.0; it must be at least 0"),
-        (["--ckpt", "upsampler", "--low_res", "base", "--guidance", "2"], "trained with train.label_dropout above 0"),
+        (
+            ["--ckpt", "upsampler", "--low_res", "base", "--guidance", "2"],
+            "without train.label_dropout, it can only be 1",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -444,7 +462,7 @@ def test_sample_answers_bad_input_in_one_line(run, unconditional, monkeypatch, c
         (["--data.source", "folder"], "name the folder with --data.path FOLDER"),
         (["--out", "a" * 300], "File name too long"),
         (["--train.steps", "9" * 5000], "Exceeds the limit"),
-        (["--config", "/dev/null"], "--config /dev/null is no file"),
+        (["--config", "/dev/null"], "--config /dev/null: it is no file"),
         (["--data.image_size", "9"], "2 levels do not divide: the nearest that they do is 8x8"),
         (["--out", "/proc/x"], "--out /proc/x cannot be written"),
         (["--out", ""], "--out is empty"),
@@ -483,11 +501,13 @@ def test_a_damaged_checkpoint_is_named_and_nothing_overwritten(unconditional, mo
 
 
 def score(run, monkeypatch, capsys, tmp_path, *flags):
+    (tmp_path / "bits.json").unlink(missing_ok=True)
     argv = ["--ckpt", run, "--steps", 3, "--n", 10, "--out", tmp_path / "bits.json", *flags]
     code, out, err = script(evaluate, monkeypatch, capsys, *argv)
     assert code == 0, err
     figures = json.loads((tmp_path / "bits.json").read_text())
-    assert out.startswith(f"{figures['bits_per_dim']:.4f} +- {figures['standard_error']:.4f} bits per dimension")
+    bits, half = figures["bits_per_dim"], figures["bits_per_dim_interval"]
+    assert out.startswith(f"{bits:.4f} +- {half:.4f} (95% interval) bits per dimension")
     return figures
 
 
@@ -531,15 +551,15 @@ def test_figures_that_cannot_be_written_are_shown(run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("content", ['{"metric": "accuracy"}', '["metric"]', '"the metric system"', "{", "1"])
-def test_figures_replace_only_figures(run, monkeypatch, capsys, tmp_path, content):
+def test_figures_replace_nothing(run, monkeypatch, capsys, tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     flags = ["--ckpt", run, "--n", 1, "--steps", 1, "--out", tmp_path / "a.json"]
     code, _, err = script(evaluate, monkeypatch, capsys, *flags)
     assert code == 2
-    assert "is there already, and holds no figures" in err
+    assert "is there already: name another" in err
     assert (tmp_path / "a.json").read_text() == content
     (tmp_path / "a.json").unlink()
-    assert [script(evaluate, monkeypatch, capsys, *flags)[0] for _ in range(2)] == [0, 0]
+    assert [script(evaluate, monkeypatch, capsys, *flags)[0] for _ in range(2)] == [0, 2], "nor figures of before"
 
 
 def test_a_refused_command_leaves_no_folder(run, monkeypatch, capsys, tmp_path):
@@ -564,12 +584,19 @@ def test_another_sampler_keeps_the_options_that_it_has(run, monkeypatch, capsys,
 
 
 def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_path):
-    singles = []
-    for n in range(1, 5):
-        total = score(run, monkeypatch, capsys, tmp_path, "--n", n)["bits_per_dim"] * n
-        singles.append(total - sum(singles))
-    error = score(run, monkeypatch, capsys, tmp_path, "--n", 4)["standard_error"]
-    assert error == pytest.approx(np.std(singles, ddof=1) / 2, rel=1e-2)
+    """And the four images are spread over all of the data."""
+    found = score(run, monkeypatch, capsys, tmp_path, "--n", 4)
+    subject = Subject(None, None, Digits().open(), SimpleNamespace(num_processes=1, process_index=0), None, n=4)
+    [(batch, indices)] = subject.data_batches()
+    saved, weights = checkpoint.open_weights(run)
+    process = saved.config.diffusion.process("3")
+    x_start, y = load(subject.dataset, indices)
+    noise = partial(image_noise, batch, (1, 8, 8), "cpu", 0)
+    model = partial(saved.network(weights).eval(), y=y)
+    bits = bits_per_dim(process, model, to_x_start(x_start), noise).total.numpy()
+    assert found["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-4)
+    assert found["standard_error"] == pytest.approx(bits.std(ddof=1) / 2, rel=1e-3)
+    assert found["bits_per_dim_interval"] == pytest.approx(1.96 * found["standard_error"])
 
 
 @pytest.mark.parametrize(
@@ -579,7 +606,7 @@ def test_the_standard_error_is_that_of_the_mean(run, monkeypatch, capsys, tmp_pa
         (["--steps", "2000"], "--steps: respacing '2000': 2000 steps are more than"),
         (["--split", "test"], "digits has no such part"),
         (["--data.path", "x"], "--data.path is x, but data.source is digits, which has no path"),
-        (["--data.source", "mnist"], "mnist, whose images are of (channels, height, width) (1, 28, 28); the"),
+        (["--data.source", "mnist"], "mnist, whose images are (1, 28, 28); the"),
         (["--data.source", "folder"], "name the folder with --data.path FOLDER"),
         (["--ema", "0.1"], "--ema is 0.1"),
         (["--out", "tests"], "--out tests is a folder"),

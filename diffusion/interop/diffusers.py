@@ -268,9 +268,7 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no pipeline folder of diffusers: {error}") from None
     if kinds != ("UNet2DModel", "DDPMScheduler"):
-        raise UsageError(
-            f"{path} holds {kinds[0]} and {kinds[1]}; only UNet2DModel and DDPMScheduler have a counterpart"
-        )
+        raise UsageError(f"{path} holds {kinds[0]} and {kinds[1]}; only UNet2DModel and DDPMScheduler can be read")
     unet = _with_defaults(diffusers.UNet2DModel, raw["unet"])
     scheduler = _with_defaults(diffusers.DDPMScheduler, raw["scheduler"])
     files = [file for file in sorted((path / "unet").iterdir())

@@ -75,9 +75,7 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
     size = flags["large_size"] if upsampler else flags["image_size"]
     mult = flags.get("channel_mult") or CHANNEL_MULT.get(256 if upsampler and size == 512 else size)
     if mult is None:
-        raise UsageError(
-            f"--flags has images of {size}, for which the widths are not known: {sorted(CHANNEL_MULT)} are"
-        )
+        raise UsageError(f"--flags has images of {size}, whose widths are not known: {sorted(CHANNEL_MULT)} are")
     try:
         channel_mult = tuple(float(m) if "." in m else int(m) for m in mult.split(","))
         factors = tuple(size // int(resolution) for resolution in flags["attention_resolutions"].split(","))
@@ -115,14 +113,11 @@ def flags_from_config(config: Config, num_classes: int) -> str:
     """guided-diffusion's flags for the network and process of `config`. Raises UsageError if it has none for them."""
     data, model, diffusion = config.data, config.model, config.diffusion
     if data.channels != 3 or num_classes not in (0, 1000):
-        raise UsageError("their scripts build networks for 3 channels and 1000 classes or none, and this has "
-                         f"{data.channels} and {num_classes}")  # fmt: skip
-    if (
-        not model.conv_resample
-        or diffusion.prediction not in ("epsilon", "x_start")
-        or diffusion.variance == "learned"
-        or diffusion.zero_terminal_snr
-    ):
+        raise UsageError(
+            f"their networks have 3 channels and 0 or 1000 classes, and this {data.channels} and {num_classes}"
+        )
+    foreign = diffusion.prediction not in ("epsilon", "x_start") or diffusion.variance == "learned"
+    if foreign or diffusion.zero_terminal_snr or not model.conv_resample:
         raise UsageError("their scripts have no flag for conv_resample false, prediction v and previous_x, variance "
                          "learned and zero_terminal_snr")  # fmt: skip
     if not isinstance(data.image_size, int) or data.range is not None:
@@ -155,11 +150,8 @@ def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tens
     flags = parse_flags(flag_text)
     _check_crcs(path)
     loaded = load_plain(path)
-    if (
-        not isinstance(loaded, dict)
-        or not loaded
-        or not all(isinstance(v, Tensor) and not v.is_nested for v in loaded.values())
-    ):
+    named = isinstance(loaded, dict) and all(isinstance(v, Tensor) and not v.is_nested for v in loaded.values())
+    if not named or not loaded:
         raise UsageError(f"{path} holds no weights by name: take their model*.pt or ema_*.pt, not opt*.pt")
     shapes = {str(name): value.shape for name, value in loaded.items()}
     upsampler = shapes.get("input_blocks.0.0.weight", ())[1:2] == (6,)
