@@ -14,10 +14,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from diffusion import checkpoint
 from diffusion.config_file import load_config
+from diffusion.data.decode import open_image
 from diffusion.errors import UsageError, one_line
 
 POINTS, GRIDS, GRID_PIXELS = 1500, 24, 640
@@ -95,7 +94,9 @@ def read_grids(run: Path, budget: int) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     for path in reversed([paths[i] for i in some] if some else paths):  # the newest first, which must be there
         try:
-            with Image.open(path, formats=["PNG"]) as image:  # for others PIL would start a program
+            with path.open("rb") as file, open_image(file) as image:  # PIL alone would start a program for some formats
+                if image.format != "PNG":
+                    continue
                 scale = min(1.0, GRID_PIXELS / image.width)
                 small = image.resize((round(image.width * scale), max(1, round(image.height * scale))))
             buffer = BytesIO()
