@@ -215,7 +215,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def folders(run: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in (run / "checkpoints").glob("step_*")}
+    steps = {path: re.fullmatch(r"step_\d{8,}", path.name) for path in (run / "checkpoints").glob("step_*")}
     return sorted((path for path, match in steps.items() if match), key=step_of, reverse=True)
 
 
@@ -257,8 +257,7 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
     best by held-out images."""
     chosen = link_best(run)
     for path in folders(run)[keep_last:] if keep_last else []:
-        ours = path.name == f"step_{step_of(path):08d}"
-        if ours and path != chosen and (not keep_every or step_of(path) % keep_every):
+        if path != chosen and (not keep_every or step_of(path) % keep_every):
             removed = path.rename(path.with_name(f".{path.name}.tmp"))  # it must not look like a checkpoint
             shutil.rmtree(removed, ignore_errors=True)
 

@@ -954,3 +954,12 @@ def test_no_home_means_no_cache(classes, monkeypatch):
     monkeypatch.setattr("diffusion.data.containers.INDEX_FROM", 1)
     monkeypatch.setattr("diffusion.data.containers.SETTLED_NS", 0)
     assert len(opened(classes)) > 0
+
+
+def test_the_sizes_of_an_array_are_read_from_its_header(tmp_path):
+    """Of a file of gigabytes, that is all there is to read; here the rest is not even there."""
+    with (tmp_path / "0.npy").open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (40_000, 50_000, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+    files = Folder(path=str(tmp_path), image_size=8).list_files()
+    assert files.first_sizes() == (40_000, 50_000)

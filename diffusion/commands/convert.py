@@ -59,9 +59,8 @@ def main() -> None:
     write, says = export(args) if is_run else take_in(args)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=args.out.parent, prefix="."
-        ) as folder:  # so that all of it is used or none
+        # Elsewhere first, so that an incomplete file is never used.
+        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as folder:
             write(Path(folder, args.out.name))
             Path(folder, args.out.name).replace(args.out)
     except (OSError, RuntimeError, SafetensorError) as error:  # types raised for a full disk

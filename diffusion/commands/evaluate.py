@@ -112,9 +112,9 @@ def open_scored(args: argparse.Namespace, saved: Checkpoint, data: DataConfig) -
         elif held_out is not None:
             dataset = held_out if args.split == "held_out" else trained
     names, numbers = saved.class_names, tuple(map(str, range(len(dataset.class_names))))
-    if names and set(names) == set(dataset.class_names):
+    if names != dataset.class_names and set(names) == set(dataset.class_names):
         dataset = with_classes(dataset, names)
-    elif names and not (saved.step == 0 and names == numbers):  # a converted model may have numbers
+    elif names not in ((), dataset.class_names) and not (saved.step == 0 and names == numbers):  # of a converted model
         given = ", ".join(dataset.class_names) or "none"
         raise UsageError(f"the data's classes are {given}, and {', '.join(saved.class_names)} in {saved.path}")
     whole = dataset
@@ -138,6 +138,7 @@ def main() -> None:
     saved, weights = terminal.open_run(args.ckpt, args.ema)
     data = choose_data(saved.config.data, args.source, args.path, args.split)
     check_flags(args, saved, data)
+    against = None if args.against is None else read_figures(args.against)
     dataset, whole = open_scored(args, saved, data)
     from accelerate import PartialState
 
@@ -146,9 +147,7 @@ def main() -> None:
     reference = Reference(dataset, state.device, args.features or ("classifier" if dataset.class_names else "pixels"),
                           args.features_weights, saved.config.data.random_flip, whole)  # fmt: skip
     if reference.network == "classifier" and set(args.metric) != {"bits_per_dim"} and state.is_main_process:
-        terminal.print_line(
-            "evaluate: training a small classifier on the data, to compare images in its features", True
-        )
+        terminal.print_line("evaluate: training a small classifier on the data, for its features", error=True)
     for name in args.metric:
         METRICS[name].check(reference)
     with terminal.progress_bar(0, state.is_main_process) as bar:
@@ -162,8 +161,8 @@ def main() -> None:
                            args.batch_size, wrap)  # fmt: skip
 
         settings = subject(saved, None, 0).settings(args.metric, args.sets)
-        if args.against is not None:
-            check_comparable(args.against, settings, args.metric)
+        if against is not None:
+            check_comparable(args.against, against, settings, args.metric)
         rows, failed = list[Row](), list[str]()
         for scored, its_weights, ema in models(args, saved, weights):
             network = scored.network(its_weights).eval().to(state.device)
@@ -175,7 +174,7 @@ def main() -> None:
                 done = {} if sets[0].evaluations is None else {"evaluations": sets[0].evaluations}
                 failed += write(args, settings | done, rows)
     if state.is_main_process:
-        report(args, rows)
+        report(args, rows, against)
     if failed:
         raise UsageError("; ".join(failed))
 
@@ -188,9 +187,7 @@ def check_flags(args: argparse.Namespace, saved: Checkpoint, data: DataConfig) -
         if value is not None and args.every:
             raise UsageError(f"--{name} is {value}, which is for one checkpoint, and --every scores all: leave one out")
     if args.sets > 1 and set(args.metric) == {"bits_per_dim"}:
-        raise UsageError(
-            f"--sets is {args.sets}, which is of samples, and bits_per_dim draws none: add another --metric"
-        )
+        raise UsageError(f"--sets is {args.sets}, which is of samples, and bits_per_dim draws none: leave it out")
     if "nearest" in args.metric and args.split != "train":
         raise UsageError(f"--split is {args.split}, and nearest looks for copies of what was trained on: leave it out")
     if data.low_res_size is not None and set(args.metric) != {"bits_per_dim"}:
@@ -200,8 +197,6 @@ def check_flags(args: argparse.Namespace, saved: Checkpoint, data: DataConfig) -
         terminal.check_output(args.out, "--out")
     if args.sheet is not None:
         terminal.check_output(args.sheet, "--sheet", ".png", SHEET)
-    if args.against is not None:
-        read_figures(args.against)
 
 
 def score(sets: Sequence[Subject], names: Sequence[str], where: str, failed: list[str]) -> dict[str, Score]:
@@ -264,7 +259,7 @@ def write(args: argparse.Namespace, settings: dict[str, Any], rows: Sequence[Row
     return failed
 
 
-def report(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+def report(args: argparse.Namespace, rows: Sequence[Row], against: dict[str, Any] | None) -> None:
     """Print the figures, the best of several models, and the difference to other figures."""
     for saved, ema, scores in rows:
         for score in scores.values():
@@ -276,8 +271,12 @@ def report(args: argparse.Namespace, rows: Sequence[Row]) -> None:
         scored = {f"{saved.path.name}, {ema}": scores[name] for saved, ema, scores in rows if name in scores}
         if scored and (key := next(iter(scored.values())).best):
             terminal.print_line(best_of(scored, key))
-    if args.against and rows:
-        compare(args.against, {name: value for score in rows[0][2].values() for name, value in score.figures.items()})
+    if against is not None and rows:
+        compare(
+            args.against,
+            against,
+            {name: value for score in rows[0][2].values() for name, value in score.figures.items()},
+        )
 
 
 def best_of(scored: dict[str, Score], key: str) -> str:
@@ -304,9 +303,8 @@ def read_figures(path: Path) -> dict[str, Any]:
         raise UsageError(f"--against {path} holds no figures of this command ({one_line(error)})") from None
 
 
-def check_comparable(path: Path, here: dict[str, Any], metrics: Sequence[str]) -> None:
+def check_comparable(path: Path, there: dict[str, Any], here: dict[str, Any], metrics: Sequence[str]) -> None:
     """Raise UsageError if other figures were made with other settings, or of other metrics."""
-    there = read_figures(path)
     differ = [f"{key} {there['settings'].get(key)} there, {value} here" for key, value in here.items()
               if there["settings"].get(key) != value]  # fmt: skip
     if not set(metrics) & set(str(there.get("metric")).split(",")):
@@ -315,9 +313,8 @@ def check_comparable(path: Path, here: dict[str, Any], metrics: Sequence[str]) -
         raise UsageError(f"--against {path} cannot be compared: {'; '.join(differ)}")
 
 
-def compare(path: Path, mine: dict[str, Any]) -> None:
+def compare(path: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
     """Print the difference to other figures, and whether it lies within the intervals of both."""
-    theirs = read_figures(path)
     for key in [key for key in mine if isinstance(mine[key], float) and isinstance(theirs.get(key), float)]:
         if not key.endswith(("_interval", "_std", "standard_error")):
             half = mine.get(f"{key}_interval", math.nan) + theirs.get(f"{key}_interval", math.nan)

@@ -79,9 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the network: for many images, since it takes half a minute")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--images", action="store_true", help="a folder with a PNG each (.npy of what PNG cannot hold)")
-    form.add_argument(
-        "--npz", action="store_true", help="arr_0 (N, *sizes, C), as data.range says, and arr_1, the classes"
-    )
+    form.add_argument("--npz", action="store_true", help="arr_0 (N, *sizes, C) as data.range says; arr_1, the classes")
     parser.epilog = "Each batch is written when it is done; the same command continues after an interruption."
     args = parser.parse_args(argv)
     given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}

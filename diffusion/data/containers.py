@@ -89,14 +89,8 @@ class Directory:
         if (kept := read_cache(self._index, "SiSi")) is not None:
             self.names, self.sizes, folders, stamps = kept
             with contextlib.suppress(Exception):  # a folder is gone, or the arrays do not fit each other
-                if (
-                    len(self.names) == len(self.sizes)
-                    and len(folders)
-                    and all(
-                        (root / os.fsdecode(name)).stat().st_ctime_ns == at
-                        for name, at in zip(folders.tolist(), stamps.tolist(), strict=True)
-                    )
-                ):
+                times = [(root / os.fsdecode(name)).stat().st_ctime_ns for name in folders.tolist()]
+                if times and times == stamps.tolist() and len(self.names) == len(self.sizes):
                     return
         found: dict[str, int] = {}
         began = time.time_ns()

@@ -65,6 +65,11 @@ def decode(file: BinaryIO, suffix: str, target: Target) -> Array:
 
 def native_sizes(file: BinaryIO, suffix: str, target: Target) -> tuple[int, ...]:
     """The sizes of the image in an open file before any preprocessing. Raises an exception of any type."""
+    if suffix == ".npy" and not isinstance(file, np.ndarray):  # of a large array, only the header is read
+        with HEADERS:
+            first = np.lib.format.read_magic(file) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            return sizes_of(read(file)[0], target.channels)
     array = _as_array(file, suffix, target.max_pixels)
     if array is not None:
         return sizes_of(array.shape, target.channels)
