@@ -17,8 +17,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from quality import Judge
 
-from diffusion.checkpoint import open_weights
 from diffusion.errors import UsageError
+from diffusion.run.checkpoint import open_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "studies"))
 from tables import interval, table

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion.config import config_of
+from diffusion.config.schema import config_of
 from diffusion.data.base import open_data
 from diffusion.data.loader import step_batches
 from diffusion.training.dry_run import dry_run

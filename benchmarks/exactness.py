@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from diffusion.config import Config
-from diffusion.config_file import load_config
-from diffusion.data.decode import to_x_start
+from diffusion.config.files import load_config
+from diffusion.config.schema import Config
+from diffusion.data.values import to_x_start
 from diffusion.ema import EMA
 from diffusion.losses import training_losses
 from diffusion.training.trainer import Trainer

@@ -30,9 +30,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from diffusion.config import config_of
+from diffusion.config.schema import config_of
 from diffusion.data.base import open_data
-from diffusion.distributed import keep_freed_memory
+from diffusion.parallel.launchers import keep_freed_memory
 from diffusion.training.build import build_step
 
 sys.path.append(str(Path(__file__).parents[1] / "studies"))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from diffusion.config import Config
-from diffusion.config_file import load_config
+from diffusion.config.files import load_config
+from diffusion.config.schema import Config
 from diffusion.training.step import TrainingStep
 
 NETWORKS = {"zero": ("zero", True), "zero, no norm": ("zero", False), "fixup": ("fixup", False)}

@@ -34,10 +34,10 @@ from accelerate import Accelerator
 from step import flops, peak_flops
 from torch import Tensor, nn
 
-from diffusion.compilation import compile_network
-from diffusion.config import Config, config_of
-from diffusion.distributed import keep_freed_memory
+from diffusion.config.schema import Config, config_of
 from diffusion.interop.diffusers import unet_config
+from diffusion.parallel.compilation import compile_network
+from diffusion.parallel.launchers import keep_freed_memory
 from diffusion.sampling import sample_batch
 from diffusion.training.build import build_step
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.config import Config
+from diffusion.config.schema import Config
 from diffusion.data.base import load, open_data
-from diffusion.data.decode import to_uint8, to_x_start
+from diffusion.data.values import to_uint8, to_x_start
 from diffusion.losses import training_losses
 from diffusion.metrics.features import fit_classifier
 from diffusion.metrics.frechet import frechet_distance

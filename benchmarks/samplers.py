@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from quality import Judge
 
-from diffusion.checkpoint import open_weights
+from diffusion.run.checkpoint import open_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "studies"))
 from tables import interval, keep, table

@@ -32,9 +32,9 @@ from accelerate import Accelerator
 from quality import Judge
 from scipy.stats import ttest_ind
 
-from diffusion.config import Config, config_of
+from diffusion.config.schema import Config, config_of
 from diffusion.data.loader import batch_indices
-from diffusion.distributed import keep_freed_memory
+from diffusion.parallel.launchers import keep_freed_memory
 from diffusion.training.build import build_step, learning_rate
 
 sys.path.append(str(Path(__file__).parents[1] / "studies"))

@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
-from diffusion.config import Config
-from diffusion.distributed import check_launcher
+from diffusion.config.schema import Config
 from diffusion.losses import training_losses
+from diffusion.parallel.launchers import check_launcher
 from diffusion.sampling import sample_batch
 from diffusion.training.trainer import Trainer
 

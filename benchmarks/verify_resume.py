@@ -17,12 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from diffusion import checkpoint
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code, print_line
-from diffusion.config import Config
-from diffusion.distributed import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
+from diffusion.config.schema import Config
 from diffusion.errors import UsageError
+from diffusion.parallel.launchers import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
+from diffusion.run import checkpoint
 from diffusion.training.build import parameter_groups
 from diffusion.training.trainer import Trainer
 

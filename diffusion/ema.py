@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffusion.errors import UsageError
-from diffusion.sharding import discard_full_weights, local
+from diffusion.parallel.sharding import discard_full_weights, local
 
 LONGEST = 0.28
 """Lengths are below 1 / sqrt(12), that of the plain mean over the training time."""

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion import GaussianDiffusion, Schedule
-from diffusion.data.decode import to_x_start
 from diffusion.data.loader import batch_indices
 from diffusion.data.sources.digits import Digits
+from diffusion.data.values import to_x_start
 from diffusion.models.initialisation import InitName, initialise
 from diffusion.models.layers import Linear, SiLU, conv_nd, timestep_embedding, zero_module
 from diffusion.models.unet import ResBlock

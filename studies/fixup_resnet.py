@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.commands.terminal import exit_code
-from diffusion.data.decode import to_x_start
 from diffusion.data.loader import batch_indices
 from diffusion.data.sources.torchvision import MNIST
+from diffusion.data.values import to_x_start
 from diffusion.models.initialisation import scalars
 from diffusion.models.layers import Conv2d, Layer, Linear, add_scalars
 from diffusion.randomness import seed_for

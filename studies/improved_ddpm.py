@@ -33,9 +33,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from diffusion import GaussianDiffusion, Schedule, UNetModel
-from diffusion.data.decode import to_x_start
 from diffusion.data.loader import batch_indices
 from diffusion.data.sources.digits import Digits
+from diffusion.data.values import to_x_start
 from diffusion.likelihood import bits_per_dim
 from diffusion.losses import LossType
 from diffusion.metrics.frechet import frechet_distance

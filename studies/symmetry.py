@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from tables import put_tables, table
 from torch import Tensor, nn
 
-from diffusion.data.decode import to_x_start
 from diffusion.data.loader import batch_indices
 from diffusion.data.sources.digits import Digits
+from diffusion.data.values import to_x_start
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "zero-init.md"
 CHANNELS, STEPS, BATCH_SIZE, RATE = 32, 300, 64, 1e-3

@@ -40,10 +40,10 @@ from tqdm import tqdm
 
 from diffusion import GaussianDiffusion, Schedule, UNetModel
 from diffusion.commands.terminal import exit_code
-from diffusion.data.decode import to_x_start
 from diffusion.data.loader import batch_indices
 from diffusion.data.sources.digits import Digits
 from diffusion.data.sources.torchvision import MNIST
+from diffusion.data.values import to_x_start
 from diffusion.likelihood import bits_per_dim
 from diffusion.losses import training_losses
 from diffusion.models.initialisation import InitName, initialise, layers

@@ -23,9 +23,9 @@ import torch._dynamo  # which the first optimizer would import, in every child
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sample
-from diffusion import checkpoint
 from diffusion.commands.terminal import exit_code
-from diffusion.config import Config
+from diffusion.config.schema import Config
+from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
 TO_END = 60

@@ -20,9 +20,9 @@ import evaluate
 import sample
 import train
 from benchmarks import verify_resume
-from diffusion import checkpoint
 from diffusion.commands import check_data
-from diffusion.config_file import load_config
+from diffusion.config.files import load_config
+from diffusion.run import checkpoint
 from diffusion.training.dry_run import advice
 from diffusion.training.trainer import Trainer
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import Trap
 
-from diffusion import UsageError, checkpoint
-from diffusion.config import Config
+from diffusion import UsageError
+from diffusion.config.schema import Config
+from diffusion.run import checkpoint
 from diffusion.training.step import TrainingStep
 
 

@@ -7,8 +7,8 @@ import torch
 from helpers import command
 from test_trainer import assert_same_bits, small, state, train
 
-from diffusion import checkpoint
-from diffusion.config import Config
+from diffusion.config.schema import Config
+from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
 TINY = dict(model__channel_mult=(1,), model__attention_resolutions=(), train__log_every=1, diffusion__prediction="v")

@@ -10,10 +10,10 @@ from pydantic import Field
 
 from diffusion import UsageError
 from diffusion.commands.command_line import parse_command_line
-from diffusion.config import Config, shared_fields
-from diffusion.config_file import load_config, save_config
+from diffusion.config.fields import section
+from diffusion.config.files import load_config, save_config
+from diffusion.config.schema import Config, shared_fields
 from diffusion.data.sources import SOURCES
-from diffusion.fields import section
 
 FILES = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/published").glob("*.yaml")])
 

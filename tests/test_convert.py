@@ -13,15 +13,16 @@ import torch
 from helpers import ROOT, Trap, fill, golden, tensor
 from safetensors.torch import load_file, save_file
 
-from diffusion import UNetModel, UsageError, checkpoint
+from diffusion import UNetModel, UsageError
 from diffusion.commands import convert
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
-from diffusion.config import config_of
-from diffusion.config_file import load_config
+from diffusion.config.files import load_config
+from diffusion.config.schema import config_of
 from diffusion.interop.openai import config_from_flags, flags_from_config, parse_flags
 from diffusion.models.unet import SuperResModel
 from diffusion.randomness import image_noise
+from diffusion.run import checkpoint
 from diffusion.samplers import ddim, ddpm
 from diffusion.training.trainer import Trainer
 

@@ -12,12 +12,13 @@ from PIL import Image
 
 from diffusion import UsageError
 from diffusion.data.base import ArrayDataset, load, open_data
-from diffusion.data.decode import Target, preprocess, to_uint8, to_x_start
+from diffusion.data.decode import Target, preprocess
 from diffusion.data.loader import batch_indices, step_batches
 from diffusion.data.sources import SOURCES
 from diffusion.data.sources.digits import Digits
 from diffusion.data.sources.folder import Folder
 from diffusion.data.sources.torchvision import MNIST
+from diffusion.data.values import to_uint8, to_x_start
 
 REAL_DATA = os.environ.get("DIFFUSION_TEST_DATA")
 """A folder that holds MNIST/raw as torchvision lays it out; tests that need it are skipped without."""

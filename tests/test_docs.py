@@ -10,7 +10,7 @@ from test_scripts import PAGES, commands_of
 
 from diffusion.commands import evaluate, sample
 from diffusion.commands.command_line import _parser
-from diffusion.config import FIELDS, SECTIONS
+from diffusion.config.schema import FIELDS, SECTIONS
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 

@@ -10,9 +10,9 @@ from test_trainer import small
 
 import sample
 from diffusion import UsageError
-from diffusion.editing import Recorder, inpaint
-from diffusion.images import captioned, save_gif
+from diffusion.run.grids import captioned, save_gif
 from diffusion.samplers import ddim, ddim_reverse
+from diffusion.sampling import Recorder, inpaint
 from diffusion.training.trainer import Trainer
 
 

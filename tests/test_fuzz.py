@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import train
 from diffusion.commands.terminal import exit_code
-from diffusion.config import FIELDS
+from diffusion.config.schema import FIELDS
 
 CASES = os.environ.get("DIFFUSION_FUZZ_CASES")
 SECONDS = 120

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusion.config import config_of
+from diffusion.config.schema import config_of
 from diffusion.training.build import build_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

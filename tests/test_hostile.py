@@ -26,16 +26,17 @@ from test_trainer import metrics, small
 import evaluate
 import sample
 import train
-from diffusion import UsageError, checkpoint
-from diffusion.config import FIELDS, classes_with, config_of
-from diffusion.config_file import load_config, save_config
+from diffusion import UsageError
+from diffusion.config.fields import describe
+from diffusion.config.files import load_config, save_config
+from diffusion.config.schema import FIELDS, classes_with, config_of
 from diffusion.data.base import load
 from diffusion.data.image_files import FileDataset
 from diffusion.data.sources.folder import Folder
 from diffusion.data.sources.torchvision import MNIST
 from diffusion.errors import Stopped
-from diffusion.fields import describe
-from diffusion.files import replace_text
+from diffusion.files.atomic import replace_text
+from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
 

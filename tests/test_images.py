@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.data.decode import to_uint8
-from diffusion.images import grid, grid_columns, save_grid
+from diffusion.data.values import to_uint8
+from diffusion.run.grids import grid, grid_columns, save_grid
 
 
 def test_levels_come_back_as_they_were_read():

@@ -9,12 +9,13 @@ from symmetry import make_alike
 from test_trainer import assert_same_bits, small, state
 from torch import nn
 
-from diffusion import UNetModel, UsageError, checkpoint
+from diffusion import UNetModel, UsageError
 from diffusion.commands.command_line import parse_command_line
-from diffusion.config import Config
+from diffusion.config.schema import Config
 from diffusion.models.initialisation import branches, initialise, last_layers, layers, scalars
 from diffusion.models.layers import Conv2d, Linear, SiLU, add_scalars
 from diffusion.models.unet import AttentionBlock, ResBlock, SuperResModel
+from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
 KINDS = {

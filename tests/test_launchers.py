@@ -11,9 +11,10 @@ from test_scripts import script
 from test_trainer import assert_same_bits, small, state
 
 import train
-from diffusion import UsageError, checkpoint
-from diffusion.config import config_of
-from diffusion.distributed import with_launchers_settings
+from diffusion import UsageError
+from diffusion.config.schema import config_of
+from diffusion.parallel.launchers import with_launchers_settings
+from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
 
@@ -106,7 +107,7 @@ def test_inductor_without_a_compiler_is_refused(monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    monkeypatch.setattr("diffusion.distributed.on_cpu", lambda: True)
+    monkeypatch.setattr("diffusion.parallel.launchers.on_cpu", lambda: True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(UsageError, match="needs a C\\+\\+ compiler"):
         with_launchers_settings(config_of({}))

@@ -5,7 +5,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from helpers import golden, process, small_unet, tensor
 
-from diffusion.config import config_of
+from diffusion.config.schema import config_of
 from diffusion.errors import UsageError
 from diffusion.losses import discretized_gaussian_log_likelihood, normal_kl, training_losses
 

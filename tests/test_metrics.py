@@ -10,13 +10,14 @@ from test_scripts import script
 from test_trainer import small
 
 import evaluate
-from diffusion import UsageError, checkpoint
+from diffusion import UsageError
 from diffusion.data.base import open_data
 from diffusion.data.sources.digits import Digits
 from diffusion.metrics import METRICS
 from diffusion.metrics.base import Reference, Subject
 from diffusion.metrics.features import FEATURES, Extractor
 from diffusion.metrics.frechet import frechet_distance
+from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
 METRIC_NAMES = "frechet,kid,inception_score,precision_recall,nearest"

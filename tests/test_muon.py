@@ -3,9 +3,9 @@ import torch
 from accelerate import Accelerator
 from test_trainer import assert_same_bits, small, state, train
 
-from diffusion.config import Config, config_of
+from diffusion.config.schema import Config, config_of
+from diffusion.optimizers.muon import Muon, orthogonalise
 from diffusion.training.build import build_step, parameter_groups
-from diffusion.training.muon import Muon, orthogonalise
 
 
 def gradients(*shapes, seed=0):

@@ -13,7 +13,7 @@ from helpers import ROOT, SMALL, command, together, user_environment
 from PIL import Image
 from test_trainer import assert_same_bits, small
 
-from diffusion import checkpoint
+from diffusion.run import checkpoint
 from diffusion.training.step import bound_loss_scale
 from diffusion.training.trainer import Trainer
 

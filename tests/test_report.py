@@ -18,7 +18,7 @@ from test_trainer import metrics, small
 import train
 from diffusion import UsageError
 from diffusion.commands import report as command
-from diffusion.report import POINTS, report
+from diffusion.report.page import POINTS, report
 from diffusion.training.trackers import Trackers
 from diffusion.training.trainer import Trainer
 
@@ -298,7 +298,7 @@ def test_a_report_that_fails_never_decides_how_a_run_ends(tmp_path, monkeypatch,
 
 
 def test_no_form_of_a_path_stays_whole(tmp_path):
-    from diffusion.report import _text
+    from diffusion.report.page import _text
 
     odd = "/home/alice (work)/it's, x=1/pics"
     quoted = odd.replace("'", "''")

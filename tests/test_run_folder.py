@@ -17,9 +17,10 @@ from test_trainer import assert_same_bits, metrics, small
 import evaluate
 import sample
 import train
-from diffusion import UsageError, checkpoint
+from diffusion import UsageError
 from diffusion.commands import check_data, convert, report, schema
-from diffusion.training.run_folder import go_back, locate
+from diffusion.run import checkpoint
+from diffusion.run.folder import go_back, locate
 from diffusion.training.trainer import Trainer
 
 STEP = "step_00000003"

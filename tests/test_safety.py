@@ -15,8 +15,9 @@ from test_trainer import small
 import evaluate
 import sample
 import train
-from diffusion import UsageError, checkpoint
+from diffusion import UsageError
 from diffusion.commands import convert
+from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
 

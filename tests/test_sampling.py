@@ -18,7 +18,7 @@ from test_trainer import small
 
 import sample
 from diffusion.data.sources.folder import Folder
-from diffusion.sample_store import SampleStore
+from diffusion.run.samples import SampleStore
 from diffusion.training.trainer import Trainer
 
 
@@ -173,7 +173,7 @@ def test_memory_does_not_grow_with_the_number(tmp_path):
 def test_a_checkpoint_that_is_removed_meanwhile_is_looked_for_again(run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     Trainer(small(train__steps=2, checkpoint__every=1), out).run()
-    from diffusion import checkpoint
+    from diffusion.run import checkpoint
 
     works, seen = checkpoint._open_folder, []
 

@@ -28,18 +28,18 @@ import evaluate
 import sample
 import train
 from benchmarks import verify_resume
-from diffusion import checkpoint
 from diffusion.commands import convert
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
 from diffusion.data.base import load
-from diffusion.data.decode import to_x_start
 from diffusion.data.sources.digits import Digits
+from diffusion.data.values import to_x_start
 from diffusion.ema import EMA
 from diffusion.interop.openai import config_from_flags, parse_flags
 from diffusion.likelihood import bits_per_dim
 from diffusion.metrics.base import Subject
 from diffusion.randomness import image_noise
+from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
 

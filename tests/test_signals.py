@@ -5,11 +5,11 @@ import time
 
 from helpers import ROOT
 
-from diffusion.signals import StopSignals
+from diffusion.parallel.signals import StopSignals
 
 SCRIPT = """
 import os, signal, time
-from diffusion.signals import StopSignals
+from diffusion.parallel.signals import StopSignals
 signals = StopSignals(1)
 with signals:
     os.kill(os.getpid(), signal.{name})
@@ -32,8 +32,8 @@ def test_a_second_signal_ends_the_process_at_once():
 CHILD = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from diffusion.distributed import launcher
-from diffusion.signals import StopSignals
+from diffusion.parallel.launchers import launcher
+from diffusion.parallel.signals import StopSignals
 signals = StopSignals(1, launcher())
 print("ready", flush=True)
 for _ in range(300):

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteSc
 from helpers import process, small_unet
 
 from diffusion import GaussianDiffusion, Schedule
-from diffusion.config import config_of
+from diffusion.config.schema import config_of
 from diffusion.errors import UsageError
 from diffusion.samplers import SAMPLERS, check_process, ddim, dpmpp, guided, heun, ipndm
 from diffusion.sampling import sample_batch

@@ -22,12 +22,12 @@ from torchvision import datasets as tv
 
 from diffusion import UsageError
 from diffusion.data.base import hold_out, load, open_data
-from diffusion.data.decode import to_stored, to_x_start
 from diffusion.data.sources import SOURCES
 from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.folder import Folder
 from diffusion.data.sources.huggingface import HuggingFace
 from diffusion.data.summary import describe_data
+from diffusion.data.values import to_stored, to_x_start
 
 REAL_DATA = os.environ.get("DIFFUSION_TEST_DATA")
 RNG = np.random.default_rng(0)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import GaussianDiffusion, UsageError, checkpoint
-from diffusion.config import Config, config_of
-from diffusion.data.decode import shrink, to_x_start
+from diffusion import GaussianDiffusion, UsageError
+from diffusion.config.schema import Config, config_of
 from diffusion.data.sources.folder import Folder
+from diffusion.data.values import shrink, to_x_start
 from diffusion.errors import Stopped
 from diffusion.losses import training_losses
+from diffusion.run import checkpoint
 from diffusion.sampling import sample_batch
 from diffusion.training import step as step_module
 from diffusion.training import trainer as trainer_module

@@ -10,13 +10,13 @@ from pathlib import Path
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, print_line, progress_bar
 from diffusion.data.base import DataSet, hold_out, load, open_data, part
-from diffusion.data.decode import to_uint8, to_x_start
 from diffusion.data.image_files import ImageFiles
 from diffusion.data.sources.folder import Folder
 from diffusion.data.summary import check_images, describe_data
+from diffusion.data.values import to_uint8, to_x_start
 from diffusion.errors import UsageError
-from diffusion.files import written_by
-from diffusion.images import PNG_MARK, save_grid
+from diffusion.files.atomic import written_by
+from diffusion.run.grids import PNG_MARK, save_grid
 
 ON_SHEET = 100
 

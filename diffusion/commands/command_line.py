@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion import checkpoint
 from diffusion.commands.terminal import Parser
-from diffusion.config import CLASSES, FIELDS, SECTIONS, Config, classes_with, config_of, override, unknown
-from diffusion.config_file import find_config, parse_value, read_yaml
+from diffusion.config.fields import describe, plain
+from diffusion.config.files import find_config, parse_value, read_yaml
+from diffusion.config.schema import CLASSES, FIELDS, SECTIONS, Config, classes_with, config_of, override, unknown
 from diffusion.errors import UsageError
-from diffusion.fields import describe, plain
+from diffusion.run import checkpoint
+from diffusion.run import folder as run_folder
 from diffusion.samplers import SAMPLERS, sampler_options
-from diffusion.training import run_folder
 
 CONTINUING = {"resume", "resume_from", "resume_from_checkpoint", "ckpt", "checkpoint", "continue", "load", "restore"}
 """Flags of other codebases for resuming."""

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from diffusion import checkpoint
 from diffusion.commands.terminal import Parser, check_writable, non_empty_path, open_run, print_line
-from diffusion.config_file import save_config
+from diffusion.config.files import save_config
 from diffusion.errors import UsageError, one_line, prefixed
 from diffusion.interop.diffusers import pipeline_writer, read_pipeline
 from diffusion.interop.openai import flags_from_config, from_openai
-from diffusion.training.run_folder import check_not_a_runs
+from diffusion.run import checkpoint
+from diffusion.run.folder import check_not_a_runs
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -15,22 +15,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffusion.checkpoint import Checkpoint, folders
 from diffusion.commands import terminal
-from diffusion.config import shared_fields
+from diffusion.config.schema import shared_fields
 from diffusion.data.base import DataConfig, DataSet, hold_out, open_data, with_classes
 from diffusion.data.image_files import FileDataset
 from diffusion.data.sources import SOURCES
-from diffusion.distributed import accelerate_starts, check_launcher, on_cpu
 from diffusion.errors import UsageError, one_line, one_of, prefixed
-from diffusion.files import replace_text, written_by
-from diffusion.images import PNG_MARK, save_grid
+from diffusion.files.atomic import replace_text, written_by
 from diffusion.metrics import METRICS
 from diffusion.metrics.base import Reference, Score, Subject, over_sets
 from diffusion.metrics.bits_per_dim import check_levels
 from diffusion.metrics.features import FEATURES
+from diffusion.parallel.launchers import accelerate_starts, check_launcher, on_cpu
+from diffusion.run.checkpoint import Checkpoint, folders
+from diffusion.run.folder import locate
+from diffusion.run.grids import PNG_MARK, save_grid
 from diffusion.samplers import Progress
-from diffusion.training.run_folder import locate
 
 ELSEWHERE = {"fid": "frechet, with --features inception", "is": "inception_score", "bpd": "bits_per_dim",
              "nll": "bits_per_dim", "precision": "precision_recall", "recall": "precision_recall"}  # fmt: skip

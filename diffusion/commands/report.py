@@ -7,8 +7,8 @@ from pathlib import Path
 
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, print_line
 from diffusion.errors import UsageError
-from diffusion.files import replace_bytes, written_by
-from diffusion.report import report
+from diffusion.files.atomic import replace_bytes, written_by
+from diffusion.report.page import report
 
 OURS = written_by('<meta name="generator" content="diffusion report">')
 

@@ -14,26 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.checkpoint import Checkpoint, Weights, is_run_or_checkpoint
 from diffusion.commands import terminal
 from diffusion.commands.command_line import OPTIONS
-from diffusion.compilation import compile_network
-from diffusion.config import Config
-from diffusion.config_file import parse_value
+from diffusion.config.fields import plain
+from diffusion.config.files import parse_value
+from diffusion.config.schema import Config
 from diffusion.data.base import load
-from diffusion.data.decode import scale, to_uint8, to_x_start
+from diffusion.data.decode import scale
 from diffusion.data.sources.folder import Folder
-from diffusion.distributed import accelerate_starts, check_launcher, launcher, on_cpu
-from diffusion.editing import Recorder
+from diffusion.data.values import to_uint8, to_x_start
 from diffusion.errors import UsageError, prefixed
-from diffusion.fields import plain
-from diffusion.files import check_no_dangling_link
-from diffusion.images import save_gif, save_grid
-from diffusion.sample_store import SUFFIXES, Form, SampleStore, begin_unused
+from diffusion.files.atomic import check_no_dangling_link
+from diffusion.parallel.compilation import compile_network
+from diffusion.parallel.launchers import accelerate_starts, check_launcher, launcher, on_cpu
+from diffusion.parallel.signals import SamplingInterrupted, StopSignals
+from diffusion.run.checkpoint import Checkpoint, Weights, is_run_or_checkpoint
+from diffusion.run.folder import check_not_a_runs, locate
+from diffusion.run.grids import save_gif, save_grid
+from diffusion.run.samples import SUFFIXES, Form, SampleStore, begin_unused
 from diffusion.samplers import SAMPLERS, sampler_options
-from diffusion.sampling import batches, check_finite, generate
-from diffusion.signals import SamplingInterrupted, StopSignals
-from diffusion.training.run_folder import check_not_a_runs, locate
+from diffusion.sampling import Recorder, batches, check_finite, generate
 
 MAX_IN_GRID = 10_000
 

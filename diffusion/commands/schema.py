@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from diffusion.commands.terminal import Parser, check_output, non_empty_path
-from diffusion.config import Config
-from diffusion.fields import json_schema
-from diffusion.files import replace_text
+from diffusion.config.fields import json_schema
+from diffusion.config.schema import Config
+from diffusion.files.atomic import replace_text
 
 
 def main() -> None:

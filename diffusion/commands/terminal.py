@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.checkpoint import Checkpoint, open_weights
 from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line, prefixed
-from diffusion.files import check_no_dangling_link
-from diffusion.training.run_folder import check_is_run, check_not_a_runs
+from diffusion.files.atomic import check_no_dangling_link
+from diffusion.run.checkpoint import Checkpoint, open_weights
+from diffusion.run.folder import check_is_run, check_not_a_runs
 
 
 def non_empty_path(text: str) -> Path:

@@ -13,10 +13,10 @@ import torch
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.report import write_report
 from diffusion.commands.terminal import print_line, progress_bar
-from diffusion.distributed import check_launcher, with_launchers_settings
 from diffusion.errors import escape_control, one_line
-from diffusion.files import replace_text
-from diffusion.training import run_folder
+from diffusion.files.atomic import replace_text
+from diffusion.parallel.launchers import check_launcher, with_launchers_settings
+from diffusion.run import folder as run_folder
 
 if TYPE_CHECKING:
     from diffusion.training.trainer import Trainer

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from diffusion.data.decode import Array, Target
+from diffusion.config.fields import Channels, ImageSize, Positive, section
+from diffusion.data.decode import Target
+from diffusion.data.values import Array
 from diffusion.errors import UsageError
-from diffusion.fields import Channels, ImageSize, Positive, section
 from diffusion.randomness import generator_for
 
 LARGEST = 1e30

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UsageError, one_line
-from diffusion.files import cached_file, read_cache, write_cache
+from diffusion.files.atomic import cached_file, read_cache, write_cache
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db"}

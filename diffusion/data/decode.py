@@ -12,18 +12,15 @@ from functools import cache
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+
+from diffusion.data.values import Array
 
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 2**30 // 12
 """Larger images may be meant to exhaust the memory. (PIL only warns up to twice this number, and warning filters are
 not thread-safe.)"""
-Array = NDArray[Any]
-"""uint8, or float32 in [-1, 1]."""
 HEADERS = threading.Lock()
 """Held while numpy reads a header, through Python's parser, which fails now and then in several threads."""
 TIFF_HEADS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
@@ -299,31 +296,3 @@ def preprocess_all(images: NDArray[np.uint8], target: Target) -> NDArray[np.uint
     if (*images.shape[1:3], *(images.shape[3:] or (1,))) == (*target.sizes, target.channels):
         return images.reshape(*images.shape[:3], target.channels).transpose(0, 3, 1, 2).copy()
     return np.stack([preprocess(Image.fromarray(image), target) for image in images])
-
-
-def to_x_start(images: Tensor) -> Tensor:
-    """Stored images to what the network sees: float32 in [-1, 1]. uint8 is scaled; floats are so already."""
-    return images if images.is_floating_point() else images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to levels 0 to 255: the inverse of `to_x_start`, rounded."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def to_stored(images: Tensor, declared: tuple[float, float] | None) -> Array:
-    """Images in [-1, 1] to the values of the data: uint8; or, of a declared range, uint16 where its ends are whole
-    numbers of 16 bits, else float32."""
-    low, high = declared or (0, 255)
-    whole = isinstance(low, int) and isinstance(high, int)
-    if whole and (low, high) == (0, 255):
-        return to_uint8(images).cpu().numpy()
-    values = ((images.cpu().double().clamp(-1, 1) + 1) * ((high - low) / 2) + low).numpy()
-    if whole and low >= 0 and high - low >= 255 and high <= 65535:
-        return values.round().astype(np.uint16)
-    return values.astype(np.float32)
-
-
-def shrink(x_start: Tensor, size: int | Sequence[int]) -> Tensor:
-    """The low-resolution input that an upsampler is trained on: the mean of each area, as in the published code."""
-    return F.interpolate(x_start, size if isinstance(size, int) else tuple(size), mode="area")

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from diffusion.config.fields import Finite, section
 from diffusion.data.base import ArrayDataset, DataConfig, DataSet, Labels, Loaded, digest
 from diffusion.data.containers import Container
-from diffusion.data.decode import MAX_PIXELS, Array, Target, decode, native_sizes, stack
+from diffusion.data.decode import MAX_PIXELS, Target, decode, native_sizes, stack
+from diffusion.data.values import Array
 from diffusion.errors import UsageError, one_line
-from diffusion.fields import Finite, section
 
 OnError = Literal["fail", "skip"]
 Sizes = Annotated[int, Field(ge=1, le=8192)] | Annotated[tuple[int, ...], Field(strict=False)] | None

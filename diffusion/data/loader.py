@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from diffusion.data.base import Batch, DataSet
 from diffusion.errors import UsageError, one_line
+from diffusion.parallel.signals import STOP_SIGNALS
 from diffusion.randomness import generator_for
-from diffusion.signals import STOP_SIGNALS
 
 POLL_SECONDS = 1
 """How often a process that waits for a worker's batch checks whether to stop."""

@@ -15,8 +15,9 @@ import torch
 
 from diffusion.data.base import DataConfig, DataSet, Labels, load, part
 from diffusion.data.containers import stem
-from diffusion.data.decode import describe_image, native_sizes, open_image, to_x_start
+from diffusion.data.decode import describe_image, native_sizes, open_image
 from diffusion.data.image_files import FileDataset
+from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError
 
 LOOKED, VALUES, DEEP, CHUNK = 1000, 64, 20, 512

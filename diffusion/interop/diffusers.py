@@ -13,12 +13,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from diffusion.checkpoint import Checkpoint, Weights, checked_names
-from diffusion.config import Config, ModelConfig, config_of
-from diffusion.config_file import load_config, save_config
+from diffusion.config.files import load_config, save_config
+from diffusion.config.schema import Config, ModelConfig, config_of
 from diffusion.errors import UsageError, one_line
+from diffusion.files.tensors import load_tensors
 from diffusion.models.layers import timestep_embedding
-from diffusion.tensor_files import load_tensors
+from diffusion.run.checkpoint import Checkpoint, Weights, checked_names
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}

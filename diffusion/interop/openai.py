@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion.config import Config, config_of
+from diffusion.config.schema import Config, config_of
 from diffusion.errors import UsageError
-from diffusion.tensor_files import load_plain
+from diffusion.files.tensors import load_plain
 
 IMPROVED: dict[str, Any] = dict(
     image_size=64, num_channels=128, num_res_blocks=2, num_heads=4, num_heads_upsample=-1, dropout=0.0,

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.checkpoint import Checkpoint
-from diffusion.config import Config
+from diffusion.config.schema import Config
 from diffusion.data.base import DataSet, digest, load, part
-from diffusion.data.decode import to_uint8, to_x_start
-from diffusion.files import read_cache, write_cache
+from diffusion.data.values import to_uint8, to_x_start
+from diffusion.files.atomic import read_cache, write_cache
 from diffusion.metrics.features import FEATURES, Extractor
+from diffusion.run.checkpoint import Checkpoint
 from diffusion.samplers import Progress
 from diffusion.sampling import batches, check_finite, generate
 

@@ -9,7 +9,7 @@ import torch
 
 from diffusion import likelihood
 from diffusion.data.base import DataSet, load, part
-from diffusion.data.decode import shrink, to_x_start
+from diffusion.data.values import shrink, to_x_start
 from diffusion.errors import UsageError
 from diffusion.metrics.base import Score, Subject
 from diffusion.randomness import image_noise

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.checksums import sha256
 from diffusion.data.base import DataSet, load, part
-from diffusion.data.decode import to_x_start
 from diffusion.data.loader import batch_indices
+from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError, one_line
+from diffusion.run.checksums import sha256
 
 CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 20_000, 500
 

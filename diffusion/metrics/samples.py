@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from diffusion.data.base import part
-from diffusion.data.decode import to_x_start
+from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError
 from diffusion.metrics.base import Reference, Score, Subject
 from diffusion.metrics.frechet import frechet_distance

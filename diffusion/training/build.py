@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from diffusion.config import Config, TrainConfig
+from diffusion.config.schema import Config, TrainConfig
 from diffusion.errors import UsageError
 from diffusion.models.initialisation import scalars
+from diffusion.optimizers.muon import Muon
 from diffusion.process import GaussianDiffusion
-from diffusion.training.muon import Muon
 from diffusion.training.step import TrainingStep
 
 DECAY_SHARE = 0.4

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from diffusion.checkpoint import Checkpoint
-from diffusion.config import Config
+from diffusion.config.schema import Config
 from diffusion.data.base import DataSet, count_seen, hold_out, open_data
 from diffusion.data.sources.folder import Folder
 from diffusion.data.summary import describe_data
-from diffusion.distributed import check_agreed
 from diffusion.errors import UsageError
+from diffusion.parallel.launchers import check_agreed
+from diffusion.run.checkpoint import Checkpoint
 
 COMPARED_BYTES = 2**30
 """Files of this size in all, or data in memory, are compared with what is held out of them when a run begins."""

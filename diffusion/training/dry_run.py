@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.config import Config
-from diffusion.data.decode import to_x_start
+from diffusion.config.schema import Config
 from diffusion.data.loader import step_batches
+from diffusion.data.values import to_x_start
 from diffusion.training.data import describe_run
 from diffusion.training.trainer import Trainer
 

@@ -11,9 +11,9 @@ from accelerate.utils import reduce
 from numpy.typing import NDArray
 from torch import nn
 
-from diffusion.config import Config
+from diffusion.config.schema import Config
 from diffusion.data.base import DataSet, Labels, load, part
-from diffusion.data.decode import shrink, to_x_start
+from diffusion.data.values import shrink, to_x_start
 from diffusion.losses import training_losses
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, image_noise

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather, gather_object
 from torch import Tensor
 
-from diffusion.tensor_files import checked_tensor
+from diffusion.files.tensors import checked_tensor
 
 
 class Meter:

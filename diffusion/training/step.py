@@ -15,15 +15,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusion.data.decode import shrink
-from diffusion.distributed import on_cpu
+from diffusion.data.values import shrink
 from diffusion.ema import EMA
 from diffusion.errors import UsageError, check_name
+from diffusion.files.tensors import checked_tensor
 from diffusion.losses import LossType, Weighting, training_losses
+from diffusion.parallel.launchers import on_cpu
+from diffusion.parallel.sharding import shard_like, to_full
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, seed_for
-from diffusion.sharding import shard_like, to_full
-from diffusion.tensor_files import checked_tensor
 from diffusion.timesteps import LossSecondMoment, TimestepSamplerName
 
 LOSS_SCALES = 1.0, 2.0**24

@@ -12,7 +12,7 @@ from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import LoggerType
 from PIL import Image
 
-from diffusion.config import Config
+from diffusion.config.schema import Config
 from diffusion.errors import UsageError, check_name, one_line
 
 

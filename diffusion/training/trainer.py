@@ -16,28 +16,28 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.compiler import set_stance
 
-from diffusion import checkpoint
-from diffusion.compilation import compile_network
-from diffusion.config import Config
+from diffusion.config.schema import Config
 from diffusion.data.base import Batch, load, part
-from diffusion.data.decode import shrink, to_uint8, to_x_start
 from diffusion.data.loader import batch_indices, step_batches
-from diffusion.distributed import accelerate_starts, check_known, keep_freed_memory, launcher, on_cpu
+from diffusion.data.values import shrink, to_uint8, to_x_start
 from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, name_some, one_line
-from diffusion.images import save_grid
+from diffusion.parallel.compilation import compile_network
+from diffusion.parallel.launchers import accelerate_starts, check_known, keep_freed_memory, launcher, on_cpu
+from diffusion.parallel.sharding import shard_like, to_host
+from diffusion.parallel.signals import SamplingInterrupted, StopSignals
 from diffusion.randomness import seed_for
+from diffusion.run import checkpoint
+from diffusion.run.folder import RunFolder, append_line, check_out
+from diffusion.run.grids import save_grid
+from diffusion.run.resume import changes, continued_config
+from diffusion.run.transfer import origin_of, start_from
 from diffusion.sampling import batches, generate
-from diffusion.sharding import shard_like, to_host
-from diffusion.signals import SamplingInterrupted, StopSignals
 from diffusion.training.build import DECAY_SHARE, build_step, learning_rate
-from diffusion.training.data import open_run_data
+from diffusion.training.data import open_run_data, seen_before
 from diffusion.training.held_out import held_out_loss
 from diffusion.training.meter import Meter
-from diffusion.training.resume import changes, continued_config
-from diffusion.training.run_folder import RunFolder, append_line, check_out
 from diffusion.training.step import micro_batch_slices
 from diffusion.training.trackers import Trackers, check_trackers
-from diffusion.training.transfer import start_from
 
 WAIT_SECONDS = 20
 """How long one of several processes that received a signal waits for images, before it ends without the others."""
@@ -120,7 +120,8 @@ class Trainer:
             checkpoint.check_fits(self.network, weights, saved.path)
             self.network.load_state_dict(weights)
         elif train.init_from is not None:
-            notes, self.origin = start_from(Path(train.init_from), self.network, config, self.data)
+            source, notes = start_from(Path(train.init_from), self.network, config, self.class_names)
+            notes, self.origin = notes + seen_before(source, self.data), origin_of(source)
         self.training_step = build_step(config, self.network, self.process, accelerator)
         self.ema, self.meter = self.training_step.ema, Meter(accelerator)
         if train.compile and (reason := compile_network(self.network, accelerator.device)):

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.data.decode import Array, scale
+from diffusion.config.fields import PathText, section
+from diffusion.data.decode import scale
 from diffusion.data.image_files import FileDataset, ImageFiles, Sizes
+from diffusion.data.values import Array
 from diffusion.errors import UsageError, one_line
-from diffusion.fields import PathText, section
 
 IMAGES, LABELS = ("arr_0", "images", "x"), ("arr_1", "labels", "y")
 

@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from diffusion.config.fields import Channels, ImageSize, section
 from diffusion.data.base import ArrayDataset, DataConfig
 from diffusion.data.decode import preprocess_all
-from diffusion.fields import Channels, ImageSize, section
 
 
 @section("data")

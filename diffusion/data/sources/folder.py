@@ -10,11 +10,11 @@ from typing import Literal
 
 import numpy as np
 
+from diffusion.config.fields import PathText, section
 from diffusion.data.containers import IMAGE_SUFFIXES, Archives, open_container, stem
 from diffusion.data.image_files import FileDataset, ImageFiles
 from diffusion.data.labels import LABELS, from_file, number
 from diffusion.errors import UsageError, check_name, one_line
-from diffusion.fields import PathText, section
 
 LABEL_FILES = ("dataset.json", "labels.csv")
 """Label files that are used unasked."""

@@ -9,9 +9,9 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from diffusion.config.fields import PathText, section
 from diffusion.data.image_files import FileDataset, ImageFiles
 from diffusion.errors import UsageError, check_name, one_line
-from diffusion.fields import PathText, section
 
 
 @section("data")

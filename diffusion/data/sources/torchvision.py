@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from diffusion.config.fields import Channels, ImageSize, PathText, section
 from diffusion.data.base import ArrayDataset, DataConfig
 from diffusion.data.containers import Directory
 from diffusion.data.decode import preprocess_all
 from diffusion.data.image_files import FileDataset, ImageFiles
 from diffusion.errors import UsageError
-from diffusion.fields import Channels, ImageSize, PathText, section
 
 
 def open_torchvision(name: str, source: str, inside: str, path: str | None, **part: Any) -> tuple[Any, Path]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from diffusion.config import Config
+from diffusion.config.schema import Config
 from diffusion.errors import UsageError, one_line
 
 if TYPE_CHECKING:  # slow to import, and only needed once a run begins

@@ -25,10 +25,11 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.data.decode import PIL_MODES, to_stored
+from diffusion.data.decode import PIL_MODES
+from diffusion.data.values import to_stored
 from diffusion.errors import UsageError
-from diffusion.files import lock, replace_bytes, unlock
-from diffusion.images import png, save_grid
+from diffusion.files.atomic import lock, replace_bytes, unlock
+from diffusion.run.grids import png, save_grid
 
 Form = Literal["grid", "images", "npz"]
 SETTINGS = "samples.json"

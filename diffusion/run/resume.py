@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion.checkpoint import Checkpoint
-from diffusion.config import Config
+from diffusion.config.fields import plain
+from diffusion.config.schema import Config
 from diffusion.errors import UsageError
-from diffusion.fields import plain
+from diffusion.run.checkpoint import Checkpoint
 
 RESUMABLE = {
     "data": {"path", "workers", "allow_change", "on_error"},

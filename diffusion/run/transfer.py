@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
-from diffusion.checkpoint import Checkpoint, Weights, open_weights
-from diffusion.config import Config
+from diffusion.config.fields import plain
+from diffusion.config.schema import Config
 from diffusion.errors import UsageError
-from diffusion.fields import plain
 from diffusion.models.unet import UNetModel
-from diffusion.training.data import RunData, seen_before
-from diffusion.training.run_folder import check_is_run
+from diffusion.run.checkpoint import Checkpoint, Weights, open_weights
+from diffusion.run.folder import check_is_run
 
 CLASSES = "label_emb.weight"
 MEANING = {
@@ -25,13 +24,13 @@ MEANING = {
 """Settings that change the shape, place or meaning of weights."""
 
 
-def start_from(path: Path, network: UNetModel, config: Config, data: RunData) -> tuple[list[str], dict[str, object]]:
-    """Copy the weights of a run, checkpoint or converted model (see `copy_weights`). Returns messages about them, and
-    the record of their origin."""
+def start_from(
+    path: Path, network: UNetModel, config: Config, class_names: Sequence[str]
+) -> tuple[Checkpoint, list[str]]:
+    """Copy the weights of a run, checkpoint or converted model (see `copy_weights`). Returns it, and messages."""
     check_is_run(path)
     source, weights = open_weights(path)
-    notes = copy_weights(network, weights, source, config, data.class_names)
-    return notes + seen_before(source, data), origin_of(source)
+    return source, copy_weights(network, weights, source, config, class_names)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.data.decode import PIL_MODES
-from diffusion.files import replace_bytes
+from diffusion.files.atomic import replace_bytes
 
 TILE = 64
 """Smaller images are enlarged to about this many pixels in a grid."""

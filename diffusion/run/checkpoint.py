@@ -26,14 +26,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion.checksums import MAX_JSON_BYTES, SUMS, Damaged, damaged, read_sums, reading, sha256, verify
-from diffusion.config import Config
-from diffusion.config_file import load_config, save_config
+from diffusion.config.files import load_config, save_config
+from diffusion.config.schema import Config
 from diffusion.ema import LONGEST, reconstruct
 from diffusion.errors import UsageError, one_line
-from diffusion.files import to_disk
+from diffusion.files.atomic import to_disk
+from diffusion.files.tensors import load_plain, load_tensors
 from diffusion.models.unet import UNetModel
-from diffusion.tensor_files import load_plain, load_tensors
+from diffusion.run.checksums import MAX_JSON_BYTES, SUMS, Damaged, damaged, read_sums, reading, sha256, verify
 
 FORMAT = 6
 Weights = Mapping[str, Tensor]

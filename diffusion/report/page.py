@@ -14,10 +14,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from diffusion import checkpoint
-from diffusion.config_file import load_config
+from diffusion.config.files import load_config
 from diffusion.data.decode import open_image
 from diffusion.errors import UsageError, one_line
+from diffusion.run import checkpoint
 
 POINTS, GRIDS, GRID_PIXELS = 1500, 24, 640
 """How many points a curve has at the most, how many grids are shown, and how wide they are."""
@@ -59,7 +59,7 @@ def report(runs: Sequence[Path]) -> str:
     title = ", ".join(names)
     tiles = "".join(_tiles(lines[run][-1], name) for run, name in zip(runs, shown, strict=True))
     sections = (_differences(runs, names) if len(runs) > 1 else "") + sections
-    page = (files("diffusion") / "report.html").read_text(encoding="utf-8")
+    page = (files("diffusion.report") / "report.html").read_text(encoding="utf-8")
     data = json.dumps({"plots": plots, "grids": grids}, allow_nan=False).replace("<", "\\u003c")
     subtitle = f"{len(runs)} runs" if len(runs) > 1 else f"{lines[runs[0]][-1]['step']:,} steps"
     values = {"title": _text(title), "subtitle": subtitle, "tiles": tiles, "sections": sections,

@@ -1,7 +1,7 @@
 """Typed configuration: the schema, with each range beside its field.
 
 `Config()` is the digits run. The docstring under a field is what `train.py --help` prints. The sections of
-`data` are in `diffusion.data.sources`, one per source. `diffusion.config_file` reads and writes YAML.
+`data` are in `diffusion.data.sources`, one per source. `diffusion.config.files` reads and writes YAML.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field
 from torch import nn
 
+from diffusion.config.fields import Finite, Natural, PathText, Positive, describe, has_field, section, shown
 from diffusion.data.base import DataConfig
 from diffusion.data.sources import SOURCES
 from diffusion.ema import EMA
 from diffusion.errors import UsageError, check_name, prefixed
-from diffusion.fields import Finite, Natural, PathText, Positive, describe, has_field, section, shown
 from diffusion.losses import LossType, Weighting
 from diffusion.models.initialisation import InitName, check_init, initialise
 from diffusion.models.rules import check_sizes, check_widths

@@ -5,7 +5,7 @@ runs/x/
     metrics.jsonl                a line each train.log_every steps
     metrics_superseded.jsonl     lines of steps that were done again, or of a run that began again
     samples/                     grids
-    checkpoints/step_00000300/   see `diffusion.checkpoint`
+    checkpoints/step_00000300/   see `diffusion.run.checkpoint`
     .lock                        held while a process trains there
 """
 
@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion import checkpoint
-from diffusion.config import Config
-from diffusion.config_file import load_config, save_config
+from diffusion.config.files import load_config, save_config
+from diffusion.config.schema import Config
 from diffusion.errors import UsageError, one_line
-from diffusion.files import check_no_dangling_link, lock, replace_text, unlock
+from diffusion.files.atomic import check_no_dangling_link, lock, replace_text, unlock
+from diffusion.run import checkpoint
 
 OWN = {"config.yaml": Path.is_file, "metrics.jsonl": Path.is_file, "metrics_superseded.jsonl": Path.is_file,
        "checkpoints": Path.is_dir, "samples": Path.is_dir, ".lock": Path.is_file, "best": Path.is_symlink,

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from diffusion.config import SECTIONS, Config, check_keys, config_of
+from diffusion.config.schema import SECTIONS, Config, check_keys, config_of
 from diffusion.errors import UsageError, did_you_mean, one_line
-from diffusion.files import replace_text
+from diffusion.files.atomic import replace_text
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 SHIPPED = next((path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir()), PACKAGE)
 """The configurations that ship with the package: inside it in a wheel, beside it in a clone."""
 MAX_FILE_BYTES = 2**20
