@@ -1,6 +1,6 @@
 # make train   install into .venv and train on the digits
 # make test    everything: lint, types and all tests
-# make check   before each commit: lint, types, imports and unit tests, in less than two minutes
+# make check   before each commit: lint, types, imports and unit tests, in less than a minute
 # make docs    the documentation as a site, in site/
 # make dist    build the wheel, install it into an empty environment, and use it there
 PYTHON ?= python3
@@ -16,7 +16,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 check: lint
-	$(BIN)/python -m pytest -n 2 -q -m "not slow and not whole"
+	$(BIN)/python -m pytest -n 2 -q tests/unit
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -17,8 +17,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from quality import Judge
 
+from diffusion import load
 from diffusion.errors import UsageError
-from diffusion.run.checkpoint import open_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "studies"))
 from tables import interval, table
@@ -33,16 +33,14 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    saved, _ = open_weights(args.ckpt)
-    judge, rows, points = Judge(saved.config), [], []
+    judge, rows, points = Judge(load(args.ckpt).config), [], []
     for name in LENGTHS:
         try:
-            saved, weights = open_weights(args.ckpt, name)
+            run = load(args.ckpt, name)
         except UsageError as error:
             rows.append([name, str(error).rpartition("express it with ")[2].partition(",")[0]])
             continue
-        network = saved.network(weights).eval()
-        found = [judge.distance(judge.samples(saved.config, network, args.n, seed)) for seed in range(args.seeds)]
+        found = [judge.distance(judge.samples(run.config, run.network, args.n, seed)) for seed in range(args.seeds)]
         mean, half = interval(found)
         rows.append([name, f"{mean:.4f} ± {half:.4f}"])
         points.append((0.0 if name == "none" else float(name.removeprefix("length")), mean, half))

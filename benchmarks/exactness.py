@@ -50,7 +50,9 @@ def plain(config: Config, steps: int) -> float:
     train = config.train
     network = config.network(len(dataset.class_names))
     process, ema = config.diffusion.process(), EMA(network, train.ema_rates)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=train.lr, weight_decay=train.options["weight_decay"], fused=True
+    )
     loader: DataLoader[Any] = DataLoader(
         dataset, train.batch_size, shuffle=True, drop_last=True, collate_fn=lambda batch: batch
     )

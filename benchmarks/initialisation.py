@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ class Training:
 
     def __init__(self, config: Config, name: str, batch_size: int, compiled: bool):
         init, use_norm = NETWORKS[name]
-        model = dataclasses.replace(config.model, init=init, use_norm=use_norm)  # type: ignore[arg-type]
+        changed: dict[str, Any] = {"init": init, "use_norm": use_norm}
+        model = dataclasses.replace(config.model, **changed)
         torch.manual_seed(0)
         network = dataclasses.replace(config, model=model).network(10)
         if compiled:

@@ -130,7 +130,7 @@ def guided_diffusion(config: Config, x: Tensor, compiled: bool) -> Peer:
     from guided_diffusion.script_util import create_gaussian_diffusion
     from guided_diffusion.unet import UNetModel
 
-    model = config.model
+    model: Any = config.model
     arguments = dict(image_size=SIZE, in_channels=3, model_channels=model.model_channels, out_channels=6,
                      num_res_blocks=model.num_res_blocks, attention_resolutions=model.attention_resolutions,
                      channel_mult=model.channel_mult, num_heads=model.num_heads, use_scale_shift_norm=True)  # fmt: skip
@@ -166,8 +166,9 @@ def denoising_diffusion_pytorch(config: Config, x: Tensor, compiled: bool) -> Pe
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
-    mult = tuple(int(m) for m in config.model.channel_mult)
-    unet = Unet(dim=config.model.model_channels, dim_mults=mult, flash_attn=False)
+    model: Any = config.model
+    mult = tuple(int(m) for m in model.channel_mult)
+    unet = Unet(dim=model.model_channels, dim_mults=mult, flash_attn=False)
     process = GaussianDiffusion(unet, image_size=SIZE, timesteps=1000, beta_schedule="cosine").to(x.device)
     optimizer = torch.optim.Adam(process.parameters(), lr=LR, betas=(0.9, 0.99))
     ema = EMA(process, beta=0.995, update_every=10)

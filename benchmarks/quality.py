@@ -6,7 +6,6 @@ set with each other and is no FID. Every tenth image is held out of everything b
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,8 @@ from diffusion.data.base import load, open_data
 from diffusion.data.values import to_uint8, to_x_start
 from diffusion.losses import training_losses
 from diffusion.metrics.features import fit_classifier
-from diffusion.metrics.frechet import frechet_distance
-from diffusion.sampling import batches, generate
+from diffusion.metrics.samples import frechet_distance
+from diffusion.run.loaded import Run
 
 HELD_OUT_EVERY, DRAWS, BATCH = 10, 2880, 250
 
@@ -74,6 +73,5 @@ class Judge:
 
     def samples(self, config: Config, network: nn.Module, n: int, seed: int = 0, **sample: Any) -> Tensor:
         """`n` images of a model, with the settings `sample` in place of its own."""
-        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **sample))
-        labels = range(self.classes) if config.model.class_cond else None
-        return torch.cat([x for _, x in generate(config, network, batches(range(n), BATCH), labels=labels, seed=seed)])
+        names = tuple(map(str, range(self.classes))) if config.model.class_cond else ()
+        return Run(config, network, names).sample(n, batch_size=BATCH, seed=seed, **sample)

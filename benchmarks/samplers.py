@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from quality import Judge
 
-from diffusion.run.checkpoint import open_weights
+from diffusion import load
 
 sys.path.append(str(Path(__file__).parents[1] / "studies"))
 from tables import interval, keep, table
@@ -58,10 +58,9 @@ WAYS = {
 
 def score(ckpt: Path, way: Way, evaluations: int, clip: bool, n: int, seed: int, judge: Judge) -> float:
     torch.set_num_threads(1)
-    saved, weights = open_weights(ckpt)
-    options = dict(way.options) | dict(clip_denoised=clip)
-    x = judge.samples(saved.config, saved.network(weights).eval(), n, seed, sampler=way.sampler,
-                      steps=way.steps(evaluations), options=options, guidance=1.0)  # fmt: skip
+    run, options = load(ckpt), dict(way.options) | dict(clip_denoised=clip)
+    x = judge.samples(run.config, run.network, n, seed, sampler=way.sampler, steps=way.steps(evaluations),
+                      guidance=1.0, **options)  # fmt: skip
     return judge.distance(x)
 
 
@@ -109,8 +108,8 @@ def main() -> None:
     parser.add_argument("--clipped", action="store_true", help="only with clipping")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     args = parser.parse_args()
-    saved, _ = open_weights(args.ckpt)
-    judge = Judge(saved.config)
+    run = load(args.ckpt)
+    judge = Judge(run.config)
     path = args.out.with_suffix(".json")
     results: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
     few = [int(evaluations) for evaluations in args.evaluations.split(",")]
@@ -127,7 +126,7 @@ def main() -> None:
             results.setdefault(jobs[done], []).append(done.result())
             keep(path, results)
     first = judge.distance(judge.held_out[0])
-    lines = report(results, args.out, f"{saved.config.data.source}, {args.n} images a set")
+    lines = report(results, args.out, f"{run.config.data.source}, {args.n} images a set")
     args.out.with_suffix(".md").write_text(
         f"{lines}\n\nMeans and 95% intervals of {args.seeds} sets of {args.n} images. {len(judge.held_out[0])} "
         f"held-out images: {first:.3f}. The classifier is right on {judge.accuracy:.1%} of them.\n"

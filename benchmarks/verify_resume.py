@@ -7,6 +7,7 @@ same steps without a break. Takes the flags of train.py, on one process or sever
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from diffusion.commands.terminal import exit_code, print_line
 from diffusion.config.schema import Config
 from diffusion.errors import UsageError
 from diffusion.parallel.launchers import accelerate_starts, check_launcher, on_cpu, with_launchers_settings
-from diffusion.run import checkpoint
+from diffusion.run.checkpoint import Checkpoint, checkpoint_folder, newest
 from diffusion.training.build import parameter_groups
 from diffusion.training.trainer import Trainer
 
@@ -65,22 +66,21 @@ def verify_resume(config: Config, folder: Path) -> str | None:
 
 def _tensors(run: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a run's last checkpoint, with a descriptive name."""
-    saved = checkpoint.open_checkpoint(checkpoint.checkpoint_folder(run, STEPS))
-    weights = saved.weights()
+    saved, files = newest(checkpoint_folder(run, STEPS), Checkpoint.files)
+    weights, training = files["model.safetensors"], files["training.safetensors"]
     yield from ((f"the weight {name}", value) for name, value in weights.items())
     for key in config.train.averages:
-        yield from ((f"the average at {key} of {name}", value) for name, value in saved.ema(key).items())
-    training = checkpoint.load_plain(saved.path / "training.pt")
-    # in the optimizer's order
+        average = files[f"ema_{key}.safetensors"]
+        yield from ((f"the average at {key} of {name}", value) for name, value in average.items())
     model = saved.network(weights)
     named = {id(p): name for name, p in model.named_parameters()}
-    groups = parameter_groups(model, muon=config.train.optimizer == "muon")
-    names = [named[id(p)] for group in groups for p in group["params"]]
-    for i, moments in training["step"]["optimizer"].items():
-        yield from ((f"the optimizer's {kind} of {names[i]}", value) for kind, value in moments.items())
-    for part in ("scaler", "importance"):
-        values = (training["step"][part] or {}).items()
-        yield from ((f"{part} {name}", torch.as_tensor(value)) for name, value in values if value is not None)
+    optimizer = config.train.component("optimizer")(model, parameter_groups(model), config.train.lr)
+    names = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]  # in the optimizer's order
+    for path, value in training.items():
+        moment = re.fullmatch(r"step/optimizer/(\d+)/(\w+)", path)
+        yield f"the optimizer's {moment[2]} of {names[int(moment[1])]}" if moment else path, value
+    numbers = {name: value for name, value in saved.numbers.items() if isinstance(value, int | float)}
+    yield from ((name, torch.as_tensor(value)) for name, value in numbers.items())
 
 
 def main() -> None:

@@ -1,9 +1,42 @@
 """Diffusion models after Nichol & Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models"."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from diffusion.errors import UsageError
 from diffusion.models.unet import UNetModel
 from diffusion.process import GaussianDiffusion
 from diffusion.schedule import Schedule
 
+if TYPE_CHECKING:
+    from diffusion.run.loaded import Run
+    from diffusion.training.trainer import Trainer
+
 __version__ = "0.1.0"
-__all__ = ["GaussianDiffusion", "Schedule", "UNetModel", "UsageError", "__version__"]
+__all__ = ["GaussianDiffusion", "Schedule", "UNetModel", "UsageError", "__version__", "load", "train"]
+
+
+def load(path: str | Path, ema: str | None = None) -> "Run":
+    """Open a run or a checkpoint: its network, settings and process, and sampling (see `diffusion.run.loaded.Run`).
+
+    Args:
+        ema: a moving average by its name, or none for the weights in training (default: the run's first average).
+    """
+    from diffusion.run.loaded import load_run  # what is below needs neither pydantic nor PIL
+
+    return load_run(path, ema)
+
+
+def train(data: Any, out: str | Path, settings: Mapping[str, Any] | None = None) -> "Trainer":
+    """A run on images from Python, begun or continued: `for step, metrics in diffusion.train(...): ...` trains it.
+
+    Args:
+        data: images (N, C, *sizes), uint8 or float in [-1, 1]; a pair of them and labels (N,); a folder; or a map-style
+            data set of pairs (image, label).
+        out: the run's folder.
+        settings: by name, such as {"train.steps": 100}.
+    """
+    from diffusion.training.api import trainer_for
+
+    return trainer_for(data, Path(out), settings or {})

@@ -5,8 +5,6 @@ of that profile over the training time, so it grows with the run. From two of th
 other lengths can be reconstructed after training (section 3 of that paper, EDM2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -104,9 +102,8 @@ def reconstruct(stored: Sequence[tuple[float, int]], length: float, step: int) -
     products = np.array([[_inner_product(a, b) for b in profiles] for a in profiles])
     with_wanted = np.array([_inner_product(a, wanted) for a in profiles])
     coefficients = np.linalg.lstsq(products, with_wanted)[0]
-    missing = 1 - (2 * coefficients @ with_wanted - coefficients @ products @ coefficients) / _inner_product(
-        wanted, wanted
-    )
+    reached = 2 * coefficients @ with_wanted - coefficients @ products @ coefficients
+    missing = 1 - reached / _inner_product(wanted, wanted)
     return coefficients, float(np.sqrt(max(0.0, missing)))
 
 

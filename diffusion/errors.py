@@ -1,40 +1,15 @@
-"""Exceptions for the user, and one-line messages."""
+"""Exceptions for the user, whose messages are one line, and checks of names and options."""
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, get_type_hints
 
 
 class UsageError(ValueError):
     """An error that the user can fix. Its message is one line that names the thing, its value, and what would be right.
     The commands print it to stderr and exit with code 2."""
-
-
-def one_of(value: object, options: Iterable[str]) -> str:
-    """The options for a value in a message, with the nearest one."""
-    near = difflib.get_close_matches(str(value), list(options), n=1)
-    return f"one of {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
-
-
-@contextmanager
-def prefixed(prefix: str) -> Iterator[None]:
-    """Put the section or flag that the caller knows before the message of a UsageError."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{prefix}{error}") from None
-
-
-def did_you_mean(value: str, options: Collection[str], otherwise: str = "there are") -> str:
-    """The nearest option to a value in a message, or all of them."""
-    near = difflib.get_close_matches(value, list(options), n=1)
-    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(options)}"
-
-
-def check_name(what: str, value: object, options: Collection[str]) -> None:
-    """Raise UsageError, with the nearest name, if `value` is not one of `options`."""
-    if value not in options:
-        raise UsageError(f"{what} is {value}; it must be {one_of(value, options)}")
 
 
 class NotWritten(UsageError):
@@ -53,10 +28,56 @@ class WorkerDied(RuntimeError):
     """A process that the run needed has died. The same command continues the run."""
 
 
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Put the section or flag that the caller knows before the message of a UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{prefix}{error}") from None
+
+
+def did_you_mean(value: object, options: Collection[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
+    """The nearest option to a value, for a message; if none is near, `otherwise`, by default a list of all."""
+    near = difflib.get_close_matches(str(value), list(options), 1, cutoff)
+    listed = f"there are {', '.join(options)}" if otherwise is None else otherwise
+    return f"did you mean {near[0]}?" if near else listed
+
+
+def check_name(what: str, value: object, options: Collection[str]) -> None:
+    """Raise UsageError, with the nearest name, if `value` is not one of `options`."""
+    if value not in options:
+        hint = did_you_mean(value, options, otherwise="")
+        raise UsageError(f"{what} is {value}; it must be one of {', '.join(options)}" + (f" ({hint})" if hint else ""))
+
+
+def options_of(component: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a component, its keyword-only parameters, with their defaults."""
+    parameters = inspect.signature(component).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_options(component: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise UsageError, which begins with the option's name, where a component does not take `options`.
+
+    A value has the type of the option's default. A tuple in an `Annotated` type is the range of the values.
+    """
+    function: Any = vars(component)["__init__"] if isinstance(component, type) else component
+    known, hints = options_of(component), get_type_hints(function, include_extras=True)
+    for name, value in options.items():
+        if name not in known:
+            hint = did_you_mean(name, known, f"it has {', '.join(known) or 'none'}")
+            raise UsageError(f"{name} is not an option of {component.__name__}: {hint}")
+        kind = type(known[name])
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise UsageError(f"{name} is {value}; it must be of type {kind.__name__}")
+        for low, high in getattr(hints[name], "__metadata__", ()):
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}; it must be from {low} to {high}")
+
+
 def one_line(error: Exception) -> str:
     """The message of an exception, in one line of up to 200 characters."""
-    if isinstance(error, FileExistsError):
-        return "it is a file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,7 +1,5 @@
 """The variational bound on the likelihood in bits per dimension (Nichol & Dhariwal 2021, section 2.1)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,14 +29,9 @@ class BitsPerDim(NamedTuple):
 
 @torch.no_grad()
 def bits_per_dim(
-    process: GaussianDiffusion,
-    model: Denoiser,
-    x_start: Tensor,
-    noise: Callable[[int], Tensor],
-    progress: Progress = iter,
-    *,
-    clip_denoised: bool = True,
-) -> BitsPerDim:
+    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, noise: Callable[[int], Tensor],
+    progress: Progress = iter, *, clip_denoised: bool = True,
+) -> BitsPerDim:  # fmt: skip
     """Score images, with one noise sample per step.
 
     Args:

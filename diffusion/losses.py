@@ -1,32 +1,26 @@
 """Training losses: simple, variational and hybrid (Nichol & Dhariwal 2021, sections 2.2 and 3.1)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.errors import check_name
-from diffusion.process import GaussianDiffusion
+from diffusion.process import PREDICTIONS, GaussianDiffusion
 
 LossType = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
-Weighting = Literal["none", "min_snr"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """The interface of a network to losses and samplers: (x_t (B, C, ...), timestep input (B,)) -> output."""
 
 
 def training_losses(
-    process: GaussianDiffusion,
-    model: Denoiser,
-    x_start: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    loss_type: LossType,
-    weighting: Weighting = "none",
-) -> dict[str, Tensor]:
+    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, loss_type: LossType,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The loss of each image at its timestep, and its parts.
 
     `mse` is the simple loss (eq. 14). If the variance is learned, the variational bound is added, which trains the
@@ -38,12 +32,11 @@ def training_losses(
         x_start: (B, C, ...) in [-1, 1].
         t: (B,), int64, in [0, T).
         noise: like `x_start`, standard normal.
-        weighting: of `mse`; `min_snr` weights errors of the predicted x_0 by min(SNR, 5) (Hang et al. 2023, eq. 7).
+        weights: (B,), factors of `mse` (see `WEIGHTINGS`).
 
     Returns `loss`, each (B,), and with the mse losses also their parts `mse` and, if the variance is learned, `vb`.
     """
     check_name("loss_type", loss_type, get_args(LossType))
-    check_name("weighting", weighting, get_args(Weighting))
     x_t = process.q_sample(x_start, t, noise)
     output = model(x_t, process.network_t(t))
     process.check_output(output, x_t)
@@ -52,8 +45,8 @@ def training_losses(
         return {"loss": vb * process.num_timesteps if loss_type == "rescaled_kl" else vb}
     mean_output = output.chunk(2, dim=1)[0] if process.learns_variance else output
     mse = mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
-    if weighting == "min_snr":
-        mse = mse * process.at("min_snr_weight", t, mse)
+    if weights is not None:
+        mse = mse * weights
     if not process.learns_variance:
         return {"loss": mse, "mse": mse}
     frozen = torch.cat([mean_output.detach(), output.chunk(2, dim=1)[1]], dim=1)
@@ -77,11 +70,8 @@ def variational_bound(
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N(mean1, exp(log_variance1)) || N(mean2, exp(log_variance2))) in nats, element by element."""
     # In the published order of the sum: near t = T the terms cancel, and float32 keeps three digits of the rest.
-    return 0.5 * (
-        -1 + log_variance2 - log_variance1
-        + torch.exp(log_variance1 - log_variance2)
-        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    )  # fmt: skip
+    variances = -1 + log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2)
+    return 0.5 * (variances + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
@@ -105,3 +95,17 @@ def _approx_standard_normal_cdf(x: Tensor) -> Tensor:
 def mean_flat(x: Tensor) -> Tensor:
     """The mean of each image: (B, ...) -> (B,)."""
     return x.flatten(1).mean(1)
+
+
+def unweighted(process: GaussianDiffusion) -> NDArray[np.float64]:
+    """The simple loss, eq. 14."""
+    return np.ones(process.num_timesteps)
+
+
+def min_snr(process: GaussianDiffusion, *, gamma: Annotated[float, (1e-9, 1e9)] = 5.0) -> NDArray[np.float64]:
+    """Errors of the predicted x_0 by min(signal-to-noise ratio, `gamma`) (Hang et al. 2023, section 3.4)."""
+    return np.minimum(process.tables["snr"], gamma) / PREDICTIONS[process.prediction].error(process)
+
+
+WEIGHTINGS: dict[str, Callable[..., NDArray[np.float64]]] = {"none": unweighted, "min_snr": min_snr}
+"""process -> (T,), factors of the simple loss of each timestep."""

@@ -4,8 +4,6 @@ Equation numbers are those of Nichol & Dhariwal (2021). Images are (B, C, ...) i
 from 0 (nearly clean) to T - 1 (nearly noise).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +15,6 @@ from torch import Tensor
 from diffusion.errors import UsageError, check_name
 from diffusion.schedule import Schedule
 
-MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 
 
@@ -46,23 +43,17 @@ class GaussianDiffusion:
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        prediction: str = "epsilon",
-        variance_type: VarianceType = "learned_range",
+        self, schedule: Schedule, prediction: str = "epsilon", variance_type: VarianceType = "learned_range",
         rescale_timesteps: bool = True,
-    ):
+    ):  # fmt: skip
         check_name("prediction", prediction, PREDICTIONS)
         check_name("variance_type", variance_type, get_args(VarianceType))
-        self.schedule = schedule
-        self.prediction = prediction
-        self.variance_type = variance_type
-
+        self.schedule, self.prediction, self.variance_type = schedule, prediction, variance_type
         betas = schedule.betas
         alphas_cumprod = np.cumprod(1 - betas)
         if alphas_cumprod[-1] == 0 and prediction not in ("v", "x_start"):
-            raise UsageError(f"prediction is {prediction}, which says nothing of x_0 at the last step of a schedule "
-                             "that ends in pure noise: use v or x_start")  # fmt: skip
+            right = "where the schedule ends in pure noise, it must be v or x_start"
+            raise UsageError(f"prediction is {prediction}, which does not determine x_0 in pure noise: {right}")
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
         # q(x_{t-1} | x_t, x_0), eqs. 10 and 11. Its variance is 0 at t = 0, so its logarithm uses that of t = 1.
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
@@ -95,9 +86,6 @@ class GaussianDiffusion:
             "network_t": network_t,
             "snr": alphas_cumprod / (1 - alphas_cumprod),
         }
-        self.tables["min_snr_weight"] = np.minimum(self.tables["snr"], MIN_SNR_GAMMA) / PREDICTIONS[prediction].error(
-            self
-        )
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -155,18 +143,15 @@ class GaussianDiffusion:
 
     def ddim_alphas(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """alphas_cumprod at t, one step towards the data, and one step towards the noise, to multiply with `like`."""
-        return (
-            self.at("alphas_cumprod", t, like),
-            self.at("alphas_cumprod_prev", t, like),
-            self.at("alphas_cumprod_next", t, like),
-        )
+        now, before, after = (self.at(f"alphas_cumprod{suffix}", t, like) for suffix in ("", "_prev", "_next"))
+        return now, before, after
 
     def check_output(self, output: Tensor, x_t: Tensor) -> None:
         """Raise UsageError if the network's output does not have the channels of this process."""
         wanted = x_t.shape[1] * (2 if self.learns_variance else 1)
         if output.shape[1] != wanted:
-            raise UsageError(f"the network's output has {output.shape[1]} channels; variance_type {self.variance_type} "
-                             f"needs {wanted} for images of {x_t.shape[1]}")  # fmt: skip
+            right = f"variance_type {self.variance_type} needs {wanted} for images of {x_t.shape[1]}"
+            raise UsageError(f"the network's output has {output.shape[1]} channels; {right}")
 
     def _split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The mean's part of the output, and the log variance."""
@@ -178,8 +163,7 @@ class GaussianDiffusion:
         mean_output, variance_output = output.chunk(2, dim=1)
         if self.variance_type == "learned":
             return mean_output, variance_output
-        smallest = self.at("posterior_log_variance_clipped", t, x_t)
-        largest = self.at("log_betas", t, x_t)
+        smallest, largest = (self.at(name, t, x_t) for name in ("posterior_log_variance_clipped", "log_betas"))
         fraction = (variance_output + 1) / 2
         return mean_output, fraction * largest + (1 - fraction) * smallest
 

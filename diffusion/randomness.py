@@ -5,8 +5,6 @@ A resumed run therefore sees what an uninterrupted one sees, and image i of a se
 (A GPU's generator gives other numbers than a CPU's.)
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 
@@ -36,9 +34,7 @@ def image_noise(indices: range, shape: Sequence[int], device: torch.device, seed
     Noise is drawn in blocks of `BLOCK` images and cut to `indices`, so an image's noise depends on its index only.
     Other shapes get other numbers: the stages of a cascade share a seed, but not their noise.
     """
-    first = indices.start // BLOCK
-    blocks = [
-        torch.randn(BLOCK, *shape, device=device, generator=generator_for(device, seed, "picture", *shape, step, block))
-        for block in range(first, (indices.stop - 1) // BLOCK + 1)
-    ]
+    first, last = indices.start // BLOCK, (indices.stop - 1) // BLOCK
+    generators = [generator_for(device, seed, "picture", *shape, step, block) for block in range(first, last + 1)]
+    blocks = [torch.randn(BLOCK, *shape, device=device, generator=generator) for generator in generators]
     return torch.cat(blocks)[indices.start - first * BLOCK : indices.stop - first * BLOCK]

@@ -8,20 +8,17 @@ loop's range, e.g. `tqdm.tqdm`. Keyword-only parameters are the sampler's option
 and in error messages; a tuple in an `Annotated` type is the option's range. `SAMPLERS` lists them.
 """
 
-from __future__ import annotations
-
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.errors import UsageError, check_name, did_you_mean
+from diffusion.errors import UsageError, options_of
 from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
 
@@ -31,14 +28,9 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 @torch.no_grad()
 def ddpm(
-    process: GaussianDiffusion,
-    model: Denoiser,
-    x: Tensor,
-    noise: Noise,
-    progress: Progress = iter,
-    *,
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, noise: Noise, progress: Progress = iter, *,
     clip_denoised: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the process's variance: x_T (B, C, ...) -> x_0."""
     for step in progress(range(process.num_timesteps)):
         t = _timestep(process.num_timesteps - 1 - step, x)
@@ -50,15 +42,9 @@ def ddpm(
 
 @torch.no_grad()
 def ddim(
-    process: GaussianDiffusion,
-    model: Denoiser,
-    x: Tensor,
-    noise: Noise,
-    progress: Progress = iter,
-    *,
-    eta: Annotated[float, (0, 1)] = 0.0,
-    clip_denoised: bool = True,
-) -> Tensor:
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, noise: Noise, progress: Progress = iter, *,
+    eta: Annotated[float, (0, 1)] = 0.0, clip_denoised: bool = True,
+) -> Tensor:  # fmt: skip
     """DDIM (Song et al. 2020, eq. 12): x_T (B, C, ...) -> x_0. `eta` 0 is deterministic, 1 adds DDPM's noise."""
     for step in progress(range(process.num_timesteps)):
         t = _timestep(process.num_timesteps - 1 - step, x)
@@ -86,15 +72,9 @@ def ddim_reverse(
 
 @torch.no_grad()
 def dpmpp(
-    process: GaussianDiffusion,
-    model: Denoiser,
-    x: Tensor,
-    noise: Noise,
-    progress: Progress = iter,
-    *,
-    order: Annotated[int, (1, 3)] = 2,
-    clip_denoised: bool = True,
-) -> Tensor:
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, noise: Noise, progress: Progress = iter, *,
+    order: Annotated[int, (1, 3)] = 2, clip_denoised: bool = True,
+) -> Tensor:  # fmt: skip
     """DPM-Solver++ (Lu et al. 2022, algorithm 2), multistep: x_T (B, C, ...) -> x_0, deterministic.
 
     The exact solution between two steps (their eq. 8) is an integral of exp(lambda) times the predicted x_0, over
@@ -105,8 +85,7 @@ def dpmpp(
     with np.errstate(divide="ignore"):
         lambdas = np.log(alphas / sigmas)
     history: list[Tensor] = []
-    for step in progress(range(process.num_timesteps)):
-        i = process.num_timesteps - 1 - step
+    for i in progress(range(process.num_timesteps)[::-1]):
         history = [_predict(process, model, x, _timestep(i, x), clip_denoised)[0], *history[: order - 1]]
         if i == 0:
             x = history[0]  # the integral up to an infinite lambda
@@ -121,22 +100,15 @@ def dpmpp(
 
 @torch.no_grad()
 def ipndm(
-    process: GaussianDiffusion,
-    model: Denoiser,
-    x: Tensor,
-    noise: Noise,
-    progress: Progress = iter,
-    *,
-    order: Annotated[int, (1, 4)] = 4,
-    clip_denoised: bool = True,
-) -> Tensor:
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, noise: Noise, progress: Progress = iter, *,
+    order: Annotated[int, (1, 4)] = 4, clip_denoised: bool = True,
+) -> Tensor:  # fmt: skip
     """iPNDM (Zhang & Chen 2022, section 3.3 and appendix): x_T (B, C, ...) -> x_0, deterministic.
 
     Adams-Bashforth with the coefficients of equal steps, on the predicted noise, in sigma / alpha. Order 1 is DDIM.
     """
     history: list[Tensor] = []
-    for step in progress(range(process.num_timesteps)):
-        i = process.num_timesteps - 1 - step
+    for i in progress(range(process.num_timesteps)[::-1]):
         pred_xstart, eps = _predict(process, model, x, _timestep(i, x), clip_denoised)
         history = [eps, *history[: order - 1]]
         weights = ADAMS_BASHFORTH[len(history) - 1] if i else ADAMS_BASHFORTH[0]
@@ -147,20 +119,14 @@ def ipndm(
 
 @torch.no_grad()
 def heun(
-    process: GaussianDiffusion,
-    model: Denoiser,
-    x: Tensor,
-    noise: Noise,
-    progress: Progress = iter,
-    *,
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, noise: Noise, progress: Progress = iter, *,
     clip_denoised: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Heun's method (Karras et al. 2022, algorithm 1), order 2, in sigma / alpha: x_T (B, C, ...) -> x_0.
 
     Deterministic. T steps take 2 T - 1 evaluations of the network.
     """
-    for step in progress(range(process.num_timesteps)):
-        i = process.num_timesteps - 1 - step
+    for i in progress(range(process.num_timesteps)[::-1]):
         pred_xstart, eps = _predict(process, model, x, _timestep(i, x), clip_denoised)
         x = _follow(process, i, pred_xstart, eps, eps)
         if i and process.tables["alphas_cumprod"][i]:
@@ -205,59 +171,47 @@ def _timestep(t: int, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "ipndm": ipndm, "heun": heun,
-}  # fmt: skip
-
-
-USUAL_STEPS = {"ddpm": "250", "ddim": "50", "dpmpp": "logsnr12", "ipndm": "logsnr12", "heun": "logsnr10"}
-"""The steps of each sampler (see `place_timesteps`) if none are given; of one that is not listed, 250."""
 LARGEST_SIGNAL = 0.1
 """alpha of the noisiest step with which a solver begins."""
 
 
-def sampler_options(name: str) -> dict[str, Any]:
-    """The options of a sampler, its keyword-only parameters, with their defaults."""
-    parameters = inspect.signature(SAMPLERS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+class Sampler(NamedTuple):
+    """A sampler, and how it is used."""
+
+    run: Callable[..., Tensor]
+    usual_steps: str = "250"
+    """the steps if none are given (see `place_timesteps`)"""
+    solver: bool = False
+    """whether it needs to begin with almost pure noise"""
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise UsageError, which begins with the option's name, where a sampler does not take `options`."""
-    check_name("sampler", name, SAMPLERS)
-    known, hints = sampler_options(name), get_type_hints(SAMPLERS[name], include_extras=True)
-    for option, value in options.items():
-        if option not in known:
-            raise UsageError(f"{option} is not an option of {name}: {did_you_mean(option, known, 'it has')}")
-        kind = type(known[option])
-        numeric = (int, float) if kind is float else kind
-        if not isinstance(value, numeric) or isinstance(value, bool) != (kind is bool):
-            raise UsageError(f"{option} is {value}; it must be of type {kind.__name__}")
-        for low, high in getattr(hints[option], "__metadata__", ()):
-            if not low <= value <= high:
-                raise UsageError(f"{option} is {value}; it must be from {low} to {high}")
+SAMPLERS = {
+    "ddpm": Sampler(ddpm),
+    "ddim": Sampler(ddim, "50"),
+    "dpmpp": Sampler(dpmpp, "logsnr12", solver=True),
+    "ipndm": Sampler(ipndm, "logsnr12", solver=True),
+    "heun": Sampler(heun, "logsnr10", solver=True),
+}
 
 
 def usual_steps(name: str, num_timesteps: int) -> str:
-    """The steps of a sampler if none are given: of `USUAL_STEPS`, or all of a process with less than twice as many."""
-    steps = USUAL_STEPS.get(name, "250")
+    """The steps of a sampler if none are given: all of a process with less than twice as many as its usual ones."""
+    steps = SAMPLERS[name].usual_steps
     return steps if num_timesteps >= 2 * int(re.sub(r"\D", "", steps)) else ""
 
 
 def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffusion) -> None:
-    """Raise UsageError where a sampler cannot work in a process: with fewer steps than its order, or, but for the
-    published ones, from a last step that is far from the pure noise they begin with."""
-    order = {**sampler_options(name), **options}.get("order", 1)
-    if process.num_timesteps < order:
-        given = process.num_timesteps
-        raise UsageError(f"{name} of order {order} needs at least {order} steps, and is given {given}")
+    """Raise UsageError where a sampler cannot work in a process: with fewer steps than its order, or, for a solver,
+    from a last step that is far from the pure noise it begins with."""
+    sampler = SAMPLERS[name]
+    order, steps = {**options_of(sampler.run), **options}.get("order", 1), process.num_timesteps
+    if steps < order:
+        raise UsageError(f"{name} of order {order} needs at least {order} steps, and is given {steps}")
     signal = process.tables["sqrt_alphas_cumprod"][-1]
-    if name not in ("ddpm", "ddim") and signal > LARGEST_SIGNAL:
-        raise UsageError(
-            f"{name} begins with pure noise, and the noisiest step, {process.schedule.timestep_map[-1]} of "
-            f"{process.schedule.original_steps}, still holds {signal:.0%} of the image (at most {LARGEST_SIGNAL:.0%}): "
-            "keep a noisier one, as a count like 10 or logsnr10 does"
-        )
+    if sampler.solver and signal > LARGEST_SIGNAL:
+        step = f"the noisiest step, {process.schedule.timestep_map[-1]} of {process.schedule.original_steps}"
+        right = f"it may hold {LARGEST_SIGNAL:.0%}, as that of logsnr10 does"
+        raise UsageError(f"{name} begins with pure noise, and {step}, still holds {signal:.0%} of the image: {right}")
 
 
 def guided(model: Callable[..., Tensor], scale: float, channels: int, y: Tensor, **inputs: Tensor) -> Denoiser:

@@ -3,22 +3,19 @@
 Encoding is `samplers.ddim_reverse`; interpolations and variations are recipes in docs/sampling.md.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion.config.schema import Config
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, check_name, check_options
 from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
-from diffusion.samplers import SAMPLERS, Progress, check_options, check_process, guided
+from diffusion.samplers import SAMPLERS, Progress, check_process, guided
 
 
 def batches(indices: range, size: int) -> list[range]:
@@ -27,27 +24,17 @@ def batches(indices: range, size: int) -> list[range]:
 
 
 def sample_batch(
-    process: GaussianDiffusion,
-    model: Callable[..., Tensor],
-    shape: Sequence[int],
-    batch: range,
-    *,
-    sampler: str = "ddpm",
-    options: Mapping[str, Any] | None = None,
-    labels: Tensor | None = None,
-    low_res: Tensor | None = None,
-    guidance: float = 1.0,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Progress = iter,
-    watch: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
-) -> Tensor:
+    process: GaussianDiffusion, model: Callable[..., Tensor], shape: Sequence[int], batch: range, *,
+    sampler: str = "ddpm", options: Mapping[str, Any] | None = None, labels: Tensor | None = None,
+    low_res: Tensor | None = None, guidance: float = 1.0, seed: int = 0, device: torch.device | str = "cpu",
+    progress: Progress = iter, watch: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
+) -> Tensor:  # fmt: skip
     """Generate images `batch` of `seed`. Each is the same whatever other images are generated with it.
 
     Args:
         model: called with x_t, its timestep input, and by keyword those of y and low_res that are given.
         shape: of one image, (C, *sizes).
-        options: the sampler's (see `sampler_options`).
+        options: the sampler's keyword-only parameters.
         labels: (len(batch),), or None for a model without classes.
         low_res: the images that an upsampler enlarges, (len(batch), C, *sizes) in [-1, 1], else None.
         guidance: see `guided`.
@@ -58,7 +45,8 @@ def sample_batch(
     """
     if not isinstance(batch, range):
         raise UsageError(f"batch is {batch}; it must be the numbers of the images, such as range(4)")
-    check_options(sampler, options or {})
+    check_name("sampler", sampler, SAMPLERS)
+    check_options(SAMPLERS[sampler].run, options or {})
     check_process(sampler, options or {}, process)
     if not 0 <= guidance < math.inf or (guidance != 1 and labels is None):
         raise UsageError(f"guidance is {guidance}; it must be a number of at least 0, and without labels 1")
@@ -69,7 +57,7 @@ def sample_batch(
     denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)
     x_T = image_noise(batch, shape, device, seed, "x_T")
     noise = partial(image_noise, batch, shape, device, seed)
-    return SAMPLERS[sampler](process, watch(denoiser), x_T, noise, progress, **options or {}).cpu()
+    return SAMPLERS[sampler].run(process, watch(denoiser), x_T, noise, progress, **options or {}).cpu()
 
 
 def check_finite(images: Tensor) -> Tensor:
@@ -79,35 +67,6 @@ def check_finite(images: Tensor) -> Tensor:
     return images
 
 
-def generate(
-    config: Config,
-    network: Callable[..., Tensor],
-    indices: Sequence[range],
-    *,
-    labels: Sequence[int] | None = None,
-    low_res: Callable[[range], Tensor] | None = None,
-    **options: Any,
-) -> Iterator[tuple[range, Tensor]]:
-    """Generate images of a run, with the sampler, steps, options and guidance of its section `sample`.
-
-    Args:
-        network: the run's, in evaluation mode.
-        indices: the numbers of the images, in batches. Image i of a seed is the same in any batch.
-        labels: class numbers, of which image i takes number i modulo their count; None without classes.
-        low_res: for an upsampler, a function from a batch to its small images in [-1, 1].
-        options: seed, device, progress and watch (see `sample_batch`).
-
-    Yields each batch and its images (N, C, *sizes) in [-1, 1], on the CPU.
-    """
-    settings = config.sample
-    process, shape = config.sampling_process(), config.data.shape
-    options |= {"sampler": settings.sampler, "options": settings.options, "guidance": settings.guidance}
-    for batch in indices:
-        y = torch.tensor([labels[i % len(labels)] for i in batch]) if labels else None
-        small = low_res(batch) if low_res else None
-        yield batch, sample_batch(process, network, shape, batch, labels=y, low_res=small, **options)
-
-
 class Recorder:
     """Keeps x_t and the predicted x_0 of each evaluation of a sampler, on the CPU, in `steps`.
 
@@ -115,8 +74,7 @@ class Recorder:
     """
 
     def __init__(self, process: GaussianDiffusion):
-        self.process = process
-        self.steps: list[tuple[Tensor, Tensor]] = []
+        self.process, self.steps = process, list[tuple[Tensor, Tensor]]()
 
     def watch(self, denoiser: Denoiser) -> Denoiser:
         def watched(x: Tensor, t: Tensor) -> Tensor:
@@ -131,15 +89,9 @@ class Recorder:
 
 @torch.no_grad()
 def inpaint(
-    process: GaussianDiffusion,
-    model: Callable[..., Tensor],
-    known: Tensor,
-    mask: Tensor,
-    noise: Callable[[int], Tensor],
-    progress: Progress = iter,
-    *,
-    resample: int = 5,
-) -> Tensor:
+    process: GaussianDiffusion, model: Callable[..., Tensor], known: Tensor, mask: Tensor,
+    noise: Callable[[int], Tensor], progress: Progress = iter, *, resample: int = 5,
+) -> Tensor:  # fmt: skip
     """Fill in images where `mask` is false (RePaint, Lugmayr et al. 2022, algorithm 1, with jumps of one step).
 
     Args:

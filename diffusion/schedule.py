@@ -3,19 +3,19 @@
 Nichol & Dhariwal (2021), sections 3.2 (cosine schedule) and 4 (respacing).
 """
 
-from __future__ import annotations
-
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.errors import UsageError, check_name
 
-ScheduleName = Literal["linear", "cosine"]
+Respacing = str | int | Sequence[int]
+"""Which timesteps of a schedule are kept (see `place_timesteps`)."""
 LOWEST_LOG_SNR = -5.1
 """log(alpha / sigma) below which no timestep is placed by signal-to-noise ratio."""
 
@@ -28,10 +28,8 @@ def linear_betas(steps: int) -> NDArray[np.float64]:
     scale = 1000 / steps
     betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
     if betas.max() >= 1:
-        raise UsageError(
-            f"a linear schedule of {steps} steps has a beta of {betas.max():.3g}, and a beta must be below 1: "
-            "use at least 21 steps, or the cosine schedule"
-        )
+        right = "a beta must be below 1: use at least 21 steps, or the cosine schedule"
+        raise UsageError(f"a linear schedule of {steps} steps has a beta of {betas.max():.3g}, and {right}")
     return betas
 
 
@@ -42,6 +40,10 @@ def cosine_betas(steps: int, max_beta: float = 0.999) -> NDArray[np.float64]:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
     return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)])
+
+
+SCHEDULES: dict[str, Callable[..., NDArray[np.float64]]] = {"linear": linear_betas, "cosine": cosine_betas}
+"""steps -> betas (steps,)."""
 
 
 def space_timesteps(steps: int, respacing: str) -> list[int]:
@@ -64,10 +66,9 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
         raise UsageError(f"respacing '{respacing}': no whole stride takes that many of {steps} steps")
     counts = _counts(respacing, respacing)
     size, extra = divmod(steps, len(counts))
-    kept: list[int] = []
-    start = 0
+    kept, start = list[int](), 0
     for section, count in enumerate(counts):
-        length = size + (1 if section < extra else 0)
+        length = size + (section < extra)
         if count > length:
             where = f"the schedule's {steps}" if len(counts) == 1 else f"the {length} of section {section + 1}"
             raise UsageError(f"respacing '{respacing}': {count} steps are more than {where}")
@@ -81,24 +82,23 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
     return kept
 
 
-def place_timesteps(alphas_cumprod: NDArray[np.float64], respacing: str) -> list[int]:
-    """The timesteps that a respacing string keeps of a schedule, in ascending order.
+def place_timesteps(alphas_cumprod: NDArray[np.float64], respacing: Respacing) -> list[int]:
+    """The timesteps that a respacing keeps of a schedule, in ascending order.
 
-    Beside those of `space_timesteps`: `"logsnrN"` keeps N, evenly spaced in log(alpha / sigma) (Lu et al. 2022),
-    `"karrasN"` keeps N, evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5), and `"[t, ...]"` keeps
-    those in the list. The first two begin where log(alpha / sigma) is -5.1, since a network is of no use in the
+    Beside the strings of `space_timesteps`: `"logsnrN"` keeps N, evenly spaced in log(alpha / sigma) (Lu et al. 2022),
+    `"karrasN"` keeps N, evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5), and a sequence keeps the
+    timesteps in it. The first two begin where log(alpha / sigma) is -5.1, since a network is of no use in the
     almost pure noise beyond, but for a schedule that ends in pure noise, whose last timestep they keep too.
 
-    Raises UsageError if the string is none of these, asks for too many steps, or lists some out of order or range.
+    Raises UsageError if it is none of these, asks for too many steps, or lists some out of order or range.
     """
     steps = len(alphas_cumprod)
-    if respacing.startswith("["):
-        if not re.fullmatch(r"\[\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*\]", respacing):
-            raise UsageError(f"respacing '{respacing}' is not a list of timesteps like [0, 10, 250, 999]")
-        kept = [int(text) for text in respacing[1:-1].split(",")]
-        if sorted(set(kept)) != kept or kept[-1] >= steps:
-            raise UsageError(f"respacing {respacing}: timesteps must ascend, from 0 to at most {steps - 1}")
+    if not isinstance(respacing, str | int):
+        kept = list(respacing)
+        if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= steps:
+            raise UsageError(f"respacing {kept}: timesteps must ascend, from 0 to at most {steps - 1}")
         return kept
+    respacing = str(respacing)
     placed = re.fullmatch(r"(logsnr|karras)(.*)", respacing)
     if not placed:
         return space_timesteps(steps, respacing)
@@ -109,10 +109,8 @@ def place_timesteps(alphas_cumprod: NDArray[np.float64], respacing: str) -> list
     last = min(int((log_snr >= LOWEST_LOG_SNR).sum()), len(reached) - 1)
     count = wanted[0] - len(pure_noise)
     if len(wanted) > 1 or not 1 <= count <= last + 1:
-        raise UsageError(
-            f"respacing '{respacing}': the count must be one number, from {1 + len(pure_noise)} to "
-            f"{last + 1 + len(pure_noise)} of this schedule's {steps} steps"
-        )
+        least, most = 1 + len(pure_noise), last + 1 + len(pure_noise)
+        raise UsageError(f"respacing '{respacing}': it must be one number, from {least} to {most} of {steps} steps")
     high, low = float(log_snr[0 if count > 1 else last]), float(log_snr[last])
     if placed[1] == "logsnr":
         at = np.linspace(high, low, count)
@@ -127,10 +125,8 @@ def place_timesteps(alphas_cumprod: NDArray[np.float64], respacing: str) -> list
 def _counts(text: str, respacing: str) -> list[int]:
     parts = text.split(",")
     if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", part) for part in parts):
-        raise UsageError(
-            f"respacing '{respacing}' is not understood: use a count like 50, sections like 10,15,20, ddim50, "
-            "logsnr10, karras10, or a list like [0, 250, 999]"
-        )
+        right = "a count like 50, sections like 10,15,20, ddim50, logsnr10, karras10, or a list like [0, 250, 999]"
+        raise UsageError(f"respacing '{respacing}' is not understood: it must be {right}")
     return [int(part) for part in parts]
 
 
@@ -149,7 +145,9 @@ class Schedule:
     original_steps: int
 
     @staticmethod
-    def named(name: ScheduleName, steps: int, respacing: str = "", zero_terminal_snr: bool = False) -> Schedule:
+    def named(
+        name: str, steps: int, respacing: Respacing = "", zero_terminal_snr: bool = False, **options: Any
+    ) -> "Schedule":
         """The schedule `name` with `steps` steps, of which `respacing` keeps some (see `place_timesteps`).
 
         The kept betas give alphas_cumprod the values that the full schedule has at the kept steps. With
@@ -157,8 +155,8 @@ class Schedule:
         """
         if steps < 1:
             raise UsageError(f"steps is {steps}; it must be at least 1")
-        check_name("schedule", name, get_args(ScheduleName))
-        betas = {"linear": linear_betas, "cosine": cosine_betas}[name](steps)
+        check_name("schedule", name, SCHEDULES)
+        betas = SCHEDULES[name](steps, **options)
         if zero_terminal_snr:
             betas = with_zero_terminal_snr(betas)
         alphas_cumprod: NDArray[np.float64] = np.cumprod(1 - betas, dtype=np.float64)

@@ -38,11 +38,11 @@ from diffusion.data.sources.digits import Digits
 from diffusion.data.values import to_x_start
 from diffusion.likelihood import bits_per_dim
 from diffusion.losses import LossType
-from diffusion.metrics.frechet import frechet_distance
+from diffusion.metrics.samples import frechet_distance
 from diffusion.process import VarianceType
 from diffusion.randomness import generator_for, image_noise, seed_for
 from diffusion.sampling import sample_batch
-from diffusion.schedule import ScheduleName
+from diffusion.timesteps import LossSecondMoment
 from diffusion.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[1]
@@ -53,10 +53,11 @@ TRAINING_STEPS, BATCH_SIZE, LR, EMA_RATE = 1500, 64, 1e-3, 0.995
 SAMPLES = 400
 HELD_OUT_EVERY = 10
 SAMPLING_STEPS = (5, 10, 25, 50)
+CLASSIFIER_STEPS = 1000
 
 
 class Arm(NamedTuple):
-    schedule: ScheduleName
+    schedule: str
     loss: LossType
     variances: tuple[VarianceType, ...]
     """of the trained process, or the fixed ones that it is scored with"""
@@ -131,7 +132,7 @@ def train(arm: Arm, seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.0, fused=True)
     step = TrainingStep(
         network, trained, optimizer, ema_rates=[EMA_RATE], ema_warmup=True, loss=arm.loss, seed=seed,
-        timestep_sampler="loss_second_moment" if arm.by_importance else "uniform", accelerator=Accelerator(cpu=True),
+        timesteps=LossSecondMoment(T) if arm.by_importance else None, accelerator=Accelerator(cpu=True),
     )  # fmt: skip
     for i in range(TRAINING_STEPS):
         step(x_start[batch_indices(len(x_start), BATCH_SIZE, seed, i)])
@@ -148,7 +149,7 @@ def features() -> tuple[nn.Sequential, float]:
         nn.Flatten(), nn.Linear(64 * 16, 32), nn.ReLU(), nn.Linear(32, 10),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for step in range(1000):
+    for step in range(CLASSIFIER_STEPS):
         batch = batch_indices(len(x), 64, 0, step)
         F.cross_entropy(net(x[batch]), y[batch]).backward()
         optimizer.step()

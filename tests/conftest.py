@@ -11,18 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two tests at a time: thre
 for stop in (signal.SIGINT, signal.SIGHUP):  # a shell's background job and nohup ignore them, and children inherit that
     signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL)
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "studies")]
-
-
-WHOLE = {"scripts", "processes", "launchers", "hostile", "faults", "studies", "signals", "fuzz", "sampling", "safety",
-         "run_folder", "package", "trainer", "compile"}  # fmt: skip
-"""Files whose tests run whole commands or runs: `make check` leaves them to `make test`."""
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.stem.removeprefix("test_") in WHOLE:
-            item.add_marker("whole")
+sys.path[:0] = [str(ROOT / name) for name in ("tests", "tests/unit", "tests/runs", "tests/commands", "", "studies")]
 
 
 @pytest.fixture(autouse=True)

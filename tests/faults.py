@@ -2,13 +2,13 @@
 With --sampling, a `sample.py` of --images or --npz images is killed instead, and goes on until all are drawn.
 
 Each attempt is a fork of this process (or one for each of --processes), which has imported everything and computed
-nothing. Within --seconds, one of its processes is killed by SIGKILL; the others get torchrun's SIGTERM and have to end.
+nothing. Within --seconds, one of its processes is killed by SIGKILL, every second time in the next save after that; the
+others get torchrun's SIGTERM and have to end.
 After each kill, some checkpoint must load, if one was ever finished; none may be less far than before. At the end the
 run is finished in peace, and every file of its last checkpoint compared with that of a run that was never touched.
 """
 
 import argparse
-import dataclasses
 import os
 import random
 import signal
@@ -22,9 +22,9 @@ import torch
 import torch._dynamo  # which the first optimizer would import, in every child
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import sample
+from diffusion.commands import sample
 from diffusion.commands.terminal import exit_code
-from diffusion.config.schema import Config
+from diffusion.config.schema import config_of
 from diffusion.run import checkpoint
 from diffusion.training.trainer import Trainer
 
@@ -34,9 +34,7 @@ TO_END = 60
 
 def changed(**sections):
     """The digits run with some settings changed: `train=dict(steps=3)`."""
-    config = Config()
-    parts = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    return dataclasses.replace(config, **parts)
+    return config_of(sections)
 
 
 def configuration(steps):
@@ -135,6 +133,24 @@ def ends(child):
     raise AssertionError(f"a process hangs although its fellow died {TO_END} seconds ago")
 
 
+def saves(run):
+    """Whether a checkpoint is half written."""
+    return any((run / "checkpoints").glob(".step_*.tmp"))
+
+
+def stop_in_save(run, writer):
+    """Wait for the next save of a run, and stop the process that writes in it."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if saves(run):
+            os.kill(writer, signal.SIGSTOP)
+            time.sleep(0.002)
+            if saves(run):
+                return
+            os.kill(writer, signal.SIGCONT)
+        time.sleep(0.001)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
@@ -153,18 +169,23 @@ def main():
         for kill in range(args.kills):
             children = attempt(killed, 10**6, args.processes)
             time.sleep(rng.uniform(0, args.seconds))
+            writer = children[0]
+            if kill % 2:
+                stop_in_save(killed, writer)
             first = children.pop(rng.randrange(args.processes))
             os.kill(first, signal.SIGKILL)
             said = killed.with_suffix(".log").read_text() if killed.with_suffix(".log").exists() else ""
             assert os.WIFSIGNALED(os.waitpid(first, 0)[1]), f"kill {kill}: ended by itself: {said[-2000:]}"
-            in_saves += any((killed / "checkpoints").glob(".step_*.tmp"))
+            in_saves += saves(killed)
+            if writer in children:
+                os.kill(writer, signal.SIGCONT)
             began = time.monotonic()
             for child in children:
                 os.kill(child, signal.SIGTERM)  # as torchrun does
                 assert ends(child) != 0
             slowest = max(slowest, time.monotonic() - began)
             if reached or checkpoint.folders(killed):
-                step = checkpoint.open_checkpoint(killed).step
+                step = checkpoint.newest(killed, checkpoint.Checkpoint.files)[0].step
                 assert step >= reached, f"kill {kill}: fell back from step {reached} to {step}"
                 reached = step
         steps = reached + 3
@@ -173,7 +194,7 @@ def main():
         said = killed.with_suffix(".log").read_text()
         assert "traceback" not in said, said[-2000:]
         ours, theirs = (checkpoint.checkpoint_folder(run, steps) for run in (killed, whole))
-        for name in ("model.safetensors", "ema_0.999.safetensors", "training.pt"):
+        for name in ("model.safetensors", "ema_0.999.safetensors", "training.safetensors"):
             assert (ours / name).read_bytes() == (theirs / name).read_bytes(), f"{name} differs after {steps} steps"
         lines = [[line.split('"images_per_second"')[0] for line in (run / "metrics.jsonl").read_text().splitlines()]
                  for run in (killed, whole)]  # fmt: skip

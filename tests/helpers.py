@@ -90,28 +90,78 @@ FORKS.set_forkserver_preload([f"diffusion.commands.{name}" for name in ("train",
                              + ["diffusion.training.trainer", "torch._dynamo", "accelerate"])  # fmt: skip
 
 
-def together(script, *argv, processes=2, cwd=ROOT):
-    """Run `train.py` or another script as torchrun does, in processes that are forked from one that has imported all:
-    seconds less each. Returns what they print."""
-    user = user_environment()
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": user["PET_MASTER_PORT"]} if processes > 1 else {}  # fmt: skip
-    with tempfile.TemporaryFile() as file:
-        started = []
+class Forked:
+    """A script such as `train.py` as torchrun runs it, in processes that are forked from one that has imported
+    everything: seconds of CPU time less each. Has the methods of a `Popen` of the first process that tests use.
+
+    Args:
+        each: further arguments of each process, by rank.
+        environment: further variables.
+    """
+
+    def __init__(self, script, *argv, processes=1, cwd=ROOT, each=lambda rank: (), environment=()):
+        user = user_environment()
+        shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": user["PET_MASTER_PORT"], "OMP_NUM_THREADS": 1} if processes > 1 else {}  # fmt: skip
+        self.output, self.processes = tempfile.TemporaryFile(), []  # noqa: SIM115
         for rank in range(processes):
             ranks = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
-            environment = user | {name: str(value) for name, value in (shared | ranks).items()}
-            output = multiprocessing.reduction.DupFd(file.fileno())
-            process = FORKS.Process(target=_forked, args=(environment, [script, *map(str, argv)], cwd, output))
-            process.start()
-            started.append(process)
-        for process in started:
-            process.join(300)
+            variables = {name: str(value) for name, value in (user | shared | ranks | dict(environment)).items()}
+            output = multiprocessing.reduction.DupFd(self.output.fileno())
+            words = [script, *map(str, (*argv, *each(rank)))]
+            self.processes.append(FORKS.Process(target=_forked, args=(variables, words, cwd, output)))
+            self.processes[-1].start()
+        self.pid = self.processes[0].pid
+
+    @property
+    def returncode(self):
+        return self.processes[0].exitcode
+
+    def poll(self):
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def terminate(self):
+        self.processes[0].terminate()
+
+    def kill(self):
+        self.processes[0].kill()
+        self.processes[0].join()
+
+    def communicate(self, timeout=300):
+        """Wait for all processes. Returns "" and all that they print."""
+        for process in self.processes:
+            process.join(timeout)
             process.kill()
-        file.seek(0)
-        said = file.read().decode()
-    assert [process.exitcode for process in started] == [0] * processes, said
-    return said
+            process.join()
+        self.output.seek(0)
+        return "", self.output.read().decode()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.communicate(0 if any(exception) else 60)
+
+
+def together(script, *argv, code=0, timeout=300, **options):
+    """Run a script in `processes` forked processes (2). Returns all that they print."""
+    run = Forked(script, *argv, **{"processes": 2} | options)
+    output = run.communicate(timeout)[1]
+    assert [process.exitcode for process in run.processes] == [code] * len(run.processes), output
+    return output
+
+
+def launch_environment(config_file):
+    """The variables that `accelerate launch --config_file` sets, but for those of ranks."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import prepare_multi_gpu_env
+
+    args = launch_command_parser().parse_args(["--config_file", str(config_file), "train.py"])
+    variables = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def _forked(environment, argv, cwd, output):
@@ -127,10 +177,35 @@ def _forked(environment, argv, cwd, output):
     if "RANK" in environment:
         torch.set_num_threads(1)  # torchrun sets OMP_NUM_THREADS
     sys.argv = argv
-    folder = "benchmarks" if argv[0].startswith("benchmarks/") else "diffusion.commands"
-    code = exit_code(importlib.import_module(f"{folder}.{Path(argv[0]).stem}").main)
+    folder, name = Path(argv[0]).parent.name, Path(argv[0]).stem
+    package = {"benchmarks": "benchmarks.", "tests": ""}.get(folder, "diffusion.commands.")
+    code = exit_code(importlib.import_module(f"{package}{name}").main)
     sys.stdout.flush()
     os._exit(code)
+
+
+def script(module, monkeypatch, capsys, *argv):
+    """Run a script's main in this process: exit code, stdout, stderr."""
+    from diffusion.commands.terminal import exit_code
+
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__.split('.')[-1]}.py", *map(str, argv)])
+    code = exit_code(module.main)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def tensors(run):
+    """Every tensor of a run's newest checkpoint, by file and name."""
+    from diffusion.run.checkpoint import Checkpoint, newest
+
+    _, files = newest(run, Checkpoint.files)
+    return {f"{file} {name}": value for file, content in files.items() for name, value in content.items()}
+
+
+def losses(run):
+    """The lines of a run's metrics, without the speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 class Trap:

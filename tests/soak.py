@@ -24,7 +24,7 @@ def main():
     config = changed(
         data=dict(workers=args.workers),
         model=dict(model_channels=32, channel_mult=(1,), attention_resolutions=(), num_heads=1, dropout=0.1),
-        train=dict(steps=args.steps, batch_size=4, log_every=10, timesteps="loss_second_moment"),
+        train=dict(steps=args.steps, batch_size=4, log_every=10, timestep_sampler="loss_second_moment"),
         diffusion=dict(steps=50),
         sample=dict(every=50, n=2, steps=3),
         checkpoint=dict(every=25, keep_last=3, keep_every=args.steps // 4),

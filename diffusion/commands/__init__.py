@@ -1,7 +1,5 @@
 """The commands of `diffusion`: each parses its flags, calls the library, and prints."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

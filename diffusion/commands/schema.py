@@ -1,22 +1,22 @@
 """`diffusion schema`: the JSON schema of configuration files, for editors."""
 
-from __future__ import annotations
-
+import copy
 import json
+import sys
 
-from diffusion.commands.terminal import Parser, check_output, non_empty_path
+from diffusion.commands.terminal import Parser
 from diffusion.config.fields import json_schema
-from diffusion.config.schema import Config
-from diffusion.files.atomic import replace_text
+from diffusion.config.schema import SECTIONS, Config
+from diffusion.errors import options_of
 
 
 def main() -> None:
-    parser = Parser(allow_abbrev=False, description="Print the JSON schema of configuration files, for editors.")
-    parser.add_argument("--out", type=non_empty_path, help="write it to this new file")
-    out, text = parser.parse_args().out, json.dumps(json_schema(Config), indent=1) + "\n"
-    if out is None:
-        print(text, end="", flush=True)
-        return
-    check_output(out, "--out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, text)
+    Parser(allow_abbrev=False, description="Print the JSON schema of configuration files.").parse_args(sys.argv[1:])
+    schema = copy.deepcopy(json_schema(Config))
+    for cls in SECTIONS.values():
+        entry = schema["$defs"][cls.__name__]["properties"]
+        if entry.pop("options", None):
+            for field, components in cls.choices.items():
+                entry[field]["enum"] = list(components)
+                entry |= {name: {} for component in components.values() for name in options_of(component)}
+    print(json.dumps(schema, indent=1), flush=True)

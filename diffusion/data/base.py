@@ -4,14 +4,12 @@ To add a source, write a subclass of `DataConfig` with the source's own fields a
 (`diffusion.data.sources`). `docs/extending.md` shows it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -19,14 +17,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from diffusion.config.fields import Channels, ImageSize, Positive, section
+from diffusion.config.fields import Channels, Finite, ImageSize, Positive, section
 from diffusion.data.decode import Target
 from diffusion.data.values import Array
 from diffusion.errors import UsageError
 from diffusion.randomness import generator_for
 
-LARGEST = 1e30
-"""The largest end of a range, so that float32 holds what is computed with it."""
+Sizes = ImageSize | Annotated[tuple[int, ...], Field(strict=False)] | None
+Range = Annotated[tuple[int | Finite, int | Finite], Field(strict=False)] | None
 Labels = NDArray[np.int64]
 Batch = tuple[Tensor, Tensor]
 """Images (B, C, *sizes), uint8 or float32 in [-1, 1], and their labels (B,), int64 (0 without classes)."""
@@ -42,29 +40,30 @@ class DataSet(Protocol):
     labels: Any
     """(N,), the class of each image, as a tensor or array"""
 
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """The errors of files that are not among the images."""
+    left_out: tuple[str, ...] = ()
+    """the errors of files that are not among the images"""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Loaded | UsageError:
         """The images at `indices`. An error is returned: raised in a worker, it would lose its one-line message."""
 
     def name_of(self, index: int) -> str:
-        """What an image is called in messages."""
+        """The name of an image in messages."""
+        return self.key_of(index)
 
     def key_of(self, index: int) -> str:
-        """The name of an image that is the same wherever the data lie."""
+        """The name of an image that does not depend on where the data are stored."""
 
     def content_of(self, index: int) -> bytes:
-        """What an image is made of, without decoding it. Raises an exception of any type if it cannot be read."""
+        """The undecoded content of an image. Raises an exception of any type if it cannot be read."""
 
     def fingerprint(self) -> str:
-        """A number that differs for other data."""
+        """A hash of the data."""
 
-    def select(self, indices: NDArray[np.int64]) -> DataSet:
-        """A part of the images, in order."""
+    def select(self, indices: NDArray[np.int64]) -> "DataSet":
+        """The images at `indices`, in order."""
 
 
 @section("data")
@@ -73,7 +72,7 @@ class DataConfig:
 
     source: str
     """data set: digits ship with the package, folder is your own images"""
-    image_size: ImageSize
+    image_size: Sizes
     """height and width in pixels, after the paper's preprocessing; of files and arrays also [height, width], [length]
     of signals, [depth, height, width] of volumes, which are not resized, or null: that of the first image"""
     channels: Channels
@@ -90,25 +89,21 @@ class DataConfig:
     splits: ClassVar[tuple[str, ...]] = ("train",)
     any_size: ClassVar[bool] = False
     """Whether images of several sizes belong to the source."""
-    random_flip: ClassVar[Any] = False
-    on_error: ClassVar[Any] = "fail"
-
-    range: ClassVar[Any] = None
+    # Sources that have these as settings declare them as fields.
+    random_flip = False
+    on_error = "fail"
+    range = cast(Range, None)
 
     def __post_init__(self) -> None:
-        if self.range is not None:
-            low, high = self.range
-            if not (low < high and max(-low, high) <= LARGEST and high - low >= 1 / LARGEST):
-                raise UsageError(f"data.range is [{low:g}, {high:g}]; it must rise, within +-{LARGEST:g}")
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise UsageError(f"data.range is {list(self.range)}; it must rise")
         for name, size in (("image_size", self.image_size), ("low_res_size", self.low_res_size)):
-            if isinstance(size, tuple) and not (1 <= len(size) <= 3 and all(1 <= side <= 2**20 for side in size)):
+            if isinstance(size, tuple) and (len(size) not in (1, 2, 3) or min(size) < 1):
                 raise UsageError(f"data.{name} is {list(size)}; it must be one to three sizes of at least 1")
         if self.low_res_size is not None and self.image_size is not None:
-            most = [size - 1 for size in self.sizes]
-            square = isinstance(self.low_res_size, int) and len(set(self.sizes)) > 1
-            if square or len(self.low_res_sizes) != len(self.sizes) or not all(np.less_equal(self.low_res_sizes, most)):
-                right = most[0] if len(set(most)) == 1 else most
-                raise UsageError(f"data.low_res_size is {self.low_res_size}; it must be at most {right}")
+            small, large = self.low_res_sizes, self.sizes
+            if len(small) != len(large) or any(np.greater_equal(small, large)):
+                raise UsageError(f"data.low_res_size is {self.low_res_size}; it must be below data.image_size")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -129,7 +124,7 @@ class DataConfig:
 
     @property
     def target(self) -> Target:
-        """What images of this source become."""
+        """The sizes, channels and values that images are converted to."""
         return Target(self.sizes, self.channels)
 
     def open(self, split: str = "train") -> DataSet:
@@ -142,10 +137,13 @@ class DataConfig:
 
 
 @dataclass
-class ArrayDataset:
+class ArrayDataset(DataSet):
     """Images in memory: (N, C, *sizes), uint8 or float32 in [-1, 1], and labels (N,), int64.
 
-    `files` are what they were read from, if from files, and `numbers` those of the images in the whole, if a part.
+    Attributes:
+        left_out: the errors of files that could not be read.
+        files: the files that the images were read from, if any.
+        numbers: the images' indices in the whole data set; None: these are the whole.
     """
 
     images: Tensor
@@ -154,9 +152,6 @@ class ArrayDataset:
     left_out: tuple[str, ...] = ()
     files: DataSet | None = None
     numbers: Labels | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> Loaded:
         return self.images[list(indices)].numpy(), self.labels[list(indices)].numpy(), []
@@ -173,10 +168,10 @@ class ArrayDataset:
         return self.images[index].numpy().tobytes()
 
     def fingerprint(self) -> str:
-        """A number that other images, labels, classes or another order would not have."""
+        """A hash of the images, their order, labels and classes."""
         return digest(self.images.numpy(), self.labels.numpy(), self.class_names)
 
-    def select(self, indices: NDArray[np.int64]) -> ArrayDataset:
+    def select(self, indices: NDArray[np.int64]) -> "ArrayDataset":
         numbers = indices if self.numbers is None else self.numbers[indices]
         files = self.files.select(indices) if self.files else None
         return ArrayDataset(self.images[indices], self.labels[indices], self.class_names, self.left_out, files, numbers)
@@ -186,10 +181,11 @@ def open_data(config: DataConfig, split: str = "train") -> DataSet:
     """Open the data set of a configuration. Raises UsageError if it cannot be read, or has images of another shape or
     type than the configuration says."""
     dataset = config.open(split)
-    images = load(dataset, [0])[0] if len(dataset) else torch.empty(0, *config.shape, dtype=torch.uint8)
-    if images.shape[1:] != config.shape or images.dtype not in (torch.uint8, torch.float32):
-        raise UsageError(f"the images of data.source {config.source} are {images.dtype} {tuple(images.shape[1:])}, and "
-                         f"its settings say torch.uint8 or torch.float32 {config.shape}")  # fmt: skip
+    if len(dataset):
+        image = load(dataset, [0])[0][0]
+        if image.shape != config.shape or image.dtype not in (torch.uint8, torch.float32):
+            given = f"data.source {config.source} gives images of {image.dtype} {tuple(image.shape)}"
+            raise UsageError(f"{given}; they must be torch.uint8 or torch.float32 {config.shape}")
     return dataset
 
 
@@ -204,15 +200,17 @@ def with_classes(dataset: Any, names: Sequence[str]) -> Any:
 def hold_out(dataset: DataSet, share: float, seed: int) -> tuple[DataSet, DataSet | None]:
     """Divide a data set into what is trained on and what is held out, if any.
 
-    Which images are held out depends on nothing but their names and the seed: images that are added or removed change
-    nothing for the others. Raises UsageError if nothing is left for one of the two.
+    Whether an image is held out depends on its name and the seed alone: adding or removing others does not change it.
+    Raises UsageError if nothing is left for one of the two.
     """
     if not share:
         return dataset, None
-    limit = int(share * 2**32)
-    out = np.array([int.from_bytes(hashlib.blake2b(f"{seed} {dataset.key_of(i)}".encode("utf-8", "surrogateescape"),
-                                                   digest_size=4).digest()) < limit
-                    for i in range(len(dataset))])  # fmt: skip
+
+    def is_out(index: int) -> bool:
+        name = f"{seed} {dataset.key_of(index)}".encode("utf-8", "surrogateescape")
+        return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest()) < int(share * 2**32)
+
+    out = np.array([is_out(i) for i in range(len(dataset))])
     if out.all() or not out.any():
         raise UsageError(f"data.held_out is {share}, which of {len(dataset)} images holds out {int(out.sum())}")
     return dataset.select(np.flatnonzero(~out)), dataset.select(np.flatnonzero(out))
@@ -236,7 +234,7 @@ def count_seen(held_out: DataSet, trained: DataSet) -> int:
 
     def contents(dataset: DataSet) -> Iterator[bytes]:
         for i in range(len(dataset)):
-            with suppress(Exception):  # named where it is read
+            with suppress(Exception):  # whoever decodes the image reports it
                 yield hashlib.blake2b(dataset.content_of(i), digest_size=16).digest()
 
     known = set(contents(trained))
@@ -244,13 +242,13 @@ def count_seen(held_out: DataSet, trained: DataSet) -> int:
 
 
 def digest(*parts: Any) -> str:
-    """A number of 16 hexadecimal digits that other values would not have."""
-    found = hashlib.sha256()
+    """A hash of arrays and other values, 16 hexadecimal digits."""
+    total = hashlib.sha256()
     for part in parts:
-        array = isinstance(part, np.ndarray)
-        found.update(repr((part.shape, str(part.dtype)) if array else part).encode("utf-8", "surrogateescape"))
-        found.update(part.tobytes() if array else b"")
-    return found.hexdigest()[:16]
+        is_array = isinstance(part, np.ndarray)
+        total.update(repr((part.shape, str(part.dtype)) if is_array else part).encode("utf-8", "surrogateescape"))
+        total.update(part.tobytes() if is_array else b"")
+    return total.hexdigest()[:16]
 
 
 def load(dataset: DataSet, indices: Sequence[int]) -> Batch:

@@ -1,15 +1,11 @@
 """Image files and arrays to what networks see: decoding, the paper's preprocessing, and the scale of values."""
 
-from __future__ import annotations
-
 import math
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +13,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusion.data.values import Array
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""The formats that PIL may detect, whatever a file is called: for some others it would start a program."""
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 2**30 // 12
-"""Larger images may be meant to exhaust the memory. (PIL only warns up to twice this number, and warning filters are
-not thread-safe.)"""
+"""Larger images may be meant to exhaust the memory."""
 HEADERS = threading.Lock()
-"""Held while numpy reads a header, through Python's parser, which fails now and then in several threads."""
+"""Held while numpy reads a header: Python's parser, which it uses, sometimes fails in several threads."""
 TIFF_HEADS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class NotIdentified(ValueError):
-    """A file is not of a format that PIL reads here."""
+ORIENTATION, PHOTOMETRIC, BITS, SAMPLES, SAMPLE_FORMAT = 274, 262, 258, 277, 339
+"""Tags of TIFF and EXIF."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What images become: arrays (channels, *sizes).
+    """What images are converted to: arrays (channels, *sizes).
 
     Attributes:
         range: the values that become -1 and 1; None: all that 8 or 16 bits can hold.
-        background: the grey level, 0 to 255, under transparent pixels, where no channel is for alpha.
+        background: the grey level, 0 to 255, under transparent pixels, if there is no channel for alpha.
         max_pixels: larger images are refused.
     """
 
@@ -48,53 +42,45 @@ class Target:
     max_pixels: int = MAX_PIXELS
 
 
-def decode(file: BinaryIO, suffix: str, target: Target) -> Array:
+class Stored(NamedTuple):
+    """An array in a file, of which only the header has been read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+
+def decode(file: BinaryIO | Array, target: Target) -> Array:
     """The image in an open file, preprocessed: (C, *sizes), uint8, or float32 in [-1, 1] of data of more than 8 bits.
 
     Raises an exception of any type if it cannot be read.
     """
-    array = _as_array(file, suffix, target.max_pixels)
-    if array is not None:
-        return fit(array, target)
-    with open_image(file, target.max_pixels) as image:
-        return preprocess(image, target)
+    with _opened(file, target.max_pixels) as content:
+        return fit(content.read(), target) if isinstance(content, Stored) else preprocess(content, target)
 
 
-def native_sizes(file: BinaryIO, suffix: str, target: Target) -> tuple[int, ...]:
-    """The sizes of the image in an open file before any preprocessing. Raises an exception of any type."""
-    if suffix == ".npy" and not isinstance(file, np.ndarray):  # of a large array, only the header is read
-        with HEADERS:
-            first = np.lib.format.read_magic(file) == (1, 0)
-            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-            return sizes_of(read(file)[0], target.channels)
-    array = _as_array(file, suffix, target.max_pixels)
-    if array is not None:
-        return sizes_of(array.shape, target.channels)
-    with open_image(file, target.max_pixels) as image:
-        return ImageOps.exif_transpose(image).size[::-1]
+def describe(file: BinaryIO | Array, target: Target) -> tuple[str, tuple[int, ...], list[str]]:
+    """The kind of an image file, of which only the header is read; its sizes before preprocessing; and the keys of
+    `diffusion.data.summary.REMARKS` that apply to it. Raises an exception of any type if it cannot be read."""
+    with _opened(file, target.max_pixels) as content:
+        if isinstance(content, Stored):
+            return "arrays", _sizes_of(content.shape, target.channels), []
+        mode, deep, turn = content.mode, ";16" in _raw_mode(content), content.getexif().get(ORIENTATION, 1)
+        grey16 = mode.startswith("I;16")
+        grey = grey16 or mode in ("1", "I", "F", "L", "LA", "La")
+        remarks = {
+            "16 bits": grey16 or mode in ("I", "F"),
+            "reduced": deep and not grey16 and content.format == "PNG",
+            "alpha": "a" in mode.lower().replace("lab", "") or "transparency" in content.info,
+            "frames": getattr(content, "n_frames", 1) > 1 and content.format != "MPO",  # a camera's preview
+            "turned": turn != 1,
+            "colour": target.channels < 3 and not grey,
+            "grey": target.channels > 2 and grey,
+        }
+        sizes = content.size if turn >= 5 else content.size[::-1]
+        return f"{content.format} {mode}", sizes, [key for key, applies in remarks.items() if applies]
 
 
-def _as_array(file: BinaryIO, suffix: str, max_pixels: int) -> Array | None:
-    """The array in a file that is no image for PIL: a .npy, or a TIFF that holds more than PIL reads."""
-    if isinstance(file, np.ndarray):  # a row of one in memory
-        return file
-    if suffix == ".npy":
-        with HEADERS:
-            return np.load(file, allow_pickle=False)
-    head = file.read(4)
-    file.seek(0)
-    if head not in TIFF_HEADS:
-        return None
-    try:
-        with open_image(file, max_pixels) as image:
-            more = _beyond_pil(image)
-    except NotIdentified:
-        more = "an unusual kind"
-    file.seek(0)
-    return _read_tiff(file, more, max_pixels) if more else None
-
-
-def sizes_of(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+def _sizes_of(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
     """The sizes of an array (*sizes, C), or (*sizes) with one channel. Raises ValueError if there are none."""
     sizes = shape[:-1] if shape[-1:] == (channels,) and len(shape) > 1 else shape
     if not 1 <= len(sizes) <= 3 or (sizes == shape and channels != 1):
@@ -102,89 +88,88 @@ def sizes_of(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
     return sizes
 
 
-@cache
-def formats() -> list[str]:
-    """The formats that PIL may detect, whatever a file is called: for some others it would start a program."""
-    Image.init()  # loads all of PIL's formats
-    return [name for name in ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF") if name in Image.OPEN]
+@contextmanager
+def _opened(file: BinaryIO | Array, max_pixels: int) -> Iterator[Stored | Image.Image]:
+    """The content of a file: an array of a .npy, or of a TIFF that PIL does not read whole; else a PIL image."""
+    if isinstance(file, np.ndarray):
+        yield Stored(file.shape, lambda: file)
+        return
+    head = file.read(8)
+    file.seek(0)
+    if head.startswith(np.lib.format.MAGIC_PREFIX):
+        with HEADERS:
+            old = np.lib.format.read_magic(file) == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read_header(file)
+        order: Literal["F", "C"] = "F" if fortran else "C"
+        # frombuffer refuses Python objects, so nothing is unpickled.
+        yield Stored(shape, lambda: np.frombuffer(file.read(), dtype, math.prod(shape)).reshape(shape, order=order))
+    elif head.startswith(TIFF_HEADS) and not _reads_whole(file, max_pixels):
+        yield from _tiff(file, max_pixels)
+    else:
+        with open_image(file, max_pixels) as image:
+            yield image
 
 
 @contextmanager
 def open_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Open an image file. Raises ValueError above `max_pixels`, in every thread alike."""
-    if max_pixels > MAX_PIXELS:
-        Image.MAX_IMAGE_PIXELS = None  # PIL's limit is one for the whole process
+    Image.MAX_IMAGE_PIXELS = None  # PIL's limit is one for the whole process, and only warns up to twice of it
     try:
-        opened = Image.open(file, formats=formats())
-    except UnidentifiedImageError:  # its message would name the object, not the file
-        raise NotIdentified(f"cannot identify the format: it is no {', '.join(formats())}, or broken") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"it has more than data.max_pixels {max_pixels} pixels") from None
-    with opened as image:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:  # PIL's message names the object, not the file
+        raise UnidentifiedImageError(f"cannot identify the format, which must be one of {', '.join(FORMATS)}") from None
+    with image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}")
         yield image
 
 
-def describe_image(image: Image.Image, channels: int) -> tuple[str, tuple[int, int], list[str]]:
-    """The format and mode of an opened image, of which only the head is read, its width and height, and which of
-    `diffusion.data.summary.REMARKS` deserve to be made where it becomes an image of `channels`."""
-    deep, grey, turn = _is_deep(image), image.mode.startswith("I;16"), image.getexif().get(274, 1)
-    plain = grey or image.mode in ("1", "I", "F", "L", "LA", "La")
-    found = {
-        "16 bits": grey or image.mode in ("I", "F"),
-        "reduced": deep and not grey and image.format == "PNG",
-        "alpha": "a" in image.mode.lower().replace("lab", "") or "transparency" in image.info,
-        "frames": getattr(image, "n_frames", 1) > 1 and image.format != "MPO",  # a camera's preview
-        "turned": turn != 1,
-        "colour": channels < 3 and not plain,
-        "grey": channels > 2 and plain,
-    }
-    size = image.size[::-1] if turn >= 5 else image.size
-    return f"{image.format} {image.mode}", size, [name for name, value in found.items() if value]
-
-
 def _raw_mode(image: Any) -> str:
-    """How the pixels lie in the file, such as L;2 or RGB;16B, as long as nothing has been loaded."""
+    """The layout of the pixels in the file, such as L;2 or RGB;16B, as long as nothing has been loaded."""
     return " ".join(str(tile[3]) for tile in getattr(image, "tile", ()) or ())
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether the file has 16 bits a channel."""
-    return ";16" in _raw_mode(image)
+def _reads_whole(file: BinaryIO, max_pixels: int) -> bool:
+    """Whether PIL reads all of a TIFF: every page, band and bit. (tifffile alone does not decompress LZW and JPEG.)"""
+    try:
+        with open_image(file, max_pixels) as image:
+            tags: Any = getattr(image, "tag_v2", {})
+            bits, kinds = max(tags.get(BITS, (1,))), tags.get(SAMPLE_FORMAT, (1,))
+            if bits > 8 and image.mode not in "IF":
+                plain = image.mode.startswith("I;16") and tags.get(PHOTOMETRIC) == 1
+            else:
+                plain = not (bits == 32 and 1 in kinds) and not (bits <= 8 and 2 in kinds)
+            return plain and tags.get(SAMPLES, 1) <= len(image.getbands()) and getattr(image, "n_frames", 1) == 1
+    except UnidentifiedImageError:
+        return False
+    finally:
+        file.seek(0)
 
 
-def _beyond_pil(image: Image.Image) -> str:
-    """What a TIFF holds beyond what PIL reads of it, or nothing."""
-    tags: Any = getattr(image, "tag_v2", {})
-    samples, bits, kinds = tags.get(277, 1), max(tags.get(258, (1,))), tags.get(339, (1,))
-    if samples > len(image.getbands()):
-        return f"{samples} bands"
-    deep, unsigned, signed = image.mode.startswith("I;16") and tags.get(262) == 1, 1 in kinds, 2 in kinds
-    if (bits > 8 and not deep and image.mode not in "IF") or (bits <= 8 and signed) or (bits == 32 and unsigned):
-        return f"{bits} bits a channel"
-    pages = getattr(image, "n_frames", 1)
-    return f"{pages} pages" if pages > 1 else ""
-
-
-def _read_tiff(file: BinaryIO, more: str, max_pixels: int) -> Array:
+def _tiff(file: BinaryIO, max_pixels: int) -> Iterator[Stored]:
     """The largest series of a TIFF, channels last: (..., H, W, C). The others are thumbnails."""
     try:
         import tifffile
     except ImportError:
-        raise ValueError(f"it is a TIFF of {more}, which PIL does not read: pip install tifffile") from None
+        raise ValueError("it is a TIFF that PIL does not read whole: pip install tifffile") from None
     with tifffile.TiffFile(file) as tiff:
-        series = max(tiff.series, key=lambda found: math.prod(found.shape))
-        tags = series.keyframe.tags
+        series = max(tiff.series, key=lambda series: math.prod(series.shape))
         if math.prod(series.shape) > 4 * max_pixels:
             raise ValueError(f"it holds {series.shape} values, more than 4 times data.max_pixels {max_pixels}")
-        # Values that do not mean brightness, premultiplied colours, turned images.
-        meaning, extra, turn = series.keyframe.photometric, series.keyframe.extrasamples, tags.valueof(274, 1)
-        if meaning not in (1, 2) or 1 in extra or turn != 1:
-            raise ValueError(f"it is a TIFF of {more}, of photometric {int(meaning)}, orientation {turn}, extra "
-                             f"samples {list(map(int, extra))}: save it upright, as RGB or minisblack")  # fmt: skip
-        array, axes = series.asarray(), series.axes
-    return np.moveaxis(array, axes.index("S"), -1) if "S" in axes else array[..., None]
+        photometric, alpha = int(series.keyframe.photometric), [int(kind) for kind in series.keyframe.extrasamples]
+        turn = series.keyframe.tags.valueof(ORIENTATION, 1)
+        # Other values are not brightness, are colours multiplied by alpha, or lie turned.
+        if photometric not in (1, 2) or 1 in alpha or turn != 1:
+            what = f"photometric {photometric}, orientation {turn}, extra samples {alpha}"
+            raise ValueError(f"it is a TIFF of {what}: save it upright, as RGB or minisblack")
+        axis = series.axes.find("S")
+
+        def channels_last(array: Array) -> Array:
+            return array[..., None] if axis < 0 else np.moveaxis(array, axis, -1)
+
+        shape = channels_last(np.broadcast_to(0, series.shape)).shape
+        yield Stored(shape, lambda: channels_last(series.asarray()))
 
 
 def preprocess(image: Image.Image, target: Target) -> Array:
@@ -193,31 +178,35 @@ def preprocess(image: Image.Image, target: Target) -> Array:
     The image is turned upright by its EXIF orientation (which the published code ignores), halved by box filter while
     its sides are at least twice those of the target, resized by bicubic filter to cover it, and cropped to the centre.
     """
-    deep, channels = _is_deep(image), target.channels
-    if "transparency" in image.info and (deep or image.mode.startswith("I")):
-        raise ValueError("it has 16 bits and a transparent colour, which are not read together")
-    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
-    if factor > 1 and "transparency" in image.info:  # PIL scales the pixels alone
-        image.info["transparency"] *= factor
+    deep, channels = ";16" in _raw_mode(image), target.channels
+    if "transparency" in image.info:
+        if deep or image.mode.startswith("I"):
+            raise ValueError("it has 16 bits and a transparent colour, which are not read together")
+        if _raw_mode(image) in ("L;2", "L;4"):  # PIL scales the pixels to 8 bits, but not this
+            image.info["transparency"] *= 85 if _raw_mode(image) == "L;2" else 17
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
-        array = np.asarray(image)
         if channels not in (1, 3):
             raise ValueError(f"it is grey, with no alpha, and data.channels is {channels}")
-        return fit(np.repeat(array[:, :, None], channels, axis=2), target)
+        return fit(np.repeat(_pixels(image), channels, axis=2), target)
     if channels not in PIL_MODES:
         raise ValueError(f"{channels} channels need .npy or .tif files")
+    image = _with_channels(image, target)
     if target.range not in (None, (0, 255)):
         if deep:
             raise ValueError("it has 16 bits a channel, of which PIL reads 8: save it as .npy or .tif")
-        return fit(np.asarray(_with_channels(image, target)).reshape(image.height, image.width, channels), target)
-    image = _cover(_with_channels(image, target), target.sizes)
-    return np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
+        return fit(_pixels(image), target)
+    return _pixels(_cover(image, target.sizes)).transpose(2, 0, 1)
+
+
+def _pixels(image: Image.Image) -> Array:
+    """The pixels of an image, (H, W, C)."""
+    return np.atleast_3d(np.asarray(image))
 
 
 def _with_channels(image: Image.Image, target: Target) -> Image.Image:
-    """Convert an image to the target's number of channels. Transparent pixels show the background, not what colour
-    lies hidden under them. (Before any resizing: palette indices cannot be averaged.)"""
+    """Convert an image to the target's number of channels. Transparent pixels show the background, not the colour
+    stored under them. (Before any resizing: palette indices cannot be averaged.)"""
     if "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
         image = image.convert("RGBA")
     if image.mode in ("RGBA", "LA") and target.channels in (1, 3) and image.getchannel("A").getextrema()[0] != 255:
@@ -246,22 +235,19 @@ def fit(array: Array, target: Target) -> Array:
 
     Only images, of two sizes, are resized. Raises ValueError if the array has other axes, sizes or values.
     """
-    sizes, channels = target.sizes, target.channels
-    shape = array.shape
+    sizes, channels, shape = target.sizes, target.channels, array.shape
     if array.ndim == len(sizes) and channels == 1:
         array = array[..., None]
     if array.ndim != len(sizes) + 1 or array.shape[-1] != channels or 0 in shape:
-        axes = {1: "length", 2: "height, width", 3: "depth, height, width"}[len(sizes)]
+        axes = ("length", "height, width", "depth, height, width")[len(sizes) - 1]
         raise ValueError(f"{shape} {array.dtype}, not ({axes}, {channels}) as data.channels says")
-    array = scale(array, target.range)
-    if array.shape[:-1] == sizes:
-        return np.moveaxis(array, -1, 0)
+    bands = np.moveaxis(scale(array, target.range), -1, 0)
+    if bands.shape[1:] == sizes:
+        return bands
     if len(sizes) != 2:
-        raise ValueError(f"its sizes are {list(array.shape[:-1])}, and data.image_size is {list(sizes)}")
-    parts = [
-        np.asarray(_cover(Image.fromarray(np.ascontiguousarray(part)), sizes)) for part in np.moveaxis(array, -1, 0)
-    ]
-    return np.stack(parts).clip(-1, 1) if array.dtype == np.float32 else np.stack(parts)
+        raise ValueError(f"its sides are {list(bands.shape[1:])}, and data.image_size is {list(sizes)}")
+    fitted = np.stack([np.asarray(_cover(Image.fromarray(np.ascontiguousarray(band)), sizes)) for band in bands])
+    return fitted.clip(-1, 1) if fitted.dtype == np.float32 else fitted
 
 
 def scale(array: Array, declared: tuple[float, float] | None) -> Array:
@@ -271,14 +257,15 @@ def scale(array: Array, declared: tuple[float, float] | None) -> Array:
     """
     if array.dtype == np.uint8 and declared in (None, (0, 255)):
         return array
-    array = array.astype(array.dtype.newbyteorder("="), copy=False) if array.dtype.kind in "iuf" else array
-    low, high = (0, 65535) if declared is None else declared
-    lowest, highest = (array.min(), array.max()) if array.size and array.dtype.kind in "biuf" else (np.nan, np.nan)
+    numbers = array.dtype.kind in "biuf"
+    array = array.astype(array.dtype.newbyteorder("="), copy=False) if numbers else array
+    lowest, highest = (array.min(), array.max()) if array.size and numbers else (np.nan, np.nan)
     if declared is None and array.dtype != np.uint16:
-        usual: list[tuple[float, float]] = [(0.0, 1.0), (-1.0, 1.0), (0, 255), (0, 4095), (0, 65535)]
-        fits = next((ends for ends in usual if ends[0] <= lowest and highest <= ends[1]), (lowest, highest))
-        raise ValueError(f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known: "
-                         f"declare it, such as with --data.range \"[{fits[0]}, {fits[1]}]\"")  # fmt: skip
+        usual = [(0.0, 1.0), (-1.0, 1.0), (0, 255), (0, 4095), (0, 65535), (lowest, highest)]
+        low, high = next((low, high) for low, high in usual if not (lowest < low or highest > high))
+        span = f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known"
+        raise ValueError(f'{span}: declare it, such as with --data.range "[{low}, {high}]"')
+    low, high = declared or (0, 65535)
     if not (low <= lowest and highest <= high):
         raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
     return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)
@@ -293,6 +280,6 @@ def stack(images: Sequence[Array]) -> Array:
 
 def preprocess_all(images: NDArray[np.uint8], target: Target) -> NDArray[np.uint8]:
     """Preprocess images in memory, (N, H, W) or (N, H, W, C): (N, C, *sizes). Those that fit are only reordered."""
-    if (*images.shape[1:3], *(images.shape[3:] or (1,))) == (*target.sizes, target.channels):
+    if (images if images.ndim == 4 else images[..., None]).shape[1:] == (*target.sizes, target.channels):
         return images.reshape(*images.shape[:3], target.channels).transpose(0, 3, 1, 2).copy()
     return np.stack([preprocess(Image.fromarray(image), target) for image in images])

@@ -1,18 +1,16 @@
 """The order of images as a function of (seed, step), and the processes that read them ahead."""
 
-from __future__ import annotations
-
 import multiprocessing
 import multiprocessing.process
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from diffusion.data.base import Batch, DataSet
 from diffusion.errors import UsageError, one_line
@@ -38,32 +36,10 @@ def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> lis
     return indices
 
 
-_last_order: tuple[tuple[int, int, int], Tensor] | None = None
-
-
+@lru_cache(maxsize=1)
 def _epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
     """The shuffled epoch. The last one is cached, since every step of an epoch uses it."""
-    global _last_order
-    key = (num_images, seed, epoch)
-    if _last_order is None or _last_order[0] != key:
-        _last_order = key, torch.randperm(num_images, generator=generator_for("cpu", seed, "epoch", epoch))
-    return _last_order[1]
-
-
-@dataclass
-class _Order(Sampler[list[int]]):
-    """This process's share of each step's global batch: its `slices`, concatenated."""
-
-    num_images: int
-    batch_size: int
-    seed: int
-    steps: range
-    slices: list[slice]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            indices = batch_indices(self.num_images, self.batch_size, self.seed, step)
-            yield [index for part in self.slices for index in indices[part]]
+    return torch.randperm(num_images, generator=generator_for("cpu", seed, "epoch", epoch))
 
 
 def _ignore_stop_signals(worker: int) -> None:
@@ -73,24 +49,24 @@ def _ignore_stop_signals(worker: int) -> None:
 
 
 def step_batches(
-    dataset: DataSet,
-    batch_size: int,
-    seed: int,
-    steps: range,
-    slices: list[slice],
-    workers: int = 0,
-    replaced: Callable[[list[str]], None] = lambda errors: None,
-    waiting: Callable[[], None] = lambda: None,
-) -> Generator[Batch]:
+    dataset: DataSet, batch_size: int, seed: int, steps: range, slices: list[slice], workers: int = 0,
+    replaced: Callable[[list[str]], None] = lambda errors: None, waiting: Callable[[], None] = lambda: None,
+) -> Generator[Batch]:  # fmt: skip
     """This process's images of each of `steps`: its `slices` of the global batch, concatenated.
 
     `replaced` is called with the errors of images that others replace. `waiting` is called each second while a worker's
     batch is waited for, and may raise. The generator has to be closed or exhausted, so that its workers end.
     Raises UsageError with the name of a file that cannot be read.
     """
+
+    def shares() -> Iterator[list[int]]:
+        for step in steps:
+            indices = batch_indices(len(dataset), batch_size, seed, step)
+            yield [index for part in slices for index in indices[part]]
+
     loader: DataLoader[Any] = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=_Order(len(dataset), batch_size, seed, steps, slices),
+        cast(Dataset[Any], dataset),
+        batch_sampler=shares(),
         collate_fn=lambda batch: batch,
         num_workers=workers,
         generator=torch.Generator(),  # else it would draw from the global one, which dropout uses

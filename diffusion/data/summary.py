@@ -1,27 +1,25 @@
 """What a data set holds, in lines for people: in short before each run, in full for `diffusion check-data`."""
 
-from __future__ import annotations
-
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from diffusion.data.base import DataConfig, DataSet, Labels, load, part
 from diffusion.data.containers import stem
-from diffusion.data.decode import describe_image, native_sizes, open_image
+from diffusion.data.decode import describe
 from diffusion.data.image_files import FileDataset
 from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError
 
-LOOKED, VALUES, DEEP, CHUNK = 1000, 64, 20, 512
-"""How many files' heads, images' values, and values of 16-bit files are looked at before a run."""
+MAX_HEADERS, MAX_IMAGES, MAX_DEEP = 1000, 64, 20
+"""How many files' headers, images' values, and values of 16-bit files are read before a run."""
+CHUNK = 512
 REMARKS = {
     "16 bits": "of 16 bits, all of which are used",
     "reduced": "of 16 bits a channel, of which PIL reads 8 (.npy and .tif are read whole)",
@@ -33,83 +31,80 @@ REMARKS = {
 }
 
 
-def describe_data(config: DataConfig, dataset: DataSet, looked: int = LOOKED) -> list[str]:
-    """What was found and what is done with it, as the lines that a run begins with."""
+def describe_data(config: DataConfig, dataset: DataSet, looked: int = MAX_HEADERS) -> list[str]:
+    """What the data hold and what is done with them, as the lines that a run begins with. `looked` is the number of
+    files whose headers are read."""
     files = dataset if isinstance(dataset, FileDataset) else getattr(dataset, "files", None)
-    lines = _describe_files(files, looked) if isinstance(files, FileDataset) else []
+    lines = _describe_files(files, looked) if files else []
     if dataset.left_out:
         lines.append(f"{len(dataset.left_out)} more are left out, since they cannot be read: {dataset.left_out[0]}")
-    images = load(dataset, part(len(dataset), VALUES).tolist())[0]
+    images = load(dataset, part(len(dataset), MAX_IMAGES).tolist())[0]
     low, high = config.range or (0, 255)
     least, most = ((to_x_start(end).item() + 1) / 2 * (high - low) + low for end in torch.aminmax(images))
-    lines.append(f"{len(dataset)} images as {' x '.join(map(str, config.shape))}, values {least:g} to {most:g}"
-                 + (" on a scale of 8 bits" if config.range is None and images.is_floating_point() else "")
-                 + (f" in {len(images)} of them" if len(images) < len(dataset) else ""))  # fmt: skip
-    if most - least < (high - low) / 4 and len(images) > 1:
-        lines.append(f"the values take up {(most - least) / (high - low):.1%} of the range {low:g} to {high:g}, which "
-                     "becomes -1 to 1: declare what they really span with --data.range")  # fmt: skip
+    bits = " on a scale of 8 bits" if config.range is None and images.is_floating_point() else ""
+    some = f" in {len(images)} of them" if len(images) < len(dataset) else ""
+    shape = " x ".join(map(str, config.shape))
+    lines.append(f"{len(dataset)} images as {shape}, values {least:g} to {most:g}{bits}{some}")
+    if (share := (most - least) / (high - low)) < 1 / 4 and len(images) > 1:
+        lines.append(f"the values take up {share:.1%} of the range {low:g} to {high:g}: declare it with --data.range")
     if config.random_flip:
         lines.append("half of the images are mirrored left to right, chosen anew each time (data.random_flip)")
     names = dataset.class_names
+    if not names:
+        return [*lines, f"no classes: {files.no_classes}" if files and files.no_classes else "no classes"]
     counts = np.bincount(np.asarray(dataset.labels), minlength=len(names))
     shown = ", ".join(f"{name} {count}" for name, count in zip(names[:10], counts, strict=False))
     more = f", and {len(names) - 10} more; {counts.min()} to {counts.max()} images each" if len(names) > 10 else ""
-    why = f": {files.no_classes}" if files and files.no_classes else ""
-    return [*lines, f"{len(names)} classes: {shown}{more}" if names else f"no classes{why}"]
+    return [*lines, f"{len(names)} classes: {shown}{more}"]
 
 
 def _describe_files(files: FileDataset, looked: int) -> list[str]:
     """Formats, modes and sizes of up to `looked` files, and what happens to them."""
-    kinds, sizes, remarks, deep = Counter[str](), Counter[tuple[int, ...]](), Counter[str](), list[int]()
-    some = part(len(files), looked).tolist()
-    first = [files.key_of(i) for i in range(min(len(files), looked))]
-    key = [re.sub(r"[._-](masks?|seg|labels?|depth|gt)$", "", stem(name), flags=re.IGNORECASE) for name in first]
-    samples = Counter(key)
-    for i in some:
-        try:
-            with files.container.open(int(files.ids[i])) as file:
-                if files.suffix_of(i) == ".npy":
-                    kinds["arrays"] += 1
-                    shape = native_sizes(file, ".npy", files.target)
-                    sizes[shape[::-1]] += len(shape) == 2
-                    continue
-                with open_image(file, files.target.max_pixels) as image:
-                    kind, size, found = describe_image(image, files.target.channels)
-                    kinds[kind] += 1
-                    sizes[size] += 1
-                    remarks.update(found)
-                    deep += [i] * ("16 bits" in found)
-        except Exception:  # of any type; training names it, or skips it as data.on_error says
-            kinds["unreadable"] += 1
-    sizes = +sizes  # without signals and volumes
-    looked_at = "" if len(some) == len(files) else f" (of {len(some)} looked at)"
-    by_name = Counter({f"{width}x{height}": count for (width, height), count in sizes.items()})
-    lines = [f"{len(files)} files{looked_at}: " + "; ".join(_counts(found) for found in (kinds, by_name) if found)]
-    lines += [f"{remarks[key]}{looked_at} {text}" for key, text in REMARKS.items() if remarks[key]]
-    several = [name for name, of in zip(first, key, strict=True) if 1 < samples[of] < 5]
-    if several:  # unlike frame.001.png, frame.002.png, ...
-        lines.append(f"{len(several)} belong together, like {several[0]} and {several[1]}: --data.include chooses some")
+    chosen = part(len(files), looked).tolist()
+    read = [(i, files.read(i, describe)) for i in chosen]
+    described = [(i, *found) for i, found in read if not isinstance(found, UsageError)]  # training names the others
+    kinds = Counter(kind for _, kind, _, _ in described) + Counter(unreadable=len(chosen) - len(described))
+    sizes = Counter(size for _, _, size, _ in described if len(size) == 2)  # not of signals and volumes
+    remarks = Counter(key for _, _, _, keys in described for key in keys)
+    deep = [i for i, _, _, keys in described if "16 bits" in keys]
+    some = "" if len(chosen) == len(files) else f" (of {len(chosen)} looked at)"
+    by_name = Counter({f"{width}x{height}": count for (height, width), count in sizes.items()})
+    lines = [f"{len(files)} files{some}: " + "; ".join(_counts(counter) for counter in (kinds, by_name) if counter)]
+    lines += [f"{remarks[key]}{some} {text}" for key, text in REMARKS.items() if remarks[key]]
+    lines += _pairs([files.key_of(i) for i in range(min(len(files), looked))])
     if deep and files.target.range is None:
-        most = -1.0
-        for i in deep[:: -(-len(deep) // DEEP)]:
-            with suppress(UsageError):  # named where it is read
-                most = max(most, float(files.read(i).max()))
+        images = [files.read(i) for i in deep[:: -(-len(deep) // MAX_DEEP)]]
+        most = max((image.max() for image in images if not isinstance(image, UsageError)), default=-1)
         if most < -0.5:
-            lines.append(f"those of 16 bits have values up to {(most + 1) / 2 * 65535:.0f} of 65535, and look dark: "
-                         "declare what they really span with --data.range")  # fmt: skip
+            span = f"values up to {(most + 1) / 2 * 65535:.0f} of 65535, and look dark"
+            lines.append(f"those of 16 bits have {span}: declare what they really span with --data.range")
     if sizes and len(files.target.sizes) == 2:
-        height, width = files.target.sizes
-        scales = {size: max(width / size[0], height / size[1]) for size in sizes}
-        kept = {size: min(1.0, width * height / (size[0] * size[1] * scale**2)) for size, scale in scales.items()}
-        cut = sum(count for size, count in sizes.items() if kept[size] < 0.98)
+        lines += _resizing(sizes, files.target.sizes, some)
+    if files.not_read:
+        lines.append(f"not read: {_counts(Counter(files.not_read))}")
+    return lines
+
+
+def _pairs(names: Sequence[str]) -> Iterator[str]:
+    """Whether images belong together by name: as 000.input.png and 000.mask.png, or a.png and a_mask.png."""
+    groups = defaultdict[str, list[str]](list)
+    for name in names:
+        groups[re.sub(r"[._-](masks?|seg|labels?|depth|gt)$", "", stem(name), flags=re.IGNORECASE)].append(name)
+    # Larger groups are sequences, such as frame.001.png, frame.002.png, ...
+    if together := [name for group in groups.values() if 1 < len(group) < 5 for name in group]:
+        yield f"{len(together)} belong together, like {together[0]} and {together[1]}: --data.include chooses some"
+
+
+def _resizing(sizes: Counter[tuple[int, ...]], target: tuple[int, ...], some: str) -> Iterator[str]:
+    """How many images, counted by their (height, width), are cropped and enlarged to the target."""
+    shares = {size: np.divide(target, size) for size in sizes}
+    kept = {size: min(1.0, share.prod() / share.max() ** 2) for size, share in shares.items()}
+    shape = f"{target[1]}x{target[0]}"
+    if cut := sum(count for size, count in sizes.items() if kept[size] < 0.98):
         lost = 1 - sum(kept[size] * count for size, count in sizes.items()) / sizes.total()
-        small = sum(count for size, count in sizes.items() if scales[size] > 1)
-        if cut:
-            lines.append(f"{cut}{looked_at} are of another shape than {width}x{height}: {lost:.0%} of all "
-                         "images' area is cut off at the margins")  # fmt: skip
-        if small:
-            lines.append(f"{small}{looked_at} are smaller than {width}x{height}, and are enlarged")
-    return lines + ([f"not read: {_counts(Counter(files.not_read))}"] if files.not_read else [])
+        yield f"{cut}{some} are of another shape than {shape}: {lost:.0%} of all images' area is cut off at the margins"
+    if small := sum(count for size, count in sizes.items() if shares[size].max() > 1):
+        yield f"{small}{some} are smaller than {shape}, and are enlarged"
 
 
 def _counts(counter: Counter[str]) -> str:
@@ -118,37 +113,30 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in most) + (f", {rest} other kinds" if rest > 0 else "")
 
 
-class Findings(NamedTuple):
-    """What a look at every image found: errors; names of images of a single value; names of those that the network
-    sees as the same, in groups; and which images could be read."""
-
-    errors: Sequence[str]
-    flat: Sequence[str]
-    duplicates: Sequence[Sequence[str]]
-    readable: Labels
+Checked = tuple[list[str], list[str], list[list[str]], Labels]
+"""The errors; the names of images of a single value; those of images that the network sees as the same, in groups; and
+the indices of the readable images."""
 
 
-def check_images(dataset: DataSet, progress: Callable[[int], Any] = lambda done: None) -> Findings:
+def check_images(dataset: DataSet, progress: Callable[[int], Any]) -> Checked:
     """Read every image once. `progress` is called with the number of images of each chunk."""
-    errors, flat, same, readable = list[str](), list[str](), dict[bytes, list[str]](), list[int]()
 
-    def look(i: int) -> tuple[bytes, bool] | str:
-        try:
-            image = load(dataset, [i])[0].numpy()
-        except UsageError as error:
-            return str(error)
-        return hashlib.blake2b(image.tobytes(), digest_size=16).digest(), image.min() == image.max()
+    def look(i: int) -> UsageError | tuple[bytes, bool]:
+        loaded = dataset.__getitems__([i])
+        if isinstance(loaded, UsageError):
+            return loaded
+        return hashlib.blake2b(loaded[0].tobytes(), digest_size=16).digest(), loaded[0].min() == loaded[0].max()
 
+    errors, flat, readable, same = list[str](), list[str](), list[int](), defaultdict[bytes, list[str]](list)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(dataset), CHUNK):
-            chunk = range(start, min(start + CHUNK, len(dataset)))
-            for i, found in zip(chunk, pool.map(look, chunk), strict=True):
-                if isinstance(found, str):
-                    errors.append(found)
+            chunk = range(len(dataset))[start : start + CHUNK]
+            for i, seen in zip(chunk, pool.map(look, chunk), strict=True):
+                if isinstance(seen, UsageError):
+                    errors.append(str(seen))
                     continue
                 readable.append(i)
-                same.setdefault(found[0], []).append(dataset.name_of(i))
-                if found[1]:
-                    flat.append(dataset.name_of(i))
+                same[seen[0]].append(dataset.name_of(i))
+                flat += [dataset.name_of(i)] if seen[1] else []
             progress(len(chunk))
-    return Findings(errors, flat, [group for group in same.values() if len(group) > 1], np.array(readable, np.int64))
+    return errors, flat, [group for group in same.values() if len(group) > 1], np.array(readable, np.int64)

@@ -1,7 +1,5 @@
 """Values of images: as they are stored, and in [-1, 1] as networks see them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

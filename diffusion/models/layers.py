@@ -1,7 +1,5 @@
 """The layers of the U-Net, in 1, 2 or 3 dimensions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, TypeVar

@@ -11,8 +11,6 @@ branch and the output end in a convolution that starts at zero (`zero_module`), 
 identity on its skip path and the network's output is 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,35 +51,17 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        out_channels: int,
-        dims: int = 2,
-        use_scale_shift_norm: bool = False,
-        use_checkpoint: bool = False,
-        resample: Upsample | Downsample | None = None,
+        self, channels: int, emb_channels: int, dropout: float, out_channels: int, dims: int = 2,
+        use_scale_shift_norm: bool = False, use_checkpoint: bool = False, resample: Upsample | Downsample | None = None,
         use_norm: bool = True,
-    ):
+    ):  # fmt: skip
         super().__init__()
-        self.use_scale_shift_norm = use_scale_shift_norm
-        self.use_checkpoint = use_checkpoint
-        self.resample = resample
-        self.in_layers = nn.Sequential(
-            normalization(channels) if use_norm else nn.Identity(),
-            SiLU(),
-            conv_nd(dims, channels, out_channels, 3, padding=1),
-        )
-        self.emb_layers = nn.Sequential(
-            SiLU(), Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
-        )
-        self.out_layers = nn.Sequential(
-            normalization(out_channels) if use_norm else nn.Identity(),
-            SiLU(),
-            nn.Dropout(dropout),
-            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
-        )
+        self.use_scale_shift_norm, self.use_checkpoint, self.resample = use_scale_shift_norm, use_checkpoint, resample
+        norm = normalization if use_norm else nn.Identity
+        self.in_layers = nn.Sequential(norm(channels), SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(SiLU(), Linear(emb_channels, out_channels * (2 if use_scale_shift_norm else 1)))
+        last = zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1))
+        self.out_layers = nn.Sequential(norm(out_channels), SiLU(), nn.Dropout(dropout), last)
         self.skip_connection = nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -96,12 +76,10 @@ class ResBlock(nn.Module):
         else:
             h = self.in_layers[2](self.resample(self.in_layers[:2](x)))
             x = self.resample(x)
-        emb_out = self.emb_layers(emb).to(h.dtype)
-        emb_out = emb_out[(...,) + (None,) * (h.ndim - 2)]
+        emb_out = self.emb_layers(emb).to(h.dtype)[(...,) + (None,) * (h.ndim - 2)]
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
-            h = self.out_layers[1:](h)
+            h = self.out_layers[1:](torch.addcmul(shift, self.out_layers[0](h), 1 + scale))
         else:
             h = self.out_layers(h + emb_out)
         return self.skip_connection(x) + h
@@ -115,21 +93,15 @@ class AttentionBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        num_heads: int = 1,
-        use_checkpoint: bool = False,
-        new_order: bool = False,
+        self, channels: int, num_heads: int = 1, use_checkpoint: bool = False, new_order: bool = False,
         use_norm: bool = True,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if channels % num_heads:
             raise UsageError(f"num_heads is {num_heads}, which does not divide {channels} channels")
-        self.num_heads = num_heads
-        self.use_checkpoint = use_checkpoint
-        self.split = (
-            "b (three heads c) n 1 -> three b heads n c" if new_order else "b (heads three c) n 1 -> three b heads n c"
-        )
+        self.num_heads, self.use_checkpoint = num_heads, use_checkpoint
+        rows = "three heads c" if new_order else "heads three c"
+        self.split = f"b ({rows}) n 1 -> three b heads n c"
         self.norm = normalization(channels) if use_norm else nn.Identity()
         self.qkv = Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(Conv1d(channels, channels, 1))
@@ -185,47 +157,30 @@ class UNetModel(nn.Module):
     Raises UsageError if `check_widths` does.
     """
 
+    outer = "input_blocks.0.", "label_emb.", "out."
+    """The layers between images or labels and features, which Muon leaves to AdamW."""
+
     # Long, so that the whole network can be read in one place.
     def __init__(
-        self,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        num_heads: int = 1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        num_head_channels: int = -1,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        image_size: int | None = None,
-        use_norm: bool = True,
-    ):
+        self, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+        attention_resolutions: Sequence[int], dropout: float = 0, channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True, dims: int = 2, num_classes: int | None = None, use_checkpoint: bool = False,
+        num_heads: int = 1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
+        num_head_channels: int = -1, resblock_updown: bool = False, use_new_attention_order: bool = False,
+        image_size: int | None = None, use_norm: bool = True,
+    ):  # fmt: skip
         super().__init__()
-        check_widths(model_channels, channel_mult, attention_resolutions, num_heads, num_heads_upsample,
-                     num_head_channels)  # fmt: skip
+        heads = num_heads, num_heads_upsample, num_head_channels
+        check_widths(model_channels, channel_mult, attention_resolutions, *heads)
         check_dims(dims)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.model_channels = model_channels
-        self.num_classes = num_classes
-        self.dims = dims
-        self.levels = len(channel_mult)
+        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
+        self.num_classes, self.dims, self.levels = num_classes, dims, len(channel_mult)
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         emb_channels = 4 * model_channels
 
-        def res_block(channels: int, out_channels: int, resample: Upsample | Downsample | None = None) -> ResBlock:
-            return ResBlock(
-                channels, emb_channels, dropout, out_channels, dims, use_scale_shift_norm, use_checkpoint, resample,
-                use_norm,
-            )  # fmt: skip
+        def res_block(channels: int, width: int, resample: Upsample | Downsample | None = None) -> ResBlock:
+            options = use_scale_shift_norm, use_checkpoint, resample, use_norm
+            return ResBlock(channels, emb_channels, dropout, width, dims, *options)
 
         def attention(channels: int, heads: int) -> AttentionBlock:
             heads = heads if num_head_channels == -1 else channels // num_head_channels
@@ -236,9 +191,8 @@ class UNetModel(nn.Module):
                 return res_block(channels, channels, kind(channels, False, dims))
             return kind(channels, conv_resample, dims)
 
-        self.time_embed = nn.Sequential(
-            Linear(model_channels, emb_channels), SiLU(), Linear(emb_channels, emb_channels)
-        )
+        enter, leave = Linear(model_channels, emb_channels), Linear(emb_channels, emb_channels)
+        self.time_embed = nn.Sequential(enter, SiLU(), leave)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
@@ -271,11 +225,8 @@ class UNetModel(nn.Module):
                     layers.append(resample(Upsample, ch))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
-        self.out = nn.Sequential(
-            normalization(ch) if use_norm else nn.Identity(),
-            SiLU(),
-            zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
-        )
+        last = zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(ch) if use_norm else nn.Identity(), SiLU(), last)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """The output for noisy images.

@@ -1,1 +1,60 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers and learning-rate schedules. Each is a function, and a line in `OPTIMIZERS` or `LR_SCHEDULES`.
+
+Keyword-only parameters are the component's settings in the section `train`; a tuple in an `Annotated` type is a range.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from diffusion.optimizers.muon import Muon
+
+Groups = list[dict[str, Any]]
+Decay = Annotated[float, (0, 1e9)]
+Fraction = Annotated[float, (0, 1)]
+DECAY_SHARE = 0.4
+
+
+def adamw(network: nn.Module, groups: Groups, lr: float, *, weight_decay: Decay = 0.0) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019)."""
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def muon(
+    network: nn.Module, groups: Groups, lr: float, *, weight_decay: Decay = 0.0, momentum: Fraction = 0.95
+) -> torch.optim.Optimizer:
+    """Muon for hidden matrices and convolutions (see `Muon`), AdamW for the rest: what is named in the network's
+    `outer`, and all that has one dimension."""
+    outer: tuple[str, ...] = getattr(network, "outer", ())
+    hidden = [p for name, p in network.named_parameters() if p.ndim > 1 and not name.startswith(outer)]
+    apart = set(map(id, hidden))
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
+    split = [{"params": hidden, "factor": 1.0, "muon": True}, *(group for group in rest if group["params"])]
+    return Muon(split, momentum, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
+
+
+def constant(step: int, steps: int, warmup_steps: int) -> float:
+    """The learning rate after the warm-up."""
+    return 1.0
+
+
+def cosine(step: int, steps: int, warmup_steps: int) -> float:
+    """Half a cosine, from the end of the warm-up to 0 after the last step."""
+    done = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def wsd(step: int, steps: int, warmup_steps: int, *, decay_share: Annotated[float, (1e-9, 1)] = DECAY_SHARE) -> float:
+    """Warm-up, stable, decay: linearly to 0 over the last `decay_share` of the steps. A warm-up that lasts into the
+    decay ends where the two meet."""
+    return min(1.0, (1 - step / steps) / decay_share)
+
+
+LR_SCHEDULES: dict[str, Callable[..., float]] = {"constant": constant, "cosine": cosine, "wsd": wsd}
+"""(step, steps, warmup_steps) -> the factor of the learning rate at step 0, 1, ... (a linear warm-up bounds it)."""

@@ -1,7 +1,5 @@
 """Muon: momentum, orthogonalised, for the matrices and convolutions of a network, and AdamW for all else."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,6 +23,9 @@ class Muon(torch.optim.AdamW):
         momentum: of the groups with `muon=True`.
     """
 
+    whole_matrices = True
+    """An update needs whole matrices: not for FSDP."""
+
     def __init__(self, params: Iterable[dict[str, Any]], momentum: float = 0.95, **options: Any):
         super().__init__(params, **options)
         self.momentum = momentum
@@ -46,9 +47,8 @@ class Muon(torch.optim.AdamW):
         return result
 
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        found_inf = getattr(self, "found_inf", None)
         taken = 1.0
-        if found_inf is not None:
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
             taken, gradients = 1 - found_inf, [gradient.nan_to_num(0, 0, 0) for gradient in gradients]
         for p in parameters:
             if not self.state[p]:
@@ -88,5 +88,5 @@ def orthogonalise(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
                 gram = polynomial @ gram @ polynomial
         for i, product in zip(numbers, total, strict=True):
             wide[i] = product @ wide[i]
-    return [found if matrix.shape[0] <= matrix.shape[1] else found.mT
-            for found, matrix in zip(wide, matrices, strict=True)]  # fmt: skip
+    pairs = zip(wide, matrices, strict=True)
+    return [result if matrix.shape[0] <= matrix.shape[1] else result.mT for result, matrix in pairs]

@@ -1,7 +1,5 @@
 """Compiling a network in place, so that its state-dict keys stay the published ones."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """One interface to plain and FSDP2-sharded tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,9 +27,9 @@ def to_host(state: Any, keep: bool = True) -> Any:
     return {name: to_host(value, keep) for name, value in state.items()} if isinstance(state, Mapping) else state
 
 
-def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Any, other: Tensor) -> Any:
     """A whole tensor, known to every process, sharded as `other` is; as it is if the shapes differ."""
-    if isinstance(other, DTensor) and tensor.shape == other.shape:
+    if isinstance(other, DTensor) and isinstance(tensor, Tensor) and tensor.shape == other.shape:
         return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
     return tensor
 

@@ -1,100 +1,85 @@
-"""Checkpoints: a self-contained folder, written atomically.
+"""Checkpoints: a self-contained folder, written atomically. Nothing in it is pickled.
 
 step_00001500/
+    state.json             marks the folder: format, step, class names, origin of the weights, environment
     config.yaml            the resolved configuration
-    state.json             the step, class names, origin of the weights, environment
     model.safetensors      the weights in training
     ema_0.999.safetensors  a moving average, one file each (none at step 0, whose averages are the weights)
-    training.pt            the optimizer's state and the loss scale (read with weights_only)
+    training.safetensors   the state of the optimizer and of all else that a resumed run needs
     SHA256SUMS             a checksum of each of them, as `sha256sum --check` reads them
 """
 
-from __future__ import annotations
-
 import dataclasses
+import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.config.files import load_config, save_config
 from diffusion.config.schema import Config
 from diffusion.ema import LONGEST, reconstruct
-from diffusion.errors import UsageError, one_line
-from diffusion.files.atomic import to_disk
-from diffusion.files.tensors import load_plain, load_tensors
-from diffusion.models.unet import UNetModel
-from diffusion.run.checksums import MAX_JSON_BYTES, SUMS, Damaged, damaged, read_sums, reading, sha256, verify
+from diffusion.errors import UsageError, name_some, one_line, prefixed
+from diffusion.files.atomic import sha256, to_disk
 
-FORMAT = 6
+FORMAT = 7
+STATE, SUMS = "state.json", "SHA256SUMS"
 Weights = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
-class Stateful(Protocol):
-    """A part of a run that is saved in a checkpoint: plain data and tensors."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+class Damaged(UsageError):
+    """A file of a checkpoint is missing, or differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, whose small files have been read and verified. Other files are verified when they are read."""
+    """A checkpoint, whose small files have been read and verified. Others are verified as they are read."""
 
     path: Path
     step: int
     config: Config
     class_names: tuple[str, ...]
     data: str | None = None
-    """The fingerprint of its training data."""
+    """A hash of its training data."""
     origin: dict[str, Any] | None = None
     """The source of the run's first weights: path, step, file and its SHA-256."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """What rounding depends on: device, processes, threads, version of torch."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """What a resumed run needs beside tensors."""
     sums: Mapping[str, str] = field(default_factory=dict)
     """The SHA-256 of each file."""
-    verified: bool = False
     passed_over: tuple[tuple[Path, str], ...] = ()
     """Newer checkpoints of the run that are damaged, each with the reason."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights in training."""
-        return self._tensors("model.safetensors")
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors in a file. It is read into memory and then verified, since it may be overwritten meanwhile."""
+        return safetensors.torch.load(_read(self.path / name, self.sums))
 
-    def ema(self, key: float | str) -> dict[str, Tensor]:
-        """The moving average `key` (see `diffusion.ema.EMA`)."""
-        return self.weights() if self.step == 0 else self._tensors(f"ema_{key}.safetensors")
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of every file."""
+        return {name: self.tensors(name) for name in self.sums if name.endswith(".safetensors")}
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        try:
-            tensors = load_tensors(self.path / name)
-        finally:
-            self.file(name)  # verified once it is in memory: it may be overwritten in place while it is read
-        for key, value in tensors.items():
-            if value.dtype != torch.float32:
-                raise UsageError(f"checkpoint {self.path}: {key} in {name} is of {value.dtype}; weights are float32")
-        return tensors
-
-    def chosen_weights(self, wanted: str | None = None) -> dict[str, Tensor]:
+    def weights(self, wanted: str | None = None) -> dict[str, Tensor]:
         """The weights that `--ema` selects: a moving average by its name, "none" for the weights in training, None for
         the run's first average, or "length0.07" for one that is reconstructed from those in the run's checkpoints.
 
         Raises UsageError if the run does not have it."""
         chosen = self.chosen(wanted)
-        return self._reconstructed(chosen) if isinstance(chosen, float) else self._tensors(chosen)
+        return self._reconstructed(chosen) if isinstance(chosen, float) else self.tensors(chosen)
 
     def fingerprint(self, wanted: str | None = None) -> str:
-        """What distinguishes the weights that `--ema` selects from others."""
+        """A hash of the weights that `--ema` selects."""
         chosen = self.chosen(wanted)
         if isinstance(chosen, float):
             return f"length{chosen} of {self.sums[f'ema_length{self.config.train.ema_lengths[0]}.safetensors']}"
@@ -123,41 +108,20 @@ class Checkpoint:
         """The power-function average of a length, from all that the run has stored up to this checkpoint."""
         lengths = self.config.train.ema_lengths
         earlier = folders(self.path.parent.parent) if self.path.parent.name == "checkpoints" else [self.path]
-        parts = [(saved, of) for path in earlier if 0 < step_of(path) <= self.step
-                 for saved in [self if path == self.path else _open_folder(path)] for of in lengths]  # fmt: skip
-        coefficients, error = reconstruct([(of, saved.step) for saved, of in parts], length, self.step)
+        saved = [open_folder(path) for path in earlier if 0 < step_of(path) <= self.step]
+        parts = [(checkpoint, of) for checkpoint in saved for of in lengths]
+        coefficients, error = reconstruct([(of, checkpoint.step) for checkpoint, of in parts], length, self.step)
         if error > 0.1:
-            steps = ", ".join(str(saved.step) for saved, of in parts if of == lengths[0])
-            known = f"{', '.join(map(str, lengths))} after steps {steps}"
-            raise UsageError(f"--ema is length{length}; the averages of lengths {known} express it with an error of "
-                             f"{error:.0%}, above 10%: name a nearer one, or keep more checkpoints")  # fmt: skip
+            steps = ", ".join(str(checkpoint.step) for checkpoint in saved)
+            stored = f"the averages of lengths {', '.join(map(str, lengths))} after steps {steps}"
+            raise UsageError(f"--ema is length{length}; {stored} express it with an error of {error:.0%}, above 10%")
         total: dict[str, Tensor] = {}
-        for coefficient, (saved, of) in zip(coefficients.tolist(), parts, strict=True):
-            for name, value in saved.ema(f"length{of}").items():
+        for coefficient, (checkpoint, of) in zip(coefficients.tolist(), parts, strict=True):
+            for name, value in checkpoint.tensors(f"ema_length{of}.safetensors").items():
                 total[name] = total.get(name, 0) + coefficient * value.double()
         return {name: value.float() for name, value in total.items()}
 
-    def file(self, name: str) -> Path:
-        """The path of a file, verified. Raises Damaged if it is missing or differs from what was written, and
-        UsageError if it cannot be read."""
-        if name not in self.sums:
-            raise Damaged(f"checkpoint {self.path} is not whole: {SUMS} does not name {name}")
-        if not self.verified:
-            verify(self.path, {name: self.sums[name]})
-        return self.path / name
-
-    def restore(self, parts: Mapping[str, Stateful]) -> None:
-        """Restore the state of each part by its name. Raises UsageError if the file does not fit."""
-        path = self.file("training.pt")
-        training = load_plain(path)
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(training[name])
-        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            what = f"does not hold what a run of this network saves ({one_line(error)})"
-            raise UsageError(f"checkpoint {self.path}: {path.name} {what}: --back_to STEP goes back") from None
-
-    def network(self, weights: Weights) -> UNetModel:
+    def network(self, weights: Weights) -> nn.Module:
         """The network with `weights`. Raises UsageError if they are of another architecture."""
         with torch.device("meta"):  # nothing is allocated or drawn before the sizes are checked
             model = self.config.network(len(self.class_names))
@@ -167,45 +131,61 @@ class Checkpoint:
 
 
 def save(
-    folder: Path,
-    step: int,
-    config: Config,
-    class_names: tuple[str, ...],
-    weights: Weights,
-    averages: Mapping[float | str, Weights],
-    training: dict[str, Any],
-    *,
-    data: str | None = None,
-    origin: dict[str, Any] | None = None,
-    environment: Mapping[str, Any] | None = None,
-    held_out_loss: float | None = None,
-) -> None:
-    """Write a checkpoint atomically: into a temporary folder, which is renamed once all is on disk. The run's own
-    folder must exist."""
+    folder: Path, step: int, config: Config, class_names: tuple[str, ...], weights: Weights,
+    averages: Mapping[float | str, Weights], training: Mapping[str, Any], **about: Any,
+) -> None:  # fmt: skip
+    """Write a checkpoint atomically: into a temporary folder, which is renamed once all is on disk.
+
+    Args:
+        folder: of the checkpoint; the run's own folder must exist.
+        training: nested mappings of tensors, numbers and strings: what a resumed run needs beside weights and averages.
+        about: data, origin and environment (see `Checkpoint`), and held_out_loss.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
+    flat = dict(flatten(training))
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in flat.items() if name not in tensors}
+    absent: dict[str, Any] = {"data": None, "origin": None, "environment": {}, "held_out_loss": None}
+    state = {"format": FORMAT, "step": step, "class_names": class_names, **absent, **about, "numbers": numbers}
     try:
         folder.parent.mkdir(exist_ok=True)  # not the run's own: a run that was moved away must not be begun again
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
+        (temporary / STATE).write_text(json.dumps(state, indent=1))
         save_config(config, temporary / "config.yaml")
-        state = {"format": FORMAT, "step": step, "class_names": class_names, "data": data, "origin": origin,
-                 "environment": dict(environment or {}), "held_out_loss": held_out_loss}  # fmt: skip
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        save_file(_on_cpu(weights), temporary / "model.safetensors")
-        for key, average in averages.items():
-            save_file(_on_cpu(average), temporary / f"ema_{key}.safetensors")
-        torch.save(training, temporary / "training.pt")
+        files = {"model": weights, **{f"ema_{key}": average for key, average in averages.items()}, "training": tensors}
+        for name, content in files.items():
+            on_cpu = {key: value.detach().cpu().contiguous().clone() for key, value in content.items()}
+            safetensors.torch.save_file(on_cpu, temporary / f"{name}.safetensors")
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
         (temporary / SUMS).write_text("".join(sums))
-        for path in (*temporary.iterdir(), temporary):
-            if path.is_file():
-                shutil.copymode(temporary / "state.json", path)  # safetensors creates files that the group cannot read
+        for path in temporary.iterdir():
+            shutil.copymode(temporary / STATE, path)  # safetensors creates files that the group cannot read
             to_disk(path)
+        to_disk(temporary)
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, the space is needed
         raise
     temporary.rename(folder)
     to_disk(folder.parent)
+
+
+def flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings by their path, such as "step/optimizer/3/exp_avg"."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mappings of `flatten`, whose keys are strings; empty ones are missing."""
+    state: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        reduce(lambda inner, parent: inner.setdefault(parent, {}), parents, state)[name] = value
+    return state
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -215,8 +195,8 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def folders(run: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    steps = {path: re.fullmatch(r"step_\d{8,}", path.name) for path in (run / "checkpoints").glob("step_*")}
-    return sorted((path for path, match in steps.items() if match), key=step_of, reverse=True)
+    paths = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -226,167 +206,102 @@ def step_of(folder: Path) -> int:
 
 def best(run: Path) -> Path | None:
     """The checkpoint with the lowest loss of held-out images, if a run has any: of those with the newest one's data."""
-    losses, data = {}, list[Any]()
+    scored = []
     for folder in folders(run):
-        with suppress(OSError, ValueError, AttributeError):
-            state = json.loads((folder / "state.json").read_bytes()[:MAX_JSON_BYTES])
-            data.append(state.get("data"))
-            if isinstance(state.get("held_out_loss"), float) and data[-1] == data[0]:
-                losses[folder] = state["held_out_loss"]
-    return min(losses, key=lambda folder: losses[folder]) if losses else None
-
-
-def link_best(run: Path) -> Path | None:
-    """Let the link `best` of a run point to its best checkpoint, if there is one, and return that."""
-    chosen, link = best(run), run / "best"
-    with suppress(OSError):  # some file systems have no links
-        if os.path.lexists(link) and not os.readlink(link).startswith("checkpoints/"):
-            return chosen  # somebody else's
-        if chosen is None:
-            (run / "best").unlink(missing_ok=True)
-        else:
-            temporary = run / f".best.{os.getpid()}.tmp"
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(chosen.relative_to(run))
-            temporary.replace(run / "best")
-    return chosen
+        with suppress(OSError, ValueError):
+            state = json.loads((folder / STATE).read_bytes())
+            scored.append((state["held_out_loss"], state["data"], folder))
+    same = [(loss, folder) for loss, data, folder in scored if loss is not None and data == scored[0][1]]
+    return min(same, key=lambda pair: pair[0])[1] if same else None
 
 
 def prune(run: Path, keep_last: int, keep_every: int) -> None:
-    """Remove a run's checkpoints but the last `keep_last` (0: all stay), those of each `keep_every`-th step, and the
-    best by held-out images."""
-    chosen = link_best(run)
+    """Let the link `best` of a run point to its best checkpoint by held-out images, if any, and remove others but the
+    last `keep_last` (0: all stay) and those of each `keep_every`-th step."""
+    chosen, link, temporary = best(run), run / "best", run / ".best.tmp"
+    if chosen and (link.is_symlink() or not link.exists()):
+        with suppress(OSError):  # some file systems have no links
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(chosen.relative_to(run))
+            temporary.replace(link)
     for path in folders(run)[keep_last:] if keep_last else []:
         if path != chosen and (not keep_every or step_of(path) % keep_every):
             removed = path.rename(path.with_name(f".{path.name}.tmp"))  # it must not look like a checkpoint
             shutil.rmtree(removed, ignore_errors=True)
 
 
-def is_run_or_checkpoint(path: Path) -> bool:
-    """Whether a folder looks like a run that has saved a checkpoint, or like a checkpoint."""
-    return (path / "checkpoints").is_dir() or (path / "state.json").exists()
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint, or a run's newest undamaged one, with every file verified.
+def newest(path: Path, use: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
+    """A checkpoint, or of a run the newest one for which `use` does not raise Damaged; and what `use` returns for it.
 
     Raises UsageError if there is none, and if a file cannot be read for another reason than damage.
     """
-
-    def verified(saved: Checkpoint) -> Checkpoint:
-        verify(saved.path, saved.sums)
-        return dataclasses.replace(saved, verified=True)
-
-    return _newest(path, verified)
-
-
-def open_weights(path: Path, ema: str | None = None) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """Open a checkpoint as `open_checkpoint` does, and its weights that `ema` selects (see `chosen_weights`).
-
-    Only the files that are read are verified. A run in training may remove old checkpoints meanwhile.
-    """
-    loaded: dict[str, Tensor] = {}
-
-    def with_weights(saved: Checkpoint) -> Checkpoint:
-        loaded.update(saved.chosen_weights(ema))
-        return saved
-
-    return _newest(path, with_weights), loaded
-
-
-def _newest(path: Path, use: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
-    """Apply `use` to a checkpoint, or to a run's newest one for which it does not raise Damaged."""
-    if not path.exists():
-        raise UsageError(f"checkpoint {path} is not there")
-    if (path / "state.json").exists() or path.name.startswith("step_"):
-        return use(_open_folder(path.resolve() if path.is_symlink() else path))  # the link `best` may move on
-    for _ in range(10):  # a run in training may remove what was just listed
-        damage: list[tuple[Path, Damaged]] = []
-        listed = folders(path)
-        for folder in listed:
-            try:
-                passed_over = tuple((where, str(error)) for where, error in damage)
-                return dataclasses.replace(use(_open_folder(folder)), passed_over=passed_over)
-            except Damaged as error:
-                if not folder.exists():
-                    break
-                damage.append((folder, error))
-        else:
-            break
+    if (path / STATE).exists() or path.name.startswith("step_"):
+        checkpoint = open_folder(path.resolve())  # the link `best` may move on
+        return checkpoint, use(checkpoint)
+    damage: list[tuple[Path, str]] = []
+    for folder in folders(path):
+        try:
+            checkpoint = open_folder(folder)
+            result = use(checkpoint)
+            return dataclasses.replace(checkpoint, passed_over=tuple(damage)), result
+        except Damaged as error:
+            if folder.exists():  # a run in training may have removed it
+                damage.append((folder, str(error)))
     if not damage:
-        hint = f"; name the folder, {path.parent}" if path.is_file() else ""
-        raise UsageError(f"{path} is no checkpoint, and no run that has saved one (no checkpoints/step_...){hint}")
-    first = str(damage[0][1])
-    raise Damaged(first if len(damage) == 1 else
-                  f"none of the {len(damage)} checkpoints of {path} is whole; of the newest: {first}")  # fmt: skip
+        raise UsageError(f"{path} is not a checkpoint or a run that has saved one (no checkpoints/step_...)")
+    raise Damaged(f"none of the {len(damage)} checkpoints of {path} is whole; of the newest: {damage[0][1]}")
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def open_folder(folder: Path) -> Checkpoint:
+    """Open one checkpoint, of which the small files are read. Raises Damaged if one is not what was written."""
     sums = read_sums(folder)
-    verify(folder, {name: sums[name] for name in ("state.json", "config.yaml") if name in sums})
-    path = folder / "state.json"
-    with reading(path):
-        text = path.read_bytes()[:MAX_JSON_BYTES]
-    try:
-        state = json.loads(text)
-        if not isinstance(state, dict):
-            raise ValueError("it holds no object")
-        if state["format"] != FORMAT:
-            raise UsageError(f"checkpoint {folder} has format {state['format']}; this version reads {FORMAT}")
-        step, class_names = state["step"], checked_names(state["class_names"])
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step is {step!r}")
-        origin, environment = state["origin"], state["environment"]
-        if not isinstance(environment, dict) or not (origin is None or isinstance(origin, dict)):
-            raise ValueError("origin and environment are no objects")
-    except UsageError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if not sums:
-            raise damaged(path, one_line(error)) from None
-        # The checksum is right, so this is what was written.
-        raise UsageError(f"checkpoint {folder}: state.json cannot be used: {one_line(error)}") from None
-    if not sums:
-        raise damaged(folder / SUMS, "")
-    if folder.name.startswith("step_") and folder.name != f"step_{step:08d}":
-        raise UsageError(f"checkpoint {folder} is of step {step}: give the folder its name back, step_{step:08d}")
-    try:
+    state = json.loads(_read(folder / STATE, sums))
+    if state["format"] != FORMAT:
+        raise UsageError(f"checkpoint {folder} has format {state['format']}; this version reads {FORMAT}")
+    if folder.name.startswith("step_") and step_of(folder) != state["step"]:
+        raise UsageError(f"checkpoint {folder} is of step {state['step']}: give the folder its name back")
+    _read(folder / "config.yaml", sums)
+    with prefixed(f"checkpoint {folder} cannot be used: "):
         config = load_config(folder / "config.yaml")
-    except UsageError as error:
-        raise UsageError(f"checkpoint {folder} cannot be used: {str(error).removeprefix('--config ')}") from None
-    return Checkpoint(folder, step, config, class_names, state.get("data"), origin, environment, sums)
+    about = {name: state[name] for name in ("step", "data", "origin", "environment", "numbers")}
+    return Checkpoint(folder, config=config, class_names=tuple(state["class_names"]), sums=sums, **about)
 
 
-def check_format(run: Path) -> None:
-    """Raise UsageError if a run's newest checkpoint has another format: its settings may have other names."""
-    for folder in folders(run)[:1]:
-        found = FORMAT
-        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            found = json.loads((folder / "state.json").read_bytes()[:MAX_JSON_BYTES])["format"]
-        if type(found) is int and found != FORMAT:
-            raise UsageError(f"checkpoint {folder} has format {found}; this version reads {FORMAT}")
+def read_sums(folder: Path) -> dict[str, str]:
+    """The checksums by file name. Raises Damaged if their file is missing or does not name every file."""
+    lines = _read(folder / SUMS, None).decode(errors="replace").splitlines()
+    sums = {line[66:]: line[:64] for line in lines}
+    if not sums.keys() >= {STATE, "config.yaml", "model.safetensors", "training.safetensors"}:
+        if (folder / "training.pt").exists():
+            raise UsageError(f"checkpoint {folder} is of an earlier version; this one reads format {FORMAT}")
+        raise Damaged(f"checkpoint {folder} is not whole: {SUMS} is damaged")
+    return sums
 
 
-def check_fits(model: torch.nn.Module, weights: Weights, source: Path) -> None:
-    """Raise UsageError, with the first differences, where `weights` are not those of `model`."""
+def _read(path: Path, sums: Mapping[str, str] | None) -> bytes:
+    """The content of a file, verified. A missing or different one is damage; one that cannot be read is not."""
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"checkpoint {path.parent} is not whole: {path.name} is missing") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {one_line(error)}; nothing was changed") from None
+    if sums is not None and hashlib.sha256(content).hexdigest() != sums.get(path.name):
+        hint = " (settings are changed on the command line)" if path.name == "config.yaml" else ""
+        raise Damaged(f"checkpoint {path.parent} is not whole: {path.name} is damaged{hint}")
+    return content
+
+
+def misfits(model: nn.Module, weights: Weights) -> dict[str, str]:
+    """The names that differ in shape, or that only a model or `weights` has, each with its shapes in a message."""
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in weights.items()}
-    differ = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-    if differ:
-        listed = "; ".join(
-            f"{name} is {given.get(name, 'missing')} there and {wanted.get(name, 'missing')} in the model"
-            for name in differ[:3]
-        )
-        more = f"; and {len(differ) - 3} more of {len(wanted)}" if len(differ) > 3 else ""
-        raise UsageError(f"checkpoint {source} is of another architecture: {listed}{more}")
+    differ = [name for name in sorted(wanted.keys() | given.keys()) if wanted.get(name) != given.get(name)]
+    return {n: f"{n} is {given.get(n, 'missing')}, and {wanted.get(n, 'missing')} in the model" for n in differ}
 
 
-def checked_names(value: object) -> tuple[str, ...]:
-    """Class names from a file. Raises ValueError if they are not a list of different strings."""
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
-        raise ValueError("class names must be a list of different strings")
-    return tuple(value)
-
-
-def _on_cpu(weights: Weights) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+def check_fits(model: nn.Module, weights: Weights, source: Path) -> None:
+    """Raise UsageError, with the first differences, where `weights` are not those of `model`."""
+    if differ := misfits(model, weights):
+        listed = name_some(list(differ.values()), f"of {len(model.state_dict())} weights differ")
+        raise UsageError(f"checkpoint {source} is of another architecture: {listed}")

@@ -1,18 +1,14 @@
-"""Image files from arrays: grids and PNG."""
-
-from __future__ import annotations
+"""Image files from arrays: grids, PNG and GIF."""
 
 import math
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -20,14 +16,10 @@ from torch import Tensor
 from diffusion.data.decode import PIL_MODES
 from diffusion.files.atomic import replace_bytes
 
-TILE = 64
-"""Smaller images are enlarged to about this many pixels in a grid."""
 PNG_MARK = "Software\0diffusion {}"
-"""How a grid's file says which command wrote it, near its beginning."""
-CAPTION = 14
-"""Pixels of a line of text under an image."""
-SLICES = 8
-"""How many slices of a volume are shown."""
+"""The bytes near the beginning of a grid's file that name the command which wrote it."""
+TILE, CAPTION, SLICES = 64, 14, 8
+"""The pixels that smaller images are enlarged to, those of a line of text, and the most slices of a volume."""
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
@@ -38,8 +30,8 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     if images.ndim == 3:
         images = torch.stack([_plot(signal) for signal in images])
     elif images.ndim == 5:
-        some = torch.linspace(0, images.shape[2] - 1, min(SLICES, images.shape[2])).round().long()
-        images = rearrange(images[:, :, some], "n c d h w -> n c h (d w)")
+        slices = torch.linspace(0, images.shape[2] - 1, min(SLICES, images.shape[2])).round().long()
+        images = rearrange(images[:, :, slices], "n c d h w -> n c h (d w)")
     if images.shape[1] not in PIL_MODES:
         columns *= images.shape[1]
         images = rearrange(images, "n c h w -> (n c) 1 h w")
@@ -47,9 +39,7 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     border = max(1, factor // 4)
     images = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     columns = min(columns, len(images))
-    rows = math.ceil(len(images) / columns)
-    images = F.pad(images, (0, border, 0, border), value=255)
-    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(images)), value=255)
+    images = F.pad(images, (0, border, 0, border, 0, 0, 0, -len(images) % columns), value=255)
     sheet = rearrange(images, "(r c) ch h w -> ch (r h) (c w)", c=columns)
     return to_pil(F.pad(sheet, (border, 0, border, 0), value=255))
 
@@ -58,55 +48,65 @@ def _plot(signal: Tensor) -> Tensor:
     """A signal (C, length), uint8, as lines from left to right: (1, TILE, width)."""
     width = min(4 * TILE, max(TILE, signal.shape[1]))
     image = Image.new("L", (width, TILE), 255)
-    for i, channel in enumerate(signal.tolist()):
-        points = [
-            (x * (width - 1) / max(1, len(channel) - 1), (255 - y) * (TILE - 1) / 255) for x, y in enumerate(channel)
-        ]
-        ImageDraw.Draw(image).line(points, fill=160 * i // len(signal))
+    x, y = torch.linspace(0, width - 1, signal.shape[1]), (255 - signal.float()) * (TILE - 1) / 255
+    for i, heights in enumerate(y):
+        ImageDraw.Draw(image).line(torch.stack([x, heights], 1).flatten().tolist(), fill=160 * i // len(signal))
     return torch.from_numpy(np.array(image))[None]
 
 
 def to_pil(image: Tensor) -> Image.Image:
     """One image (C, H, W), uint8, with 1 to 4 channels, or uint16 with one."""
-    array: NDArray[Any] = rearrange(image.cpu(), "c h w -> h w c").numpy()
+    array: np.ndarray = rearrange(image.cpu(), "c h w -> h w c").numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def save_grid(
-    images: Tensor, path: Path, num_classes: int = 0, columns: int | None = None, captions: Sequence[str] = (),
-    by: str = "train",
-) -> None:  # fmt: skip
-    """Write a grid of images, whose classes are taken in turn, as PNG, atomically; with a caption under each image, if
-    there are captions. The file says which command it is written `by`."""
-    path.parent.mkdir(exist_ok=True)
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    """The content of an image file of a format of PIL, with its options."""
     buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(image: np.ndarray) -> bytes:
+    """The content of a PNG file of one image (C, H, W) with 1 to 4 channels of 8 bits, or one of 16."""
+    return encode(to_pil(torch.from_numpy(image)), "PNG")
+
+
+def save_grid(
+    images: Tensor, path: Path, num_classes: int = 0, columns: int = 0, captions: Sequence[str] = (), by: str = "train"
+) -> None:
+    """Write a grid of images, whose classes are taken in turn, as PNG, atomically.
+
+    Args:
+        columns: 0: those of `grid_columns`.
+        captions: a line of text under each image, or none.
+        by: the command that the file names as its writer.
+    """
     columns = columns or grid_columns(len(images), num_classes)
-    mark, drawn = PngInfo(), captioned(images, columns, captions) if captions else grid(images, columns)
+    mark = PngInfo()
     mark.add_text("Software", f"diffusion {by}")
-    drawn.save(buffer, format="PNG", pnginfo=mark)
-    replace_bytes(path, buffer.getvalue())
+    image = captioned(images, columns, captions) if captions else grid(images, columns)
+    path.parent.mkdir(exist_ok=True)
+    replace_bytes(path, encode(image, "PNG", pnginfo=mark))
 
 
 def captioned(images: Tensor, columns: int, captions: Sequence[str]) -> Image.Image:
-    """A grid with a line of text under each image, cut where it is longer than that."""
-    tiles = [grid(image[None], 1).convert("RGB") for image in images]
-    width, height = tiles[0].width, tiles[0].height + CAPTION
-    sheet = Image.new("RGB", (width * min(columns, len(tiles)), height * math.ceil(len(tiles) / columns)), "white")
-    for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
-        label = Image.new("RGB", (width, CAPTION), "white")
-        ImageDraw.Draw(label).text((2, 1), caption, fill="black")
-        for part, down in ((tile, 0), (label, tile.height)):
-            sheet.paste(part, (i % columns * width, i // columns * height + down))
-    return sheet
+    """A grid with a line of text under each image, cut at the image's width."""
+    tiles = []
+    for image, caption in zip(images, captions, strict=True):
+        drawn = grid(image[None], 1).convert("RGB")
+        tile = Image.new("RGB", (drawn.width, drawn.height + CAPTION), "white")
+        tile.paste(drawn)
+        ImageDraw.Draw(tile).text((2, drawn.height + 1), caption, fill="black")
+        tiles.append(rearrange(torch.from_numpy(np.array(tile)), "h w c -> c h w"))
+    return grid(torch.stack(tiles), columns)
 
 
 def save_gif(images: Tensor, path: Path) -> None:
     """Write images (N, C, *sizes), uint8, one after another, as an animated GIF that rests on the last, atomically."""
-    frames = [grid(image[None], 1).convert("RGB") for image in images]
-    buffer = BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500],
-                   loop=0)  # fmt: skip
-    replace_bytes(path, buffer.getvalue())
+    first, *others = [grid(image[None], 1).convert("RGB") for image in images]
+    durations = [120] * len(others) + [1500]  # milliseconds
+    replace_bytes(path, encode(first, "GIF", save_all=True, append_images=others, duration=durations, loop=0))
 
 
 def grid_columns(n: int, num_classes: int) -> int:
@@ -114,10 +114,3 @@ def grid_columns(n: int, num_classes: int) -> int:
     if not 1 < num_classes <= 20:
         return math.ceil(math.sqrt(n))
     return num_classes * max(1, round(math.sqrt(n) / num_classes))
-
-
-def png(image: NDArray[Any]) -> bytes:
-    """One image (C, H, W) with 1 to 4 channels of 8 bits, or one of 16, as the content of a PNG file."""
-    buffer = BytesIO()
-    to_pil(torch.from_numpy(image)).save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -1,23 +1,21 @@
-"""Samples on disk: each batch is written when it is done, and the same command continues where it stopped.
+"""Samples on disk: a grid, a folder of images, or an array.
 
-A folder of images is its own store. A grid and an array are assembled at the end from parts beside them:
+A folder and an array are written batch by batch, and the same command continues where it stopped: of an array, the
+batches lie in a folder beside it until all are done.
 
 samples.npz.parts/
     samples.json     the settings of the images; parts of other settings are not used
     00000000.npy     images of the batch that begins at 0, (N, *sizes, C)
 """
 
-from __future__ import annotations
-
 import json
 import os
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,32 +24,72 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.data.decode import PIL_MODES
-from diffusion.data.values import to_stored
+from diffusion.data.values import to_stored, to_uint8
 from diffusion.errors import UsageError
 from diffusion.files.atomic import lock, replace_bytes, unlock
 from diffusion.run.grids import png, save_grid
 
-Form = Literal["grid", "images", "npz"]
+Form = Literal["images", "npz"]
 SETTINGS = "samples.json"
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-SUFFIXES = {"grid": ".png", "images": "", "npz": ".npz"}
+
+
+class Taken(UsageError):
+    """The place of samples holds something else."""
+
+
+def _check_free(out: Path) -> None:
+    if os.path.lexists(out):
+        raise Taken(f"--out {out} is there already: name another, or remove it")
+
+
+class GridStore:
+    """Images that are kept in memory until all are drawn, and then written as a grid (.png).
+
+    Its methods are those of `SampleStore`.
+    """
+
+    def __init__(self, out: Path, n: int, labels: Sequence[int] | None, names: Sequence[str] = ()):
+        self.out, self.n, self.labels, self.names = out, n, labels, names
+        self.drawn: dict[int, Tensor] = {}
+
+    def begin(self) -> None:
+        _check_free(self.out)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def is_done(self, batch: range) -> bool:
+        return batch.start in self.drawn
+
+    def write(self, batch: range, images: Tensor) -> None:
+        self.drawn[batch.start] = to_uint8(images)
+
+    def finish(self, batches: Sequence[range], main: bool) -> None:
+        from accelerate.utils import gather_object  # takes long to import
+
+        drawn = dict(gather_object(list(self.drawn.items())))
+        if main:
+            images = torch.cat([drawn[batch.start] for batch in batches])
+            labels = self.labels or ()
+            captions = [self.names[label] for label in np.resize(labels, self.n)] if labels and self.names else []
+            _check_free(self.out)  # it may have been written meanwhile
+            save_grid(images, self.out, len(labels), captions=captions, by="sample")
+
+    def close(self) -> None: ...
 
 
 @dataclass
 class SampleStore:
-    """Images that are written batch by batch into `out`: a grid (.png), a folder of images, or an array (.npz).
+    """Images that are written batch by batch into `out`: a folder of images, or an array (.npz).
 
     Args:
         out: the file or folder.
-        form: grid, images or npz.
+        form: images or npz.
         n: how many images.
         shape: of one, (C, *sizes).
         labels: the class numbers, taken in turn; None without classes.
         settings: everything that the images depend on; samples of other settings are not continued.
-        names: of the classes, written under the images of a grid, if given.
-        declared: the range of values that is written (see `to_stored`); None: 8 bits, as always in a grid.
+        declared: the range of values that is written (see `to_stored`); None: 8 bits.
 
-    `begin` is called by one process, `is_done` and `write` by any, and `finish` by one when all are done.
+    `begin` is called by one process, `is_done` and `write` by any, and `finish` by all when all are done.
     """
 
     out: Path
@@ -61,119 +99,83 @@ class SampleStore:
     labels: Sequence[int] | None
     settings: dict[str, Any]
     declared: tuple[float, float] | None = None
-    names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        self.out = Path(os.path.realpath(self.out)) if self.out.is_symlink() else self.out  # links are followed
-        self.declared = None if self.form == "grid" else self.declared
         self.dtype = to_stored(torch.zeros(1), self.declared).dtype
-        self.settings = self.settings | {"classes": None if self.labels is None else list(self.labels)}
+        self.settings = json.loads(json.dumps(self.settings | {"classes": self.labels}))
         self.folder = self.out if self.form == "images" else self.out.with_name(f"{self.out.name}.parts")
         self._lock: int | None = None
-        self._ours = False  # whether the folder's settings are those of this call
+        self._is_new = False
 
     def begin(self) -> None:
         """Create the folder, or continue what the same command left there.
 
-        Raises BlockingIOError if another process writes there, and FileExistsError if it holds something else.
+        Raises Taken if another process writes there, or it holds something else.
         """
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS
-        if (os.path.lexists(self.folder) and not self.folder.is_dir()) or (path.exists() and not path.is_file()):
-            raise FileExistsError(f"{self.folder} is there, and holds no samples: name another")
-        if self.folder.exists() and not path.exists() and any(self.folder.iterdir()):
-            raise FileExistsError(f"{self.folder} is not empty: name a new folder")
-        self.folder.mkdir(exist_ok=True)
-        self._lock = lock(self.folder / ".lock")
-        self._ours = not path.exists()
-        if self._ours:
-            self._write_settings()
+        if self.form == "npz" or not self.folder.is_dir():
+            _check_free(self.out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() and any(self.folder.iterdir()):
+            raise Taken(f"--out {self.folder} is not empty: name a new folder")
         try:
-            found = json.loads(path.read_bytes())
-            differ = {key for key in found.keys() | self.settings.keys() if found.get(key) != self.settings.get(key)}
-        except (ValueError, AttributeError, RecursionError):
-            self.close()
-            raise FileExistsError(f"{path} cannot be read: name another folder, or remove it") from None
-        if differ:
-            self.close()
-            key = min(differ)
-            raise FileExistsError(f"{self.folder} holds samples of other settings ({key} was {found.get(key)}, and is "
-                                  f"{self.settings.get(key)}): name another, or remove it")  # fmt: skip
-        self._ours = True
-
-    def _write_settings(self) -> None:
-        replace_bytes(self.folder / SETTINGS, json.dumps(self.settings, indent=1).encode())
+            self._lock = lock(path)
+        except BlockingIOError:
+            raise Taken(f"--out {self.folder} is in use by another process that writes there") from None
+        self._is_new = not path.stat().st_size
+        if self._is_new:  # in place, since the lock is on this file
+            path.write_text(json.dumps(self.settings, indent=1))
+        try:
+            stored = dict(json.loads(path.read_bytes()))
+        except ValueError:
+            stored = {}
+        for key in sorted(stored.keys() | self.settings.keys()):
+            was, now = stored.get(key), self.settings.get(key)
+            if was != now:
+                self.close()
+                differs = f"{key} was {was}, and is {now}"
+                raise Taken(f"--out {self.folder} holds samples of other settings ({differs}): name another")
 
     def close(self) -> None:
-        """Release the folder. An empty one is removed."""
+        """Release the folder. A new one without images is removed."""
         if self._lock is not None:
-            (self.folder / ".lock").unlink(missing_ok=True)
             unlock(self._lock)
             self._lock = None
-            if self._ours and self.folder.exists() and [path.name for path in self.folder.iterdir()] == [SETTINGS]:
-                (self.folder / SETTINGS).unlink()
-                self.folder.rmdir()
+            if self._is_new and self.folder.exists() and os.listdir(self.folder) == [SETTINGS]:
+                shutil.rmtree(self.folder)
 
     def is_done(self, batch: range) -> bool:
-        """Whether a batch is on disk."""
-        return all(self._is_whole(path, batch) for path in self._files(batch))
-
-    def _is_whole(self, path: Path, batch: range) -> bool:
-        """Whether a file is complete, judged by its shape or its end: a power failure may leave it empty."""
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            if path.suffix == ".png":
-                file.seek(max(0, path.stat().st_size - len(PNG_END)))
-                return file.read() == PNG_END
-        channels, *size = self.shape
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            return False
-        one = (*size, channels)
-        return array.dtype == self.dtype and array.shape == (one if self.form == "images" else (len(batch), *one))
+        """Whether a batch is on disk. (A power failure may leave empty files.)"""
+        return all(path.is_file() and path.stat().st_size for path in self._files(batch))
 
     def write(self, batch: range, images: Tensor) -> None:
         """Write a batch of images in [-1, 1], each file atomically."""
         arrays = rearrange(to_stored(images, self.declared), "n c ... -> n ... c")
-        if self.form != "images":
-            replace_bytes(self._files(batch)[0], _npy(arrays), sync=False)
-            return
-        for path, array in zip(self._files(batch), arrays, strict=True):
-            if not self._is_whole(path, batch):
+        for path, array in zip(self._files(batch), arrays if self.form == "images" else [arrays], strict=True):
+            if not (path.is_file() and path.stat().st_size):
                 content = _npy(array) if path.suffix == ".npy" else png(rearrange(array, "h w c -> c h w"))
                 replace_bytes(path, content, sync=False)
 
-    def finish(self, batches: Sequence[range]) -> None:
-        """Assemble the parts, and remove them. Raises UsageError if one is missing."""
-        missing = next((batch for batch in batches if not self.is_done(batch)), None)
-        if missing is not None:
-            raise UsageError(
-                f"image {missing.start} is not in {self.folder}, although all are drawn: --out must lie in a folder "
-                "that all processes share"
-            )
+    def finish(self, batches: Sequence[range], main: bool) -> None:
+        """Assemble the parts of an array, and remove them. Raises UsageError if one is missing."""
+        if not main:
+            return
+        if any(not self.is_done(batch) for batch in batches):
+            raise UsageError(f"--out {self.folder} lacks images: it must lie in a folder that all processes share")
         for left in self.folder.glob(".*.tmp"):  # left by a kill
             left.unlink(missing_ok=True)
-        labels = None if self.labels is None else [self.labels[i % len(self.labels)] for i in range(self.n)]
-        if self.form != "images" and self.out.exists():
-            raise UsageError(f"--out {self.out} was written by another command meanwhile: name another")
-        if self.form == "grid":
-            images = torch.from_numpy(np.concatenate(list(self._arrays(batches))))
-            images = rearrange(images, "n ... c -> n c ...")
-            captions = [self.names[label] for label in labels] if labels and self.names else ()
-            save_grid(images, self.out, len(self.labels or ()), captions=captions, by="sample")
-        elif self.form == "npz":
-            temporary = self.folder / ".whole.tmp"
-            self._save_npz(temporary, batches, labels)
-            temporary.replace(self.out)
-        if self.form == "images":
-            if not (self.folder / SETTINGS).exists():
-                self._write_settings()
-        else:
+        if self.form == "npz":
+            whole = self.folder / "whole.npy"
+            images = np.lib.format.open_memmap(whole, "w+", self.dtype, (self.n, *self.shape[1:], self.shape[0]))
             for batch in batches:
-                self._files(batch)[0].unlink(missing_ok=True)
-        self.close()
+                images[batch.start : batch.stop] = np.load(self._files(batch)[0], allow_pickle=False)
+            arrays: dict[str, Any] = {"arr_0": images}
+            if self.labels is not None:
+                arrays["arr_1"] = np.resize(np.array(self.labels, dtype=np.int64), self.n)
+            np.savez(self.folder / "whole.npz", **arrays)
+            _check_free(self.out)
+            (self.folder / "whole.npz").replace(self.out)
+            shutil.rmtree(self.folder)
 
     def _files(self, batch: range) -> list[Path]:
         if self.form != "images":
@@ -181,36 +183,6 @@ class SampleStore:
         whole = self.dtype == np.uint8 or (self.dtype == np.uint16 and self.shape[0] == 1)
         suffix = ".png" if whole and len(self.shape) == 3 and self.shape[0] in PIL_MODES else ".npy"
         return [self.folder / f"{i:06d}{suffix}" for i in batch]
-
-    def _arrays(self, batches: Sequence[range]) -> Iterator[NDArray[Any]]:
-        for batch in batches:
-            yield np.load(self._files(batch)[0], allow_pickle=False)
-
-    def _save_npz(self, path: Path, batches: Sequence[range], labels: list[int] | None) -> None:
-        """`np.savez` of arr_0 and arr_1, of which only one batch at a time is in memory."""
-        kind, shape = np.lib.format.dtype_to_descr(self.dtype), (self.n, *self.shape[1:], self.shape[0])
-        header = {"descr": kind, "fortran_order": False, "shape": shape}
-        with zipfile.ZipFile(path, "w") as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(cast(BinaryIO, file), header)
-                for array in self._arrays(batches):
-                    file.write(array.tobytes())
-            if labels is not None:
-                archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(np.array(labels, dtype=np.int64)))
-
-
-def begin_unused(path: Path, make: Callable[[Path], SampleStore]) -> SampleStore:
-    """Begin samples at `path`, with a number appended if that is taken by another command."""
-    for i in count(1):
-        samples = make(path.with_stem(f"{path.stem}_{i}") if i > 1 else path)
-        if samples.form != "images" and samples.out.exists():
-            continue
-        try:
-            samples.begin()
-        except (BlockingIOError, FileExistsError):
-            continue
-        return samples
-    raise AssertionError
 
 
 def _npy(array: NDArray[Any]) -> bytes:

@@ -1,8 +1,5 @@
 """The data of a run: opened, divided, and compared with those that the run began with."""
 
-from __future__ import annotations
-
-import dataclasses
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +20,8 @@ COMPARED_BYTES = 2**30
 
 
 class RunData(NamedTuple):
-    """What a run trains on, what it holds out, if anything, both together, its classes, and a number that other data do
-    not have."""
+    """What a run trains on, what it holds out, if anything, both together, its classes, and a hash of what it trains
+    on."""
 
     dataset: DataSet
     held_out: DataSet | None
@@ -33,8 +30,10 @@ class RunData(NamedTuple):
     fingerprint: str
 
 
-def open_run_data(config: Config, saved: Checkpoint | None, out: Path, accelerator: Accelerator) -> RunData:
-    """Open the data of a run.
+def open_run_data(
+    config: Config, saved: Checkpoint | None, out: Path, accelerator: Accelerator, given: DataSet | None = None
+) -> RunData:
+    """Open the data of a run, or take those that are given.
 
     Raises UsageError if they are fewer than a batch, have no classes to condition on, or differ from those of the other
     processes or of the run to be continued.
@@ -42,7 +41,7 @@ def open_run_data(config: Config, saved: Checkpoint | None, out: Path, accelerat
     if isinstance(config.data, Folder):
         config.data.check_outside(out, "--out")
     with accelerator.main_process_first():  # one process downloads, or makes an index; the others find it there
-        whole = open_data(config.data)
+        whole = open_data(config.data) if given is None else given
         dataset, held_out = hold_out(whole, config.data.held_out, config.train.seed)
     if len(dataset) < config.train.batch_size:
         beside = f", beside {len(held_out)} held out" if held_out else ""
@@ -50,54 +49,43 @@ def open_run_data(config: Config, saved: Checkpoint | None, out: Path, accelerat
         raise UsageError(f"the data hold {len(dataset)} images{beside}, {fewer}")
     class_names = dataset.class_names if config.model.class_cond else ()
     if config.model.class_cond and not class_names:
-        reason = getattr(getattr(dataset, "files", None) or dataset, "no_classes", "")
-        why = f", since {reason}" if reason else ""
-        hint = ", or put the images into one folder per class" if config.data.source == "folder" else ""
-        raise UsageError(f"model.class_cond is true, but the data ({config.data.source}) have no classes{why}: set "
-                         f"--model.class_cond false{hint}")  # fmt: skip
+        reason = getattr(getattr(dataset, "files", None) or dataset, "no_classes", "") or config.data.source
+        raise UsageError(f"model.class_cond is true, but the data have no classes ({reason}): set it to false")
     if saved and saved.class_names != class_names:
         here, there = (", ".join(names) or "none" for names in (class_names, saved.class_names))
         raise UsageError(f"the data's classes are {here}, and {there} in {out}")
     fingerprint = dataset.fingerprint()
-    newest, settings = saved.path.name if saved else "none", json.dumps(dataclasses.asdict(config))
+    newest, settings = saved.path.name if saved else "none", json.dumps(config.flat())
     check_agreed(
         ("the newest checkpoint is", newest, f"--out {out} must be a folder that all machines share"),
         ("the data are", fingerprint, "they must be the same for all processes"),
         ("the configuration is", settings, "give all processes the same command"),
     )
     if saved and saved.data not in (None, fingerprint) and not config.data.allow_change:
-        errors = dataset.left_out
-        unread = f"; {len(errors)} cannot be read, the first is {errors[0]}" if errors else ""
-        raise UsageError(
-            f"the data are not those that the run in {out} began with ({saved.data} then, {fingerprint} now"
-            f"{unread}): continue on these with --data.allow_change true, or begin another run with --out"
-        )
+        unread = "".join(f"; unreadable: {error}" for error in dataset.left_out[:1])
+        hint = f"({saved.data} then, {fingerprint} now{unread}): --data.allow_change true continues on these"
+        raise UsageError(f"the data are not those that the run in {out} began with {hint}")
     return RunData(dataset, held_out, whole, class_names, fingerprint)
 
 
 def describe_run(config: Config, data: RunData) -> list[str]:
     """What was found in the data, and all that is done with them which changes what is learnt."""
-    lines = describe_data(config.data, data.dataset)
-    if data.dataset.class_names and not config.model.class_cond:
-        lines.append("the classes are not learnt: --model.class_cond true learns them")
-    if config.train.label_dropout:
-        lines.append(f"{config.train.label_dropout:.0%} of the images are trained on without their class, for guidance")
-    if config.data.low_res_size is not None:
-        lines.append(f"the network is also given each image shrunk to {list(config.data.low_res_sizes)}")
-    if config.diffusion.respacing:
-        lines.append(f"only some of the timesteps are trained on (diffusion.respacing {config.diffusion.respacing})")
-    if data.held_out is not None:
-        lines.append(f"{len(data.held_out)} more images are held out{_seen(data, data.held_out)}")
-    return lines
-
-
-def _seen(data: RunData, held_out: DataSet) -> str:
-    """How many held-out images are the same as images that are trained on."""
-    files = getattr(data.whole, "container", None)  # of data that are not in memory
-    if files is not None and files.sizes.sum() > COMPARED_BYTES:
-        return ", not compared with those that are trained on (diffusion check-data does it)"
-    seen = count_seen(held_out, data.dataset)
-    return f", {seen} of which are also among those that are trained on" if seen else ""
+    unlearnt = bool(data.dataset.class_names) and not config.model.class_cond
+    dropout, size, respacing = config.train.label_dropout, config.data.low_res_size, config.diffusion.respacing
+    notes = {
+        "the classes are not learnt: --model.class_cond true learns them": unlearnt,
+        f"{dropout:.0%} of the images are trained on without their class, for guidance": dropout > 0,
+        f"the network is also given each image shrunk to {size}": size is not None,
+        f"only some of the timesteps are trained on (diffusion.respacing {respacing})": bool(respacing),
+    }
+    lines = describe_data(config.data, data.dataset) + [note for note, holds in notes.items() if holds]
+    if data.held_out is None:
+        return lines
+    files, held_out = getattr(data.whole, "container", None), f"{len(data.held_out)} more images are held out"
+    if files is not None and files.sizes.sum() > COMPARED_BYTES:  # they are not in memory
+        return [*lines, f"{held_out}, not compared with those that are trained on (diffusion check-data does it)"]
+    seen = count_seen(data.held_out, data.dataset)
+    return [*lines, held_out + (f", {seen} of which are also among those that are trained on" if seen else "")]
 
 
 def seen_before(saved: Checkpoint, data: RunData) -> list[str]:
@@ -108,9 +96,8 @@ def seen_before(saved: Checkpoint, data: RunData) -> list[str]:
     with suppress(UsageError):  # its share leaves none of these
         trained, _ = hold_out(data.whole, saved.config.data.held_out, saved.config.train.seed)
     if trained is None or trained.fingerprint() != saved.data or saved.origin is not None:
-        return ["train.init_from: whether it was trained on images that are held out here is not known, since its data "
-                "or first weights were others"]  # fmt: skip
+        return ["train.init_from: it is not known whether images that are held out here were trained on there"]
     names = {trained.key_of(i) for i in range(len(trained))}
     seen = sum(data.held_out.key_of(i) in names for i in range(len(data.held_out)))
-    return [f"train.init_from: it was trained on {seen} of the {len(data.held_out)} images held out here: take "
-            "its data.held_out and train.seed"] if seen else []  # fmt: skip
+    of = f"{seen} of the {len(data.held_out)} images held out here"
+    return [f"train.init_from: it was trained on {of}: take its data.held_out and train.seed"] if seen else []

@@ -1,7 +1,5 @@
 """The loss on images that are held out of training."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np
@@ -36,7 +34,8 @@ def held_out_loss(
 
     Images, timesteps and noise are the same at every call.
     """
-    images_of, t_of, weights = pairs(part(len(dataset), MOST), process.num_timesteps)
+    weights = torch.from_numpy(config.diffusion.component("weighting")(process)).float().to(accelerator.device)
+    images_of, t_of, overlaps = pairs(part(len(dataset), MOST), process.num_timesteps)
     n, device = len(t_of), accelerator.device
     share = -(-n // accelerator.num_processes)  # all processes call the network as often, since FSDP gathers weights
     first = accelerator.process_index * share
@@ -50,9 +49,9 @@ def held_out_loss(
             inputs["low_res"] = shrink(x_start, config.data.low_res_size)
         t = torch.from_numpy(t_of[chosen]).to(device)
         noise = image_noise(batch, x_start.shape[1:], device, config.train.seed, "held_out")
-        losses = training_losses(process, partial(network, **inputs), x_start, t, noise, config.diffusion.loss,
-                                 config.diffusion.weighting)["loss"]  # fmt: skip
-        weight = np.where(np.arange(batch.start, batch.stop) < n, weights[chosen], 0.0)
+        model, loss = partial(network, **inputs), config.diffusion.loss
+        losses = training_losses(process, model, x_start, t, noise, loss, weights[t])["loss"]
+        weight = np.where(np.arange(batch.start, batch.stop) < n, overlaps[chosen], 0.0)
         total += (losses * torch.from_numpy(weight).to(losses)).sum()
     return reduce(total, reduction="sum").item()
 

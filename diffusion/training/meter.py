@@ -1,9 +1,7 @@
 """Running sums of the loss by quarter of t, read only when a line of metrics is written."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +10,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather, gather_object
 from torch import Tensor
-
-from diffusion.files.tensors import checked_tensor
 
 
 class Meter:
@@ -60,41 +56,28 @@ class Meter:
         images, seconds = sum(sums[2]), time.perf_counter() - self.started
         metrics: dict[str, Any] = {"loss": sum(sums[0]) / images if images else None}
         metrics |= {"images_per_second": (images - self.before) / seconds, "skipped": int(self.skipped)}
-        quarters = {
-            f"loss_q{q}": total / n if n else None for q, (total, n, _) in enumerate(zip(*sums, strict=True), 1)
-        }
+        for q, (total, n, _) in enumerate(zip(*sums, strict=True), 1):
+            metrics[f"loss_q{q}"] = total / n if n else None
         self.sums.zero_()
         self.skipped = torch.zeros_like(self.skipped)
         self.unreadable.clear()
         self.before = 0.0
         self.start()
-        return metrics | quarters
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to write the next line as an uninterrupted one would."""
-        return {
-            "sums": gather(self.sums[None]),
-            "steps": torch.stack([self.skipped, self.in_a_row, self.last_skipped]),
-            "unreadable": gather_object(list(self.unreadable)),
-        }
+        steps = torch.stack([self.skipped, self.in_a_row, self.last_skipped])
+        return {"sums": gather(self.sums[None]), "steps": steps, "unreadable": gather_object(list(self.unreadable))}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, of as many processes or of another number.
-
-        Raises ValueError, LookupError or TypeError where `state` is something else.
-        """
-        processes, unreadable = len(state["sums"]), state["unreadable"]
-        if not isinstance(unreadable, list) or not all(isinstance(name, str) for name in unreadable):
-            raise ValueError("the names of unreadable images are not strings")
-        sums = checked_tensor(state["sums"], torch.Size([processes, 3, 4]), torch.float32).to(self.sums.device)
-        steps = checked_tensor(state["steps"], torch.Size([3]), torch.float32).to(self.sums.device)
-        if not sums.isfinite().all() or not steps.isfinite().all() or (steps < 0).any() or (sums[:, 1:] < 0).any():
-            raise ValueError("its sums are impossible")
-        if processes == self.accelerator.num_processes:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, of as many processes or of another number."""
+        sums, steps = (state[name].to(self.sums.device) for name in ("sums", "steps"))
+        if len(sums) == self.accelerator.num_processes:
             self.sums.copy_(sums[self.accelerator.process_index])
         elif self.accelerator.is_main_process:
             self.sums.copy_(sums.sum(0))
         if self.accelerator.is_main_process:
-            self.unreadable.extend(unreadable)
+            self.unreadable.extend(state["unreadable"])
         self.skipped, self.in_a_row, self.last_skipped = steps[0], steps[1], steps[2].long()
         self.before = float(sums[:, 2].sum())

@@ -4,27 +4,29 @@ Timesteps, noise, flips and dropped labels are functions of (seed, step, positio
 images give the same update on one process or many, with any gradient accumulation, and after a resume.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from diffusion.data.values import shrink
 from diffusion.ema import EMA
-from diffusion.errors import UsageError, check_name
-from diffusion.files.tensors import checked_tensor
-from diffusion.losses import LossType, Weighting, training_losses
+from diffusion.errors import UsageError
+from diffusion.losses import LossType, training_losses, unweighted
 from diffusion.parallel.launchers import on_cpu
 from diffusion.parallel.sharding import shard_like, to_full
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, seed_for
-from diffusion.timesteps import LossSecondMoment, TimestepSamplerName
+from diffusion.timesteps import LossSecondMoment
 
 LOSS_SCALES = 1.0, 2.0**24
 """Bounds of fp16's loss scale. Below, gradients vanish unnoticed; above, torch loses steps to it."""
@@ -54,6 +56,7 @@ class StepResult(NamedTuple):
     """1.0 where a loss or gradient was not finite, and no weight was changed; else 0.0."""
 
 
+@dataclass(eq=False)
 class TrainingStep:
     """A callable that trains `network` on one batch.
 
@@ -62,10 +65,10 @@ class TrainingStep:
         process: what the network's output means.
         optimizer: over the network's parameters. With torch's fused ones, a step never waits for the device.
         ema_rates: moving averages to keep, in `ema`, such as [0.9999]; `ema_warmup`, `ema_lengths`: see `EMA`.
-        seed: of timesteps, noise, flips, dropout and dropped labels.
         loss: see `training_losses`.
-        weighting: see `training_losses`.
-        timestep_sampler: uniform, or by importance (`LossSecondMoment`).
+        weighting: see `diffusion.losses.WEIGHTINGS`.
+        timesteps: what draws them by importance (see `diffusion.timesteps`); None: all are equally likely.
+        seed: of timesteps, noise, flips, dropout and dropped labels.
         gradient_accumulation: micro-batches that each process's share of a batch is split into.
         grad_clip: the largest norm of the gradient.
         label_dropout: share of the images that are trained on without their class.
@@ -77,50 +80,46 @@ class TrainingStep:
         step: how many steps are done.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        process: GaussianDiffusion,
-        optimizer: torch.optim.Optimizer,
-        *,
-        ema_rates: Sequence[float] = (),
-        ema_warmup: bool = True,
-        ema_lengths: Sequence[float] = (),
-        loss: LossType = "rescaled_mse",
-        weighting: Weighting = "none",
-        timestep_sampler: TimestepSamplerName = "uniform",
-        seed: int = 0,
-        gradient_accumulation: int = 1,
-        grad_clip: float | None = None,
-        label_dropout: float = 0.0,
-        random_flip: bool = False,
-        low_res_size: int | Sequence[int] | None = None,
-        accelerator: Accelerator | None = None,
-    ):
-        check_name("timestep_sampler", timestep_sampler, get_args(TimestepSamplerName))
-        for name, value, right in (
-            ("grad_clip", grad_clip, grad_clip is None or grad_clip > 0),
-            ("gradient_accumulation", gradient_accumulation, gradient_accumulation >= 1),
-            ("label_dropout", label_dropout, 0 <= label_dropout < 1),
+    network: nn.Module
+    process: GaussianDiffusion
+    optimizer: Any
+    _: KW_ONLY
+    ema_rates: Sequence[float] = ()
+    ema_warmup: bool = True
+    ema_lengths: Sequence[float] = ()
+    loss: LossType = "rescaled_mse"
+    weighting: Callable[[GaussianDiffusion], NDArray[np.float64]] = unweighted
+    timesteps: LossSecondMoment | None = None
+    seed: int = 0
+    gradient_accumulation: int = 1
+    grad_clip: float | None = None
+    label_dropout: float = 0.0
+    random_flip: bool = False
+    low_res_size: int | Sequence[int] | None = None
+    accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=on_cpu()))
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        for name, right in (
+            ("grad_clip", self.grad_clip is None or self.grad_clip > 0),
+            ("gradient_accumulation", self.gradient_accumulation >= 1),
+            ("label_dropout", 0 <= self.label_dropout < 1),
         ):
             if not right:
-                raise UsageError(f"{name} is {value}, which is out of range")
-        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in theirs for p in network.parameters()):
+                raise UsageError(f"{name} is {getattr(self, name)}, which is out of range")
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in optimized for p in self.network.parameters()):
             raise UsageError("the optimizer has none of the network's parameters")
-        self.network, self.process, self.loss, self.weighting = network, process, loss, weighting
-        self.accelerator = accelerator or Accelerator(cpu=on_cpu())
+        whole, kind = getattr(self.optimizer, "whole_matrices", False), self.accelerator.distributed_type
+        if whole and kind == DistributedType.FSDP:
+            raise UsageError("train.optimizer is muon, which needs whole matrices, and FSDP shards them: use adamw")
         self.network.to(self.accelerator.device)
         # Only `model` is wrapped (DDP, autocast). Names and averages are those of `network`, which FSDP2 shards.
-        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
-        self.ema = EMA(network, ema_rates, ema_warmup, ema_lengths)
-        by_importance = timestep_sampler == "loss_second_moment"
-        self.importance = LossSecondMoment(process.num_timesteps) if by_importance else None
-        self.seed, self.gradient_accumulation, self.grad_clip = seed, gradient_accumulation, grad_clip
-        self.label_dropout, self.random_flip, self.low_res_size = label_dropout, random_flip, low_res_size
-        self.step, self._checked = 0, False
-        self._parameters = list(network.parameters())
-        self._dropout = any(module.p > 0 for module in network.modules() if isinstance(module, nn.Dropout))
+        self.model, self.optimizer = self.accelerator.prepare(self.network, self.optimizer)
+        self.ema = EMA(self.network, self.ema_rates, self.ema_warmup, self.ema_lengths)
+        self._weights = torch.from_numpy(self.weighting(self.process)).float().to(self.accelerator.device)
+        self._parameters, self._checked = list(self.network.parameters()), False
+        self._dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in self.network.modules())
         self.model.train()
 
     def __call__(self, x_start: Tensor, y: Tensor | None = None) -> StepResult:
@@ -130,11 +129,10 @@ class TrainingStep:
             x_start: (B, C, *sizes) in [-1, 1], in the order of `micro_batch_slices`.
             y: (B,), class labels, if the network has classes.
         """
-        accelerator = self.accelerator
+        accelerator, processes = self.accelerator, self.accelerator.num_processes
         self._check(x_start, y)
-        batch = len(x_start) * accelerator.num_processes
-        slices = micro_batch_slices(batch, accelerator.process_index, accelerator.num_processes,
-                                    self.gradient_accumulation)  # fmt: skip
+        batch = len(x_start) * processes
+        slices = micro_batch_slices(batch, accelerator.process_index, processes, self.gradient_accumulation)
         draws = self.draws(self.step, batch, x_start.shape[1:])
         losses = torch.zeros_like(draws.weights)
         labels_of = [None] * len(slices) if y is None else y.chunk(len(slices))
@@ -147,12 +145,12 @@ class TrainingStep:
             if self.low_res_size is not None:
                 inputs["low_res"] = shrink(images, self.low_res_size)
             with nullcontext() if part == slices[-1] else accelerator.no_sync(self.model):
-                loss = training_losses(self.process, partial(self.model, **inputs), images, draws.t[part],
-                                       draws.noise[part], self.loss, self.weighting)["loss"]  # fmt: skip
+                t, noise, model = draws.t[part], draws.noise[part], partial(self.model, **inputs)
+                loss = training_losses(self.process, model, images, t, noise, self.loss, self._weights[t])["loss"]
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
             losses[part] = loss.detach()
-        if self.importance:
-            self.importance.update(draws.t, accelerator.reduce(losses))  # every process learns of the whole batch
+        if self.timesteps:
+            self.timesteps.update(draws.t, accelerator.reduce(losses))  # every process learns of the whole batch
         grad_norm, skipped = self._update(losses)
         self.step += 1
         own, t, weights = (torch.cat([x[part] for part in slices]) for x in (losses, draws.t, draws.weights))
@@ -172,9 +170,7 @@ class TrainingStep:
         if self.label_dropout and y is None:
             raise UsageError(f"label_dropout is {self.label_dropout}, and there are no labels y")
         if len(x_start) % self.gradient_accumulation:
-            raise UsageError(
-                f"{len(x_start)} images do not divide by gradient_accumulation {self.gradient_accumulation}"
-            )
+            raise UsageError(f"{len(x_start)} images do not divide into {self.gradient_accumulation} micro-batches")
 
     def _update(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Let the optimizer take a step, unless a number is not finite. Returns the gradient's norm and `skipped`."""
@@ -204,8 +200,8 @@ class TrainingStep:
         generator = generator_for(device, self.seed, "step", step)
         t = torch.randint(self.process.num_timesteps, (batch,), device=device, generator=generator)
         weights = torch.ones(batch, device=device)
-        if self.importance:
-            t, weights = self.importance.draw(batch, generator_for("cpu", self.seed, "timesteps", step))
+        if self.timesteps:
+            t, weights = self.timesteps.draw(batch, generator_for("cpu", self.seed, "timesteps", step))
             t, weights = t.to(device), weights.to(device)
         noise = torch.randn(batch, *shape, device=device, generator=generator)
         flip = torch.rand(batch, device=device, generator=generator) < (0.5 if self.random_flip else 0.0)
@@ -214,44 +210,22 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, Any]:
         """The state beside weights and averages: the optimizer's, the loss scale and the history of losses."""
-        scaler = self.accelerator.scaler
-        return {
-            "optimizer": self.optimizer.state_dict()["state"],
-            "scaler": scaler.state_dict() if scaler else None,
-            "importance": self.importance.state_dict() if self.importance else None,
-        }
+        others = {"scaler": self.accelerator.scaler, "importance": self.timesteps}
+        states = {name: other.state_dict() for name, other in others.items() if other}
+        return {"optimizer": self.optimizer.state_dict()["state"], **states}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. The optimizer keeps its present learning rates.
-
-        Raises ValueError, LookupError, TypeError or AttributeError where `state` does not fit this network.
-        """
-        moments, groups = state["optimizer"], self.optimizer.param_groups
-        parameters = [(p, "muon" in group) for group in groups for p in group["params"]]
-        checked = {
-            i: {name: checked_tensor(moments[i][name], p.shape if name != "step" else torch.Size(), p.dtype)
-                for name in ("step", *(("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")))}
-            for i, (p, muon) in enumerate(parameters)
-        }  # fmt: skip
-        if moments.keys() != checked.keys() or any(moments[i].keys() != checked[i].keys() for i in checked):
-            raise ValueError("it has states of other parameters, or of another optimizer")
-        if not all(0 <= values["step"].item() < 2**53 for values in checked.values()):
-            raise ValueError("a count of steps is out of range")
-        for values in checked.values():
-            for name, value in values.items():
-                if not value.isfinite().all() or (name == "exp_avg_sq" and (value < 0).any()):
-                    raise ValueError("a moment is impossible")
-        scaler = _checked_scaler(state["scaler"])
-        if self.importance:
-            self.importance.load_state_dict(state["importance"])
-        elif state["importance"] is not None:
-            raise ValueError("it has a history of losses")
-        sharded = {
-            i: {name: shard_like(value, p) for name, value in checked[i].items()} for i, (p, _) in enumerate(parameters)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned. The optimizer keeps its present learning rates."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            int(i): {name: shard_like(value, parameters[int(i)]) for name, value in values.items()}
+            for i, values in state.get("optimizer", {}).items()
         }
-        self.optimizer.load_state_dict({"state": sharded, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        if self.accelerator.scaler and scaler:
-            self.accelerator.scaler.load_state_dict(scaler)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if self.timesteps:
+            self.timesteps.load_state_dict(state["importance"])
+        if self.accelerator.scaler and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def micro_batch_slices(batch_size: int, rank: int, processes: int, accumulation: int) -> list[slice]:
@@ -267,12 +241,3 @@ def bound_loss_scale(scaler: torch.amp.GradScaler | None) -> None:
         scale = scaler.get_scale()
         if not LOSS_SCALES[0] <= scale <= LOSS_SCALES[1]:
             scaler.update(min(max(scale, LOSS_SCALES[0]), LOSS_SCALES[1]))
-
-
-def _checked_scaler(scaler: Any) -> dict[str, Any] | None:
-    numbers = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-    if not scaler:
-        return None
-    if scaler.keys() != numbers or not all(type(value) in (int, float) for value in scaler.values()):
-        raise ValueError("the loss scale is invalid")
-    return dict(scaler)

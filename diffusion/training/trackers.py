@@ -1,14 +1,12 @@
 """Trackers of metrics and images, such as TensorBoard and wandb, through accelerate."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers, get_available_trackers
+from accelerate.tracking import filter_trackers
 from accelerate.utils import LoggerType
 from PIL import Image
 
@@ -16,13 +14,12 @@ from diffusion.config.schema import Config
 from diffusion.errors import UsageError, check_name, one_line
 
 
-def check_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers `names`. Raises UsageError if accelerate does not know one, or it is not installed."""
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UsageError if accelerate does not know a tracker, or it is not installed."""
     for name in names:
         check_name("train.log_with", name, [kind.value for kind in LoggerType if kind.value != "all"])
-        if name not in [getattr(kind, "value", kind) for kind in get_available_trackers()]:
+        if not filter_trackers([name], logging_dir=""):
             raise UsageError(f"train.log_with has {name}, which is not installed: pip install {name}")
-    return list(names)
 
 
 class Trackers:
@@ -33,25 +30,22 @@ class Trackers:
 
     def __init__(self, accelerator: Accelerator, config: Config, out: Path, warn: Callable[[str], None]):
         self.accelerator, self.warn = accelerator, warn
-        names = config.train.log_with
-        if not names:
-            return
-        accelerator.project_configuration.set_directories(str(out / "trackers"))
-        accelerator.log_with = filter_trackers(check_trackers(names), str(out / "trackers"))
-        settings = {name: value if isinstance(value, int | float | str) else str(value)
-                    for name, value in config.flat().items()}  # fmt: skip
+        names, folder = config.train.log_with, str(out / "trackers")
+        accelerator.project_configuration.set_directories(folder)
+        accelerator.log_with = filter_trackers(names, folder)
+        settings = {name: v if isinstance(v, int | float | str) else str(v) for name, v in config.flat().items()}
         try:
             accelerator.init_trackers(out.name, config=settings)
-        except Exception as error:  # of any tracker's own type
+        except Exception as error:  # each tracker has types of its own
             raise UsageError(f"train.log_with {', '.join(names)} cannot be started: {one_line(error)}") from None
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Pass numbers on."""
+        """Log the numbers among values."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         self._each(lambda tracker: tracker.log(numbers, step=step))
 
     def log_grid(self, path: Path, step: int) -> None:
-        """Pass a grid on, to the trackers that take images."""
+        """Log a grid to the trackers that take images."""
 
         def log(tracker: Any) -> None:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -70,6 +64,6 @@ class Trackers:
         for tracker in list(self.accelerator.trackers):
             try:
                 call(tracker)
-            except Exception as error:  # of any tracker's own type: a full disk, no network
+            except Exception as error:  # a full disk, no network: each tracker has types of its own
                 self.accelerator.trackers.remove(tracker)
                 self.warn(f"{tracker.name} failed, and is left out from now on: {one_line(error)}")

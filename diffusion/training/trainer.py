@@ -1,9 +1,7 @@
 """The training run: when to log, save, sample and stop."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.compiler import set_stance
 
 from diffusion.config.schema import Config
-from diffusion.data.base import Batch, load, part
+from diffusion.data.base import Batch, DataSet, load, part
 from diffusion.data.loader import batch_indices, step_batches
 from diffusion.data.values import shrink, to_uint8, to_x_start
 from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, name_some, one_line
@@ -27,12 +25,13 @@ from diffusion.parallel.sharding import shard_like, to_host
 from diffusion.parallel.signals import SamplingInterrupted, StopSignals
 from diffusion.randomness import seed_for
 from diffusion.run import checkpoint
-from diffusion.run.folder import RunFolder, append_line, check_out
+from diffusion.run.checkpoint import Checkpoint, Weights
+from diffusion.run.folder import RunFolder, append_line
 from diffusion.run.grids import save_grid
-from diffusion.run.resume import changes, continued_config
-from diffusion.run.transfer import origin_of, start_from
-from diffusion.sampling import batches, generate
-from diffusion.training.build import DECAY_SHARE, build_step, learning_rate
+from diffusion.run.loaded import Run
+from diffusion.run.start import changes, continued_config, origin_of, start_from
+from diffusion.sampling import batches
+from diffusion.training.build import build_step, learning_rate
 from diffusion.training.data import open_run_data, seen_before
 from diffusion.training.held_out import held_out_loss
 from diffusion.training.meter import Meter
@@ -40,8 +39,9 @@ from diffusion.training.step import micro_batch_slices
 from diffusion.training.trackers import Trackers, check_trackers
 
 WAIT_SECONDS = 20
-"""How long one of several processes that received a signal waits for images, before it ends without the others."""
+"""Seconds a signalled process waits for its next batch before it exits alone."""
 Metrics = dict[str, Any]
+Warn = Callable[[str], None]
 
 
 class Trainer:
@@ -51,45 +51,42 @@ class Trainer:
     `warn(message)` is called on the main process for recovered problems. Raises UsageError if the run cannot begin.
     """
 
-    def __init__(self, config: Config, out: Path, warn: Callable[[str], None] = lambda message: None):
+    def __init__(self, config: Config, out: Path, warn: Warn = lambda message: None, dataset: DataSet | None = None):
         self.config, self.out, self.warn = config, out, warn
         self._scored: tuple[int, float | None] = -1, None
+        train, accumulation = config.train, config.train.gradient_accumulation or 1
+        options: dict[str, Any] = {"mixed_precision": train.precision or "no", "cpu": on_cpu()}
         with accelerate_starts():
-            self.accelerator = accelerator = Accelerator(
-                mixed_precision=config.train.precision or "no",
-                cpu=on_cpu(),
-                # Else accelerate would divide gradients by what the environment says, a second time.
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            )
+            # Without a plugin, accelerate would divide gradients by what the environment says, a second time.
+            options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
+            self.accelerator = accelerator = Accelerator(**options)
         check_known(accelerator)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        train, accumulation = config.train, config.train.gradient_accumulation or 1
-        if train.batch_size % (accelerator.num_processes * accumulation):
-            processes = f"{accelerator.num_processes} processes times train.gradient_accumulation {accumulation}"
-            raise UsageError(f"train.batch_size {train.batch_size} does not divide into {processes}")
-        self._slices = micro_batch_slices(train.batch_size, accelerator.process_index, accelerator.num_processes,
-                                          accumulation)  # fmt: skip
+        processes = accelerator.num_processes
+        if train.batch_size % (processes * accumulation):
+            parts = f"{processes} processes times train.gradient_accumulation {accumulation}"
+            raise UsageError(f"train.batch_size {train.batch_size} does not divide into {parts}")
+        self._slices = micro_batch_slices(train.batch_size, accelerator.process_index, processes, accumulation)
         if train.precision == "fp16" and accelerator.device.type == "cpu":
             raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
         check_trackers(train.log_with)
-        check_out(out)
         with ExitStack() as on_error:
             # Locked before a checkpoint is chosen: another process may be saving one.
             self._folder = RunFolder(out, warn) if accelerator.is_main_process else None
             on_error.callback(self.close)
             accelerator.wait_for_everyone()
-            saved = checkpoint.open_checkpoint(out) if checkpoint.folders(out) else None
-            self._prepare(saved)
-            self._signals = StopSignals(accelerator.num_processes, launcher())
+            saved = files = None
+            if checkpoint.folders(out):
+                saved, files = checkpoint.newest(out, Checkpoint.files)
+            self._prepare(saved, files or {}, dataset)
+            self._signals = StopSignals(processes, launcher())
             if self._folder:
                 damaged = [path for path, _ in saved.passed_over] if saved else []
                 dropped = self._folder.begin(self.config, self.step, damaged)
                 if dropped and not saved:
-                    warn(
-                        f"no checkpoint is left of the run in {out}, which had reached step {dropped}: it begins "
-                        "again, and the metrics of before are in metrics_superseded.jsonl"
-                    )
+                    again = "it begins again, and its former metrics are in metrics_superseded.jsonl"
+                    warn(f"no checkpoint is left of the run in {out}, which had reached step {dropped}: {again}")
             accelerator.wait_for_everyone()
             self._trackers = Trackers(accelerator, self.config, out, warn)
             on_error.pop_all()
@@ -99,51 +96,46 @@ class Trainer:
         """How many optimizer steps are done."""
         return self.training_step.step
 
-    @property
-    def parts(self) -> dict[str, checkpoint.Stateful]:
-        """The parts of the run whose state a checkpoint holds beside weights and averages."""
-        return {"step": self.training_step, "meter": self.meter}
-
-    def _prepare(self, saved: checkpoint.Checkpoint | None) -> None:
+    def _prepare(self, saved: Checkpoint | None, files: Mapping[str, Weights], dataset: DataSet | None) -> None:
         """Open the data and build the training step, from `saved` if given. Raises UsageError if they do not fit."""
         if saved:
             self.config = continued_config(saved, self.config, self.out)
         config, accelerator, train = self.config, self.accelerator, self.config.train
-        self.data = open_run_data(config, saved, self.out, accelerator)
+        self.data = open_run_data(config, saved, self.out, accelerator, dataset)
         self.dataset, self.class_names = self.data.dataset, self.data.class_names
         self.process = config.diffusion.process()
         torch.manual_seed(seed_for(train.seed, "weights"))
         self.network = config.network(len(self.class_names))
         self.origin, notes = (saved.origin if saved else None), list[str]()
         if saved:
-            weights = saved.weights()
-            checkpoint.check_fits(self.network, weights, saved.path)
-            self.network.load_state_dict(weights)
+            checkpoint.check_fits(self.network, files["model.safetensors"], saved.path)
+            self.network.load_state_dict(files["model.safetensors"])
         elif train.init_from is not None:
             source, notes = start_from(Path(train.init_from), self.network, config, self.class_names)
             notes, self.origin = notes + seen_before(source, self.data), origin_of(source)
         self.training_step = build_step(config, self.network, self.process, accelerator)
         self.ema, self.meter = self.training_step.ema, Meter(accelerator)
+        self.parts: dict[str, Any] = {"step": self.training_step, "meter": self.meter}
         if train.compile and (reason := compile_network(self.network, accelerator.device)):
             notes.append(f"train.compile: the network is not compiled, since nothing can be compiled here ({reason})")
         if saved:
-            self._restore(saved)
+            self._restore(saved, files)
             notes += changes(saved, config, self.environment)
             if saved.data not in (None, self.data.fingerprint):
                 notes.append("the data have changed: held-out images may have been trained on, and losses differ")
         if accelerator.is_main_process:
             self._warn_at_start(saved, notes)
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        saved.restore(self.parts)
+    def _restore(self, saved: Checkpoint, files: Mapping[str, Weights]) -> None:
+        states = checkpoint.unflatten({**files["training.safetensors"], **saved.numbers})
+        for name, stateful in self.parts.items():
+            stateful.load_state_dict(states.get(name, {}))  # an optimizer may have no state
         for key, average in self.ema.averages.items():
-            kept = saved.ema(key)
-            checkpoint.check_fits(self.network, kept, saved.path / f"ema_{key}.safetensors")
             for name, value in average.items():
-                value.copy_(shard_like(kept[name], value))
+                value.copy_(shard_like(files[f"ema_{key}.safetensors"][name], value))
         self.training_step.step = saved.step
 
-    def _warn_at_start(self, saved: checkpoint.Checkpoint | None, notes: Sequence[str]) -> None:
+    def _warn_at_start(self, saved: Checkpoint | None, notes: Sequence[str]) -> None:
         for _, damage in saved.passed_over if saved else ():
             self.warn(f"{damage}; it is moved to damaged_..., and that of step {self.step} is used")
         if self.dataset.left_out:
@@ -151,40 +143,52 @@ class Trainer:
         for note in notes:
             self.warn(note)
         train = self.config.train
-        stable = train.steps * (1 - DECAY_SHARE) if train.lr_schedule == "wsd" else train.steps - 1
-        if train.warmup_steps - 1 > stable:
+        if train.warmup_steps > 0 and all(learning_rate(train, step) < train.lr for step in range(train.steps)):
             self.warn(f"train.lr is not reached: train.warmup_steps is {train.warmup_steps} of {train.steps} steps")
-        if not self.config.model.use_norm and self.config.train.grad_clip is None:
-            self.warn("without normalisation the first steps can throw a run far back: --train.grad_clip 1 prevents it "
-                      "(docs/zero-init.md)")  # fmt: skip
+        if not getattr(self.config.model, "use_norm", True) and train.grad_clip is None:
+            hint = "--train.grad_clip 1 prevents it (docs/zero-init.md)"
+            self.warn(f"without normalisation the first steps can throw a run far back: {hint}")
 
     @property
     def environment(self) -> dict[str, Any]:
         """What the rounding of a step depends on."""
-        return {"device": self.accelerator.device.type, "processes": self.accelerator.num_processes,
-                "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+        device, processes = self.accelerator.device.type, self.accelerator.num_processes
+        threads, version = torch.get_num_threads(), torch.__version__
+        return {"device": device, "processes": processes, "threads": threads, "torch": version}
+
+    def describe(self, about: Sequence[str]) -> None:
+        """Keep lines about the run with it, for its page."""
+        if self._folder:
+            self._folder.describe(about)
 
     def run(self, on_step: Callable[[int, Metrics | None], None] = lambda step, metrics: None) -> None:
         """Train to the last step. `on_step` is called with each step done, and the metrics where they are logged.
 
         Raises Stopped after a signal, when all is saved, and UsageError when the loss stays non-finite.
         """
-        data, train = self.config.data, self.config.train
-        images = step_batches(self.dataset, train.batch_size, train.seed, range(self.step, train.steps), self._slices,
-                              data.workers, replaced=self.meter.unreadable.extend,
-                              waiting=self._check_waiting)  # fmt: skip
+        for step, metrics in self:
+            on_step(step, metrics)
+
+    def __iter__(self) -> Iterator[tuple[int, Metrics | None]]:
+        """Train, and yield each step done and the metrics where they are logged. A run whose loop is left early can be
+        continued from its last checkpoint (`save` writes one)."""
+        train, log = self.config.train, self.meter.unreadable.extend
+        steps, workers = range(self.step, train.steps), self.config.data.workers
+        images = step_batches(
+            self.dataset, train.batch_size, train.seed, steps, self._slices, workers, log, self._check_waiting
+        )
         with closing(self), self._signals, closing(images):
             try:
-                self._run(images, on_step)
+                yield from self._train(images)
+            except NotWritten as error:
+                raise NotWritten(f"{error}; {self._saved()}") from None
             except RuntimeError as error:  # raised by a signal handler of torch's, anywhere
                 if "DataLoader worker" not in str(error):
                     raise
-                raise WorkerDied(
-                    f"a process that read images ahead died ({one_line(error)}): the same command continues; if memory "
-                    "is short, with fewer --data.workers"
-                ) from None
+                hint = "the same command continues; if memory is short, with fewer --data.workers"
+                raise WorkerDied(f"a process that read images ahead died ({one_line(error)}): {hint}") from None
 
-    def _run(self, data: Iterator[Batch], on_step: Callable[[int, Metrics | None], None]) -> None:
+    def _train(self, data: Iterator[Batch]) -> Iterator[tuple[int, Metrics | None]]:
         train, step, meter = self.config.train, self.training_step, self.meter
         self.network.train()
         meter.start()
@@ -196,9 +200,9 @@ class Trainer:
             result = step(to_x_start(images), y if self.class_names else None)
             meter.update(result.losses, result.weights, result.t * 4 // self.process.num_timesteps)
             meter.count_step(self.step, result.skipped)
-            self._after_step(lr, result.grad_norm, on_step)
+            yield from self._after_step(lr, result.grad_norm)
 
-    def _after_step(self, lr: float, grad_norm: Tensor, on_step: Callable[[int, Metrics | None], None]) -> None:
+    def _after_step(self, lr: float, grad_norm: Tensor) -> Iterator[tuple[int, Metrics | None]]:
         """Log, save, sample and stop, as far as they are due. What cannot be written stops the run at the end."""
         config, meter = self.config, self.meter
         saves = self._is_due(config.checkpoint.every)
@@ -208,15 +212,12 @@ class Trainer:
                 metrics = self._log(grad_norm, lr, saves)
         except NotWritten as error:  # the disk of the checkpoints may be another
             not_written = error
-        on_step(self.step, metrics)
+        yield self.step, metrics
         # Weights that may be broken do not replace good ones.
         saves = (saves or not_written is not None) and not meter.in_a_row
         if saves:
-            try:
-                with meter.paused():
-                    self.save()
-            except NotWritten as error:
-                raise NotWritten(f"{not_written}; {error}" if not_written else str(error)) from None
+            with meter.paused():
+                self.save()
         if not_written is None and self._is_due(config.sample.every):
             try:
                 with meter.paused(), suppress(SamplingInterrupted):
@@ -226,7 +227,7 @@ class Trainer:
                 if not saves:
                     self.save()
         if not_written is not None:
-            raise NotWritten(f"{not_written}; {self._saved()}")
+            raise not_written
         if self._signals.stop_requested():
             if not saves:
                 self.save()
@@ -255,6 +256,11 @@ class Trainer:
             self._folder.close()
 
     @property
+    def _micro_batch(self) -> int:
+        """Images that this process gives to the network at once."""
+        return self._slices[0].stop - self._slices[0].start
+
+    @property
     def last_grid(self) -> Path:
         """The path of the present step's grid."""
         return self.out / "samples" / f"step_{self.step:08d}.png"
@@ -273,28 +279,26 @@ class Trainer:
         share = math.ceil(config.sample.n / accelerator.num_processes)
         # All processes generate as many, so that gathering is one call; the surplus of the last is cut off.
         indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        labels, low_res = list(range(len(self.class_names))) or None, None
+        labels, small = list(range(len(self.class_names))) or None, None
         if config.data.low_res_size is not None:  # some images of the data, shrunk, are enlarged
             some = np.resize(part(len(self.dataset), config.sample.n), indices.stop)
             images, y = load(self.dataset, some.tolist())
             small, labels = shrink(to_x_start(images), config.data.low_res_size), y.tolist() if labels else None
-            low_res = lambda batch: small[batch.start : batch.stop]  # noqa: E731
-        size = self._slices[0].stop - self._slices[0].start
+        run = Run(config, self.network, self.class_names, accelerator.device)
+        options: dict[str, Any] = {"seed": config.train.seed, "progress": self._signals.interruptible}
         with self._average():
-            generated = [images for _, images in generate(
-                config, self.network, batches(indices, size), labels=labels, low_res=low_res, seed=config.train.seed,
-                device=accelerator.device, progress=self._signals.interruptible)]  # fmt: skip
-        images = gather(to_uint8(torch.cat(generated)).to(accelerator.device))[: config.sample.n]
+            drawn = list(run.generate(batches(indices, self._micro_batch), labels=labels, low_res=small, **options))
+        images = to_uint8(torch.cat([images for _, images in drawn])).to(accelerator.device)
+        images = gather(images)[: config.sample.n]
         self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
         self._trackers.log_grid(self.last_grid, self.step)
 
     def score_held_out(self) -> float | None:
         """The loss of the held-out images after this step, with the first moving average; None without any."""
         if self.data.held_out is not None and self._scored[0] != self.step:
-            size = self._slices[0].stop - self._slices[0].start
+            network, process, size = self.network, self.process, self._micro_batch
             with self._average():
-                loss = held_out_loss(self.config, self.network, self.process, self.data.held_out, self.accelerator,
-                                     size)  # fmt: skip
+                loss = held_out_loss(self.config, network, process, self.data.held_out, self.accelerator, size)
             self._scored = self.step, loss if math.isfinite(loss) else None
         return self._scored[1]
 
@@ -309,21 +313,20 @@ class Trainer:
         broken = [next((name for name, value in weights.items() if main and not value.isfinite().all()), None)]
         broadcast_object_list(broken)
         if broken[0]:
-            raise UsageError(f"after step {self.step}, {broken[0]} is no longer finite, and nothing is saved: "
-                             f"{self._saved()}, with a lower train.lr or with train.grad_clip")  # fmt: skip
+            hint = f"{self._saved()}, with a lower train.lr or with train.grad_clip"
+            raise UsageError(f"after step {self.step}, {broken[0]} is no longer finite, and nothing is saved: {hint}")
         averages = {key: to_host(average, main) for key, average in self.ema.averages.items()}
-        states = {name: to_host(part.state_dict(), main) for name, part in self.parts.items()}
+        states = {name: to_host(stateful.state_dict(), main) for name, stateful in self.parts.items()}
+
+        about = {"data": self.data.fingerprint, "held_out_loss": held_out, "origin": self.origin}
+        about["environment"] = self.environment
 
         def write() -> None:
-            checkpoint.save(folder, self.step, self.config, self.class_names, weights, averages, states,
-                            data=self.data.fingerprint, held_out_loss=held_out, origin=self.origin,
-                            environment=self.environment)  # fmt: skip
+            whole = {key: {**weights, **average} for key, average in averages.items()}  # with the network's buffers
+            checkpoint.save(folder, self.step, self.config, self.class_names, weights, whole, states, **about)
             checkpoint.prune(self.out, config.keep_last, config.keep_every)
 
-        try:
-            self._write(write, folder)
-        except NotWritten as error:
-            raise NotWritten(f"{error}; {self._saved()}") from None
+        self._write(write, folder)
 
     def _saved(self) -> str:
         """What is saved of the run, and that it continues."""
@@ -358,20 +361,16 @@ class Trainer:
         if saves and self.data.held_out:
             with self.meter.paused():
                 metrics["held_out_loss"] = self.score_held_out()
-        if self.accelerator.is_main_process:
-            if unreadable:
-                self.warn(
-                    name_some(sorted(set(unreadable)), "image files replaced by others, since they cannot be read")
-                )
-            if metrics["skipped"]:
-                self.warn(f"{metrics['skipped']} steps by step {self.step} had a loss or gradient that is not finite "
-                          "and were skipped")  # fmt: skip
+        main = self.accelerator.is_main_process
+        if main and unreadable:
+            self.warn(name_some(sorted(set(unreadable)), "image files replaced by others, since they cannot be read"))
+        if main and (skipped := metrics["skipped"]):
+            self.warn(f"{skipped} steps by step {self.step} had a loss or gradient that is not finite and were skipped")
         in_a_row = int(self.meter.in_a_row)
         if in_a_row >= self.config.train.max_skipped or (in_a_row and self.step == self.config.train.steps):
-            last = int(self.meter.last_skipped)
-            raise UsageError(f"{in_a_row} steps in a row had a loss or gradient that is not finite. The last was step "
-                             f"{last}, with {self._describe(last - 1)}. Nothing since is saved: {self._saved()}, with "
-                             "a lower train.lr or with train.grad_clip")  # fmt: skip
+            last, hint = int(self.meter.last_skipped), f"{self._saved()}, with a lower train.lr or with train.grad_clip"
+            what = f"{in_a_row} steps in a row had a loss or gradient that is not finite"
+            raise UsageError(f"{what}; the last was step {last}, with {self._describe(last - 1)}; {hint}")
         metrics = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
         self._write(lambda: append_line(self.out / "metrics.jsonl", metrics), self.out / "metrics.jsonl")
         self._trackers.log(metrics, self.step)
@@ -382,7 +381,7 @@ class Trainer:
         train = self.config.train
         indices = batch_indices(len(self.dataset), train.batch_size, train.seed, step)[:8]
         images = f"images {', '.join(self.dataset.name_of(i) for i in indices)}, ..."
-        if self.training_step.importance:
+        if self.training_step.timesteps:
             return images
         t = self.training_step.draws(step, train.batch_size, self.config.data.shape).t
         return f"t {', '.join(map(str, t[:8].tolist()))}, ... and {images}"

@@ -1,24 +1,20 @@
-"""Images, signals or volumes in a .npy or .npz file."""
-
-from __future__ import annotations
+"""Images, signals or volumes in a .npy or .npz file, or given by a program."""
 
 import zlib
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.config.fields import PathText, section
+from diffusion.config.fields import PathText, Positive, section
+from diffusion.data.base import DataConfig, DataSet, Sizes
+from diffusion.data.containers import Rows
 from diffusion.data.decode import scale
-from diffusion.data.image_files import FileDataset, ImageFiles, Sizes
+from diffusion.data.image_files import FileDataset, ImageFiles
 from diffusion.data.values import Array
 from diffusion.errors import UsageError, one_line
-
-IMAGES, LABELS = ("arr_0", "images", "x"), ("arr_1", "labels", "y")
 
 
 @section("data")
@@ -35,49 +31,54 @@ class Arrays(ImageFiles):
         if self.path is None:
             raise UsageError("data.source is arrays: name the file with --data.path FILE.npy or FILE.npz")
         try:
-            with Path(self.path).open("rb") as file:  # an .npz cannot be mapped into memory
-                mode = None if file.read(2) == b"PK" else "r"
-            loaded: Any = np.load(self.path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
+            loaded: Any = np.load(self.path, mmap_mode="r", allow_pickle=False)  # an .npz is read, not mapped
             arrays = {"arr_0": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
         except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, ...
             raise UsageError(f"data.path {self.path} cannot be read as arrays ({one_line(error)})") from None
-        images: Any = next((arrays[name] for name in IMAGES if name in arrays), np.zeros(0))
-        given = next((arrays[name] for name in LABELS if name in arrays), None)
-        if images.ndim < 2 or len(images) == 0:
-            there = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-            raise UsageError(f"data.path {self.path} holds {there}, and no images (N, *sizes, C) as arr_0 or images")
+        images: Any = next((arrays[name] for name in ("arr_0", "images", "x") if name in arrays), None)
+        given: Any = next((arrays[name] for name in ("arr_1", "labels", "y") if name in arrays), None)
+        if not isinstance(images, np.ndarray) or images.ndim < 2 or len(images) == 0:
+            held = f"data.path {self.path} holds {', '.join(arrays) or 'no arrays'}"
+            raise UsageError(f"{held}, and no images (N, *sizes, C) as arr_0 or images")
         if self.range is None and images.dtype not in (np.uint8, np.uint16):
             try:
                 scale(images, None)  # its error names the range of all rows
             except ValueError as error:
                 raise UsageError(f"data.path {self.path} cannot be read: {error}") from None
-        labels = np.zeros(len(images), np.int64) if given is None else given
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise UsageError(f"the labels of data.path {self.path} are {labels.shape} {labels.dtype}; they must be "
-                             f"({len(images)},), whole numbers from 0")  # fmt: skip
+        labels, classes = np.zeros(len(images), np.int64), tuple[str, ...]()
+        if given is not None:
+            if given.shape != (len(images),) or given.dtype.kind not in "iu" or given.min() < 0:
+                right = f"({len(images)},), whole numbers from 0"
+                raise UsageError(f"the labels of data.path {self.path} are {given.shape} {given.dtype}; not {right}")
+            values, labels = np.unique(given, return_inverse=True)
+            classes = tuple(map(str, values))
         if images.ndim > 2 and images.shape[1] == self.channels != images.shape[-1]:
             images = np.moveaxis(images, 1, -1)
-        values, labels = np.unique(labels, return_inverse=True)
-        classes = () if given is None else tuple(map(str, values))
-        ids = np.arange(len(images))
-        return FileDataset(Rows(images, self.path), ids, labels.astype(np.int64), classes, self.target)
+        return FileDataset(ArrayRows(self.path, images), np.arange(len(images)), self.target, labels, classes)
 
 
-@dataclass
-class Rows:
-    """The rows of an array in place of files. Their checksums stand for their sizes."""
+class ArrayRows(Rows):
+    """The rows of an array. Their checksums stand for their sizes."""
 
-    images: Array
-    path: str
-    suffix = ".npy"
-
-    def __post_init__(self) -> None:
-        self.names = np.array([b"%d" % i for i in range(len(self.images))])
-        self.where = f"{self.path}: row "
+    def __init__(self, path: str, images: Array):
+        super().__init__(path, len(images))
+        self.images = images
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
         return np.array([zlib.crc32(row.tobytes()) for row in self.images], dtype=np.int64)
 
-    def open(self, i: int) -> Any:
+    def open(self, i: int) -> AbstractContextManager[Array]:
         return nullcontext(self.images[i])
+
+
+@section("data")
+class Memory(DataConfig):
+    """Images that a program gives to `diffusion.train`."""
+
+    source: Literal["memory"] = "memory"
+    image_size: Sizes = 8
+    channels: Positive = 1
+
+    def open(self, split: str = "train") -> DataSet:
+        raise UsageError("data.source is memory, whose images are given to diffusion.train in Python")

@@ -1,7 +1,5 @@
 """The 8x8 handwritten digits that ship with the package (UCI; see DIGITS.md)."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from typing import Literal
 

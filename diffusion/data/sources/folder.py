@@ -1,7 +1,5 @@
 """Image files in a folder, a zip or tar shards."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -13,11 +11,8 @@ import numpy as np
 from diffusion.config.fields import PathText, section
 from diffusion.data.containers import IMAGE_SUFFIXES, Archives, open_container, stem
 from diffusion.data.image_files import FileDataset, ImageFiles
-from diffusion.data.labels import LABELS, from_file, number
+from diffusion.data.labels import LABELS, from_list, number
 from diffusion.errors import UsageError, check_name, one_line
-
-LABEL_FILES = ("dataset.json", "labels.csv")
-"""Label files that are used unasked."""
 
 
 @section("data")
@@ -45,52 +40,43 @@ class Folder(ImageFiles):
             raise UsageError("data.source is folder: name the folder with --data.path FOLDER")
         container = open_container(Path(self.path))
 
-        def read(i: int) -> bytes:
-            with container.open(i) as file:
-                return file.read()
+        def text(i: int) -> str:
+            try:
+                with container.open(i) as file:
+                    return file.read().decode("utf-8-sig")
+            except Exception as error:  # a broken link, a damaged archive, another encoding
+                raise UsageError(f"data.labels {names[i]} cannot be read: {one_line(error)}") from None
 
-        names = os.fsdecode(b"\0".join(container.names.tolist())).split("\0")  # quick for a million
-        tails = [name.rpartition(".")[2] for name in names]
-        lower = {tail: f".{tail.lower()}" if "/" not in tail and len(tail) < 10 else "" for tail in set(tails)}
-        suffixes = [lower[tail] for tail in tails]
+        names = [os.fsdecode(name) for name in container.names.tolist()]
+        suffixes = [os.path.splitext(name)[1].lower() for name in names]
         images = [i for i, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
         if not images:
             raise UsageError(f"data.path {self.path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
         by_shard = isinstance(container, Archives) and container.by_shard
         inside = [name.split("/", 1)[1] for name in names] if by_shard else names
-        ids = np.array([i for i in images if self._includes(inside[i])], dtype=np.int64)
-        if not len(ids):
-            raise UsageError(f"data.include is {self.include}, which none of the {len(images)} images of data.path "
-                             f"{self.path} match: the first is {inside[images[0]]}")  # fmt: skip
-        files = [inside[i] for i in ids]
-        left_out = [inside[i] for i in images if not self._includes(inside[i])]
-        beside = {stem(names[i]): i for i, suffix in enumerate(suffixes) if suffix == ".cls"}
-        listed = {names[i]: i for i, suffix in enumerate(suffixes) if suffix in (".json", ".csv")}
-        unasked = [*(name for name in LABEL_FILES if name in listed), *(["cls"] if beside else []), "folders"]
-        chosen = self.labels or unasked[0]
-        if chosen not in listed and chosen.endswith((".json", ".csv")):
-            raise UsageError(f"data.labels is {chosen}, and data.path {self.path} has no such file")
-        check_name("data.labels", chosen, [*LABELS, "cls", *listed])
-        if chosen in LABELS:
-            labels, classes, why_none = LABELS[chosen](files, self.path)
+        ids = [i for i in images if self._includes(inside[i])]
+        if not ids:
+            none = f"none of the {len(images)} images of data.path {self.path} match it, such as {inside[images[0]]}"
+            raise UsageError(f"data.include is {self.include}; {none}")
+        files, unused = [inside[i] for i in ids], [inside[i] for i in set(images).difference(ids)]
+        beside = {stem(name): i for i, name in enumerate(names) if suffixes[i] == ".cls"}
+        lists = {name: i for i, name in enumerate(names) if suffixes[i] in (".json", ".csv")}
+        usual = [name for name in ("dataset.json", "labels.csv") if name in lists]
+        how = self.labels or [*usual, "cls" if beside else "folders"][0]
+        check_name("data.labels", how, [*LABELS, "cls", *lists])
+        if how in LABELS:
+            classes = LABELS[how](files, self.path)
+        elif how in lists:
+            classes = from_list(files, how, text(lists[how]), unused)
         else:
-            try:
-                if chosen == "cls":
-                    files = [names[i] for i in ids]
-                    pairs = [(name, number(read(beside[stem(name)]).decode().strip()))
-                             for name in files if stem(name) in beside]  # fmt: skip
-                    labels, classes, why_none = from_file(files, chosen, pairs)
-                else:
-                    labels, classes, why_none = from_file(files, chosen, read(listed[chosen]), left_out)
-            except UsageError:
-                raise
-            except Exception as error:  # a broken link, a damaged archive
-                raise UsageError(f"data.labels {chosen} cannot be read: {one_line(error)}") from None
-        unused = [suffix for suffix, name in zip(suffixes, names, strict=True) if name != chosen]
-        others = Counter(suffix or "without suffix" for suffix in unused
-                         if suffix not in IMAGE_SUFFIXES and (suffix, chosen) != (".cls", "cls"))  # fmt: skip
-        others["images that data.include leaves out"] = len(left_out)
-        return FileDataset(container, ids, labels, classes, self.target, self.on_error, why_none, +others)
+            stems = {names[i]: stem(names[i]) for i in ids}
+            pairs = [(name, number(text(beside[key]).strip())) for name, key in stems.items() if key in beside]
+            classes = from_list(list(stems), how, pairs)
+        read = {*IMAGE_SUFFIXES, f".{how}"}
+        others = [suffix for suffix, name in zip(suffixes, names, strict=True) if suffix not in read and name != how]
+        not_read = Counter(suffix or "without suffix" for suffix in others)
+        not_read["images that data.include leaves out"] = len(unused)
+        return FileDataset(container, np.array(ids), self.target, *classes, self.on_error, +not_read)
 
     def _includes(self, name: str) -> bool:
         """Whether `include` matches a file's path, or, if it has no folder, its name."""

@@ -1,0 +1,38 @@
+"""The configuration that all networks share."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import nn
+
+from diffusion.config.fields import Section, section
+
+
+@section("model")
+class ModelConfig(Section):
+    """What all networks share. A network is called with x_t, its timestep input, and by keyword the labels `y`, if it
+    has classes, and the small images `low_res` of an upsampler."""
+
+    network: str
+    """network"""
+    class_cond: bool = True
+    """condition on the data's classes (of a folder, its subfolders)"""
+
+    identity_at_start: ClassVar[bool] = False
+    """Whether the output of a new network is zero, and each of its blocks the identity."""
+    compute_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change neither the shape nor the meaning of weights."""
+
+    def check_sizes(self, sizes: Sequence[int]) -> None:
+        """Raise UsageError, which begins with "size", if the network does not take images of `sizes`."""
+
+    def build(self, shape: Sequence[int], outputs: int, num_classes: int, upsampler: bool) -> nn.Module:
+        """The network with fresh weights.
+
+        Args:
+            shape: of one image, (C, *sizes).
+            outputs: channels of the output, C or 2 C.
+            num_classes: 0 for a network without classes.
+            upsampler: whether it is also given a smaller image, `low_res`.
+        """
+        raise NotImplementedError

@@ -1,0 +1,74 @@
+"""Networks as a configuration chooses them. Each is a section with its own fields, and a line in `NETWORKS`."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from diffusion.config.fields import Finite, Positive, section, settings_of
+from diffusion.errors import prefixed
+from diffusion.models.base import ModelConfig
+from diffusion.models.initialisation import InitName, check_init, initialise
+from diffusion.models.rules import check_sizes, check_widths
+from diffusion.models.unet import SuperResModel, UNetModel
+
+
+@section("model")
+class UNet(ModelConfig):
+    """The U-Net of the paper and of its sequel."""
+
+    network: Literal["unet"] = "unet"
+    model_channels: Annotated[int, Field(ge=32, le=8192)] = 32
+    """base width, a multiple of 32"""
+    num_res_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
+    """residual blocks at each level"""
+    channel_mult: Annotated[tuple[int | Finite, ...], Field(strict=False)] = (1, 1)
+    """width of each level in multiples of the base; each level after the first halves the size"""
+    attention_resolutions: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """downsampling factors with attention: 1, 2, 4, ... (4: at a quarter of the image's size)"""
+    num_heads: Positive = 2
+    """attention heads"""
+    num_heads_upsample: Annotated[int, Field(ge=-1)] = -1
+    """attention heads on the way up; -1: as on the way down"""
+    num_head_channels: Annotated[int, Field(ge=-1)] = -1
+    """channels of an attention head, in place of a number of heads; -1: by number"""
+    use_new_attention_order: bool = False
+    """order the rows of q, k and v as some weights of the sequel (Dhariwal & Nichol 2021) do"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout probability in the residual blocks"""
+    conv_resample: bool = True
+    """down- and upsample with learned convolutions"""
+    resblock_updown: bool = False
+    """down- and upsample inside residual blocks, as the sequel does"""
+    use_scale_shift_norm: bool = True
+    """the timestep scales and shifts the normalisation instead of being added"""
+    use_checkpoint: bool = False
+    """recompute activations in the backward pass: less memory, a third more work"""
+    init: InitName = "zero"
+    """initial weights: zero (the paper), fixup (for networks without normalisation), default (no layer is zero), small
+    (1e-5 in place of zero)"""
+    use_norm: bool = True
+    """normalise in groups"""
+
+    identity_at_start = True
+    compute_only = frozenset({"dropout", "use_checkpoint", "init"})
+
+    def __post_init__(self) -> None:
+        with prefixed("model."):
+            heads = self.num_heads, self.num_heads_upsample, self.num_head_channels
+            check_widths(self.model_channels, self.channel_mult, self.attention_resolutions, *heads)
+            check_init(self.init, self.use_norm)
+
+    def check_sizes(self, sizes: Sequence[int]) -> None:
+        check_sizes(sizes, len(self.channel_mult))
+
+    def build(self, shape: Sequence[int], outputs: int, num_classes: int, upsampler: bool) -> UNetModel:
+        kind = SuperResModel if upsampler else UNetModel
+        options = settings_of(self)
+        del options["network"], options["class_cond"], options["init"]
+        network = kind(shape[0], out_channels=outputs, num_classes=num_classes or None, dims=len(shape) - 1, **options)
+        initialise(network, self.init)
+        return network
+
+
+NETWORKS: dict[str, type[ModelConfig]] = {"unet": UNet}

@@ -1,0 +1,124 @@
+"""How a run starts: what a continued one may change, and the weights of another that a new one copies."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.config.fields import shown
+from diffusion.config.schema import Config
+from diffusion.errors import UsageError, name_some, options_of
+from diffusion.optimizers import LR_SCHEDULES
+from diffusion.run.checkpoint import Checkpoint, Weights, misfits, newest
+from diffusion.run.folder import check_is_run
+
+RESUMABLE = {
+    *(f"data.{name}" for name in ("path", "workers", "allow_change", "on_error")),
+    "model.use_checkpoint",
+    *(f"train.{name}" for name in ("steps", "gradient_accumulation", "lr", "lr_schedule", "scalar_lr_factor")),
+    *(f"train.{name}" for name in ("warmup_steps", "weight_decay", "grad_clip", "precision", "compile", "ema_warmup")),
+    *(f"train.{name}" for name in ("log_every", "log_with", "max_skipped")),
+    *(f"train.{option}" for schedule in LR_SCHEDULES.values() for option in options_of(schedule)),
+}
+"""Settings that a continued run may change, beside those of the sections sample and checkpoint. Any other would make it
+a different run."""
+CLASSES = "label_emb.weight"
+PROCESS = "steps", "schedule", "zero_terminal_snr", "prediction", "variance", "rescale_timesteps"
+"""Settings of the process that change the meaning of weights."""
+
+
+def continued_config(saved: Checkpoint, now: Config, out: Path) -> Config:
+    """The configuration to continue with. Raises UsageError if it would make `out` a different run."""
+    if saved.step == 0:
+        raise UsageError(f"--out {out} is a converted model: begin with --train.init_from {out} --out NEW")
+    if now.train.init_from is None:  # it matters no more
+        now = dataclasses.replace(now, train=dataclasses.replace(now.train, init_from=saved.config.train.init_from))
+    if now.train.steps < saved.step:
+        raise UsageError(f"train.steps is {now.train.steps}, and {out} has done {saved.step}")
+    for key, change in _differences(saved.config.flat(), now.flat()).items():
+        if key not in RESUMABLE and not key.startswith(("sample.", "checkpoint.")):
+            raise UsageError(f"{change}, in the run {out}: set it back, or --train.init_from {out} --out NEW")
+    return now
+
+
+def changes(saved: Checkpoint, now: Config, environment: Mapping[str, Any]) -> list[str]:
+    """Messages about what has changed since `saved` was written: settings, and what rounding depends on."""
+    settings, rounding = _differences(saved.config.flat(), now.flat()), _differences(saved.environment, environment)
+    messages = {f"changed since step {saved.step}": settings, "the run continues with other rounding": rounding}
+    return [f"{what}: {'; '.join(changed.values())}" for what, changed in messages.items() if changed]
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """What has changed, in words, of each value that differs."""
+    return {
+        key: f"{key} was {shown(before.get(key))} and is {shown(new)}"
+        for key, new in after.items()
+        if before.get(key) != new
+    }
+
+
+def start_from(
+    path: Path, network: nn.Module, config: Config, class_names: Sequence[str]
+) -> tuple[Checkpoint, list[str]]:
+    """Copy the weights of a run, checkpoint or converted model (see `copy_weights`). Returns it, and messages."""
+    check_is_run(path)
+    source, weights = newest(path, Checkpoint.weights)
+    return source, copy_weights(network, weights, source, config, class_names)
+
+
+@torch.no_grad()
+def copy_weights(
+    network: nn.Module, weights: Weights, source: Checkpoint, config: Config, class_names: Sequence[str]
+) -> list[str]:
+    """Copy those `weights` of `source` into `network` whose name and shape fit.
+
+    Class embeddings are copied by class name. Returns messages: what did not fit, and which settings change the meaning
+    of the weights. Raises UsageError if nothing fits.
+    """
+    own, differ = network.state_dict(), misfits(network, weights)
+    matter = {f"model.{name}" for name in vars(config.model)} | {f"diffusion.{name}" for name in PROCESS}
+    matter -= {f"model.{name}" for name in (*config.model.compute_only, "class_cond")}
+    changed = _differences(source.config.flat(), config.flat())
+    settings = "; ".join(change for key, change in changed.items() if key in matter)
+    fit = own.keys() - differ.keys() - {CLASSES}
+    if not any(own[name].ndim > 1 for name in fit):
+        hint = f"take its settings too, with --config {source.path / 'config.yaml'}"
+        raise UsageError(f"train.init_from: no weight of {source.path} fits ({settings}): {hint}")
+    for name in fit:
+        own[name].copy_(weights[name])
+    notes = _copy_classes(own[CLASSES], weights, source.class_names, class_names) if CLASSES in own else []
+    fresh = [name for name in own if name in differ and name != CLASSES]
+    if fresh:
+        share = sum(own[name].numel() for name in fresh) / sum(value.numel() for value in own.values())
+        texts = [differ[name] for name in fresh]
+        notes.append(name_some(texts, f"of {len(own)} weights begin anew ({share:.1%} of the parameters)"))
+    if unused := sorted(weights.keys() - own.keys()):
+        notes.append(name_some(unused, f"of its {len(weights)} weights are unused"))
+    if settings:
+        notes.append(f"its weights were trained under other settings: {settings}")
+    return [f"train.init_from: {note}" for note in notes]
+
+
+def _copy_classes(table: Tensor, weights: Weights, source_names: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Copy the embeddings of classes that both have."""
+    source = weights.get(CLASSES)
+    if source is None or source.shape[1:] != table.shape[1:]:
+        return [f"the {len(names)} classes begin anew: its weights have no embeddings of them"]
+    numbers = list(source_names) == [str(i) for i in range(len(names))]  # a converted model, whose names are unknown
+    by_number = numbers and set(names) != set(source_names)
+    known = names if by_number else source_names
+    for i, name in enumerate(names):
+        if name in known:
+            table[i].copy_(source[known.index(name)])
+    if new := [name for name in names if name not in known]:
+        return [name_some(new, f"of {len(names)} classes are new and begin anew")]
+    return [f"{len(names)} classes are taken over by number, since it has no names"] if by_number else []
+
+
+def origin_of(saved: Checkpoint) -> dict[str, object]:
+    """The record of the weights that a run was initialised with."""
+    name = str(saved.chosen())
+    return {"path": str(saved.path.resolve()), "step": saved.step, "file": name, "sha256": saved.sums[name]}

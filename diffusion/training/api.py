@@ -1,0 +1,53 @@
+"""Training from Python, without a file of settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusion.config.schema import config_of
+from diffusion.data.base import ArrayDataset, DataSet
+from diffusion.errors import UsageError
+from diffusion.training.trainer import Trainer
+
+
+def trainer_for(data: Any, out: Path, settings: Mapping[str, Any]) -> Trainer:
+    """A run on images from Python (see `diffusion.train`)."""
+    sections: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    dataset: DataSet | None = None
+    if isinstance(data, str | Path):
+        sections["data"] = {"source": "folder", "path": str(data)} | sections["data"]
+        sections["model"].setdefault("class_cond", False)
+    else:
+        dataset = images_of(data)
+        shape = dataset.images.shape
+        sections["data"] = {"source": "memory", "image_size": shape[2:], "channels": shape[1]} | sections["data"]
+        sections["model"].setdefault("class_cond", bool(dataset.class_names))
+    return Trainer(config_of(sections).resolved(), out, dataset=dataset)
+
+
+def images_of(data: Any) -> ArrayDataset:
+    """Images in memory: of a tensor (N, C, *sizes), a pair of it and labels (N,), or a map-style data set of pairs.
+
+    Raises UsageError if they are something else."""
+    try:
+        if not isinstance(data, tuple | torch.Tensor | np.ndarray):  # a data set
+            items = [data[i] for i in range(len(data))]
+            data = torch.stack([torch.as_tensor(image) for image, _ in items]), [label for _, label in items]
+        images, labels = data if isinstance(data, tuple) else (data, None)
+        images = torch.as_tensor(images)
+        numbers = torch.zeros(len(images)) if labels is None else torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise UsageError(f"data is not images (N, C, *sizes), or pairs of an image and a label: {error}") from None
+    within = images.dtype == torch.uint8 or (images.is_floating_point() and images.abs().max() <= 1)
+    if images.ndim < 3 or not within or numbers.shape != images.shape[:1]:
+        what = f"{images.dtype} {tuple(images.shape)} with labels {tuple(numbers.shape)}"
+        raise UsageError(f"data is {what}; it must be (N, C, *sizes), uint8 or float in [-1, 1], and labels (N,)")
+    values, index = torch.unique(numbers, return_inverse=True)
+    names = () if labels is None else tuple(map(str, values.tolist()))
+    return ArrayDataset(images if images.dtype == torch.uint8 else images.float(), index, names)
