@@ -177,8 +177,6 @@ class CheckpointConfig(Section):
     """number of checkpoints to keep; 0: all"""
     keep_every: Natural = 0
     """also keep the checkpoints of every so many steps; 0: none"""
-    on_error: Literal["stop", "continue"] = "stop"
-    """if a checkpoint or grid cannot be written, e.g. on a full disk; earlier ones are kept either way"""
 
 
 def _any_of(components: Mapping[str, Any], chooser: str) -> Any:

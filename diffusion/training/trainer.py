@@ -203,33 +203,26 @@ class Trainer:
             yield from self._after_step(lr, result.grad_norm)
 
     def _after_step(self, lr: float, grad_norm: Tensor) -> Iterator[tuple[int, Metrics | None]]:
-        """Log, save, sample and stop, as far as they are due. What cannot be written stops the run at the end."""
+        """Log, save, sample and stop, as far as they are due."""
         config, meter = self.config, self.meter
-        saves = self._is_due(config.checkpoint.every)
-        metrics, not_written = None, None
+        saves, metrics, tried = self._is_due(config.checkpoint.every), None, False
         try:
             if saves or self.step % config.train.log_every == 0:
                 metrics = self._log(grad_norm, lr, saves)
-        except NotWritten as error:  # the disk of the checkpoints may be another
-            not_written = error
-        yield self.step, metrics
-        # Weights that may be broken do not replace good ones.
-        saves = (saves or not_written is not None) and not meter.in_a_row
-        if saves:
-            with meter.paused():
-                self.save()
-        if not_written is None and self._is_due(config.sample.every):
-            try:
+            if saves and not meter.in_a_row:  # weights that may be broken do not replace good ones
+                tried = True
+                with meter.paused():
+                    self.save()
+            if self._is_due(config.sample.every):
                 with meter.paused(), suppress(SamplingInterrupted):
                     self.sample()
-            except NotWritten as error:
-                not_written = error
-                if not saves:
-                    self.save()
-        if not_written is not None:
-            raise not_written
+        except NotWritten:  # the disk of the checkpoints may be another
+            if not tried and not meter.in_a_row:
+                self.save()
+            raise
+        yield self.step, metrics
         if self._signals.stop_requested():
-            if not saves:
+            if not tried:
                 self.save()
             raise self._stopped()
 
@@ -336,7 +329,7 @@ class Trainer:
         return f"the checkpoints up to step {checkpoint.step_of(found[0])} are whole, and the same command continues"
 
     def _write(self, write: Callable[[], None], path: Path) -> None:
-        """Let the main process write. If it cannot, all raise NotWritten, or all go on with a warning."""
+        """Let the main process write. If it cannot, all raise NotWritten."""
         failed: list[str | None] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -345,10 +338,7 @@ class Trainer:
                 failed = [f"{path} cannot be written: {one_line(error)}"]
         broadcast_object_list(failed)
         if failed[0] is not None:
-            if self.config.checkpoint.on_error == "stop":
-                raise NotWritten(failed[0])
-            if self.accelerator.is_main_process:
-                self.warn(failed[0])
+            raise NotWritten(failed[0])
 
     def _log(self, grad_norm: Tensor, lr: float, saves: bool) -> Metrics:
         """Write a line of metrics, with the loss of held-out images if a checkpoint is due.

@@ -69,8 +69,7 @@ fitting |= dict.fromkeys(
     ["data.source", "data.on_error", "data.labels", "data.subset", "data.image_column",
      "data.label_column", "diffusion.schedule", "diffusion.prediction", "diffusion.variance",
      "diffusion.loss", "diffusion.weighting", "train.optimizer",
-     "train.lr_schedule", "train.precision", "model.init", "model.network", "train.timestep_sampler", "sample.sampler",
-     "checkpoint.on_error"],
+     "train.lr_schedule", "train.precision", "model.init", "model.network", "train.timestep_sampler", "sample.sampler"],
     names)  # fmt: skip
 fitting |= dict.fromkeys(
     ["model.dropout", "train.lr", "train.weight_decay", "train.grad_clip", "train.label_dropout",
