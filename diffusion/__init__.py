@@ -28,15 +28,18 @@ def load(path: str | Path, ema: str | None = None) -> "Run":
     return load_run(path, ema)
 
 
-def train(data: Any, out: str | Path, settings: Mapping[str, Any] | None = None) -> "Trainer":
+def train(
+    data: Any, out: str | Path, settings: Mapping[str, Any] | None = None, config: str | Path | None = None
+) -> "Trainer":
     """A run on images from Python, begun or continued: `for step, metrics in diffusion.train(...): ...` trains it.
 
     Args:
         data: images (N, C, *sizes), uint8 or float in [-1, 1]; a pair of them and labels (N,); a folder; or a map-style
             data set of pairs (image, label).
         out: the run's folder.
-        settings: by name, such as {"train.steps": 100}.
+        settings: by name, such as {"train.steps": 100}. `model.class_cond` is true where labels are given.
+        config: that the settings override: a YAML file, or a shipped configuration such as folder_small.
     """
     from diffusion.training.api import trainer_for
 
-    return trainer_for(data, Path(out), settings or {})
+    return trainer_for(data, Path(out), settings or {}, config)

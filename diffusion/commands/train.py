@@ -56,16 +56,11 @@ def main() -> None:
         announce(trainer)
     if trainer.step < config.train.steps:
         train(trainer)
-        if main_process:
-            finish(trainer)
-        return
-    if main_process:
-        print_line(f"all {trainer.step} steps are done (train.steps is {config.train.steps})")
-    if not trainer.last_grid.exists():  # interrupted by a signal
+    elif not trainer.last_grid.exists():  # interrupted by a signal
         trainer.sample()
-    if main_process:
-        print_line(f"images: {trainer.last_grid.resolve()}")
     trainer.close()
+    if main_process:
+        finish(trainer)
 
 
 def train(trainer: "Trainer") -> None:

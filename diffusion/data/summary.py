@@ -42,7 +42,7 @@ def describe_data(config: DataConfig, dataset: DataSet, looked: int = MAX_HEADER
     low, high = config.range or (0, 255)
     least, most = ((to_x_start(end).item() + 1) / 2 * (high - low) + low for end in torch.aminmax(images))
     bits = " on a scale of 8 bits" if config.range is None and images.is_floating_point() else ""
-    some = f" in {len(images)} of them" if len(images) < len(dataset) else ""
+    some = f" (of {len(images)} read)" if len(images) < len(dataset) else ""
     shape = " x ".join(map(str, config.shape))
     lines.append(f"{len(dataset)} images as {shape}, values {least:g} to {most:g}{bits}{some}")
     if (share := (most - least) / (high - low)) < 1 / 4 and len(images) > 1:
@@ -67,7 +67,7 @@ def _describe_files(files: FileDataset, looked: int) -> list[str]:
     sizes = Counter(size for _, _, size, _ in described if len(size) == 2)  # not of signals and volumes
     remarks = Counter(key for _, _, _, keys in described for key in keys)
     deep = [i for i, _, _, keys in described if "16 bits" in keys]
-    some = "" if len(chosen) == len(files) else f" (of {len(chosen)} looked at)"
+    some = "" if len(chosen) == len(files) else f" (of {len(chosen)} read)"
     by_name = Counter({f"{width}x{height}": count for (height, width), count in sizes.items()})
     lines = [f"{len(files)} files{some}: " + "; ".join(_counts(counter) for counter in (kinds, by_name) if counter)]
     lines += [f"{remarks[key]}{some} {text}" for key, text in REMARKS.items() if remarks[key]]

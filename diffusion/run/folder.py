@@ -99,8 +99,7 @@ class RunFolder:
                 out.mkdir(parents=True, exist_ok=True)
                 self._lock = lock(out / MARK, warn)
             except BlockingIOError:
-                holder = " ".join((out / MARK).read_text().split())[:100]
-                raise UsageError(f"--out {out} is in use by another process that trains there ({holder})") from None
+                raise UsageError(f"--out {out} is in use by {_holder(out)}") from None
             except OSError:
                 self.close()
                 raise
@@ -163,6 +162,16 @@ def mark_run(out: Path, about: Sequence[str]) -> None:
 
 def _mark(about: Sequence[str], **holder: Any) -> bytes:
     return f"{json.dumps({**holder, 'format': FORMAT, 'about': about}, indent=1)}\n".encode()
+
+
+def _holder(out: Path) -> str:
+    """Who trains in a run, in words."""
+    with suppress(OSError, ValueError, LookupError):
+        mark = json.loads((out / MARK).read_text(errors="replace"))
+        if (mark["process"], mark["host"]) == (os.getpid(), socket.gethostname()):
+            return "this process: close() its other trainer first"
+        return f"another process that trains there: {mark['process']} on {mark['host']}"
+    return "another process that trains there"
 
 
 def about_run(out: Path) -> list[str]:

@@ -17,8 +17,11 @@ from diffusion.run.checkpoint import Checkpoint, newest
 from diffusion.run.folder import check_is_run
 from diffusion.sampling import batches, check_finite, sample_batch
 
+Classes = Sequence[int | str] | str | int | Tensor | None
+"""Class numbers or names: several, words separated by commas, or one; None: all."""
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(repr=False)
 class Run:
     """A model with the settings of its run.
 
@@ -36,6 +39,10 @@ class Run:
     device: torch.device | str = "cpu"
     checkpoint: Checkpoint | None = None
     ema: str | None = None
+
+    def __repr__(self) -> str:
+        where = self.checkpoint.path if self.checkpoint else "in training"
+        return f"Run({where}, {type(self.network).__name__}, {len(self.class_names)} classes, ema={self.ema})"
 
     @property
     def process(self) -> GaussianDiffusion:
@@ -57,12 +64,14 @@ class Run:
         """The run with its network on a device."""
         return dataclasses.replace(self, network=self.network.to(device), device=device)
 
-    def labels(self, classes: Sequence[int | str] | str | None = None) -> list[int] | None:
+    def labels(self, classes: Classes = None) -> list[int] | None:
         """The numbers of classes, given by number or name; None for a model without classes. Default: all, in turn."""
         if not self.class_names and classes is not None:
-            raise UsageError(f"--classes is {classes}, but the model of {self.path} has no classes")
+            raise UsageError(f"classes is {classes}, but the model of {self.path} has no classes")
         if classes is None:
             return list(range(len(self.class_names))) or None
+        if isinstance(classes, int | Tensor):
+            classes = torch.as_tensor(classes).reshape(-1).tolist()
         return [self._label(str(word)) for word in (classes.split(",") if isinstance(classes, str) else classes)]
 
     def _label(self, word: str) -> int:
@@ -73,11 +82,11 @@ class Run:
             return int(word)
         listed = f"there are {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         hint = listed if is_number else did_you_mean(word, names, listed)
-        raise UsageError(f"--classes has {word!r}; it must be a class name or a number below {len(names)}: {hint}")
+        raise UsageError(f"classes has {word!r}; it must be a class name or a number below {len(names)}: {hint}")
 
     def with_sampling(self, **flags: Any) -> Self:
         """The run with other settings in its section `sample`; None keeps one. Another sampler has its own usual steps.
-        Raises UsageError where they do not fit, with the flag of `sample.py`."""
+        Raises UsageError where they do not fit."""
         given = {name: value for name, value in flags.items() if value is not None}
         if given.get("sampler", self.config.sample.sampler) != self.config.sample.sampler:
             given.setdefault("steps", None)
@@ -85,26 +94,26 @@ class Run:
             sample = dataclasses.replace(self.config.sample, **given)
             return dataclasses.replace(self, config=dataclasses.replace(self.config, sample=sample))
         except UsageError as error:
-            raise UsageError(str(error).replace("sample.", "--")) from None
+            raise UsageError(str(error).replace("sample.", "")) from None
 
     def check_low_res(self, low_res: Tensor | Self | None) -> None:
         """Raise UsageError if what an upsampler enlarges is missing or does not fit, or this is not an upsampler."""
         data = self.config.data
         if (low_res is None) != (data.low_res_size is None):
             how = "not an upsampler" if low_res is not None else "an upsampler: name the small images, or a run of them"
-            raise UsageError(f"--low_res: {self.path} is {how}")
+            raise UsageError(f"low_res: {self.path} is {how}")
         if low_res is None:
             return
         small = (data.channels, *data.low_res_sizes)
         shape = tuple(low_res.shape[1:]) if isinstance(low_res, Tensor) else low_res.config.data.shape
         if shape != small:
-            raise UsageError(f"--low_res has images of {shape}; {self.path} enlarges {small}")
+            raise UsageError(f"low_res has images of {shape}; {self.path} enlarges {small}")
         names = () if isinstance(low_res, Tensor) else low_res.class_names
         if names and self.class_names not in ((), names):
-            raise UsageError(f"--low_res has other classes than {self.path}")
+            raise UsageError(f"low_res has other classes than {self.path}")
 
     def sample(
-        self, n: int | None = None, *, classes: Sequence[int | str] | str | None = None, batch_size: int = 64,
+        self, n: int | None = None, *, classes: Classes = None, batch_size: int = 64,
         low_res: Tensor | Self | None = None, seed: int = 0, progress: Any = iter, **flags: Any,
     ) -> Tensor:  # fmt: skip
         """Generate images: (n, C, *sizes) in [-1, 1], on the CPU. Image i of a seed is the same at any batch size.

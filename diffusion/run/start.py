@@ -81,6 +81,8 @@ def copy_weights(
     own, differ = network.state_dict(), misfits(network, weights)
     matter = {f"model.{name}" for name in vars(config.model)} | {f"diffusion.{name}" for name in PROCESS}
     matter -= {f"model.{name}" for name in (*config.model.compute_only, "class_cond")}
+    if source.config.model.network != config.model.network:  # the settings of each are nothing to the other
+        matter = {key for key in matter if not key.startswith("model.")} | {"model.network"}
     changed = _differences(source.config.flat(), config.flat())
     settings = "; ".join(change for key, change in changed.items() if key in matter)
     fit = own.keys() - differ.keys() - {CLASSES}

@@ -1,5 +1,6 @@
 """Training from Python, without a file of settings."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,28 +8,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion.config.schema import config_of
+from diffusion.config.files import find_config, read_yaml
+from diffusion.config.schema import config_of, override, unknown
 from diffusion.data.base import ArrayDataset, DataSet
 from diffusion.errors import UsageError
 from diffusion.training.trainer import Trainer
 
 
-def trainer_for(data: Any, out: Path, settings: Mapping[str, Any]) -> Trainer:
+def trainer_for(data: Any, out: Path, settings: Mapping[str, Any], config: str | Path | None) -> Trainer:
     """A run on images from Python (see `diffusion.train`)."""
+    base: dict[str, dict[str, Any]] = {} if config is None else read_yaml(find_config(str(config)))
     sections: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
     for key, value in settings.items():
         section, _, name = key.partition(".")
+        if not name:
+            raise unknown(key)
         sections.setdefault(section, {})[name] = value
     dataset: DataSet | None = None
     if isinstance(data, str | Path):
         sections["data"] = {"source": "folder", "path": str(data)} | sections["data"]
-        sections["model"].setdefault("class_cond", False)
+        sections["model"].setdefault("class_cond", base.get("model", {}).get("class_cond", False))
     else:
         dataset = images_of(data)
         shape = dataset.images.shape
         sections["data"] = {"source": "memory", "image_size": shape[2:], "channels": shape[1]} | sections["data"]
         sections["model"].setdefault("class_cond", bool(dataset.class_names))
-    return Trainer(config_of(sections).resolved(), out, dataset=dataset)
+    override(base, sections)
+    return Trainer(config_of(base).resolved(), out, warnings.warn, dataset)
 
 
 def images_of(data: Any) -> ArrayDataset:

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from diffusion.data.values import shrink
 from diffusion.ema import EMA
@@ -119,7 +118,6 @@ class TrainingStep:
         self.ema = EMA(self.network, self.ema_rates, self.ema_warmup, self.ema_lengths)
         self._weights = torch.from_numpy(self.weighting(self.process)).float().to(self.accelerator.device)
         self._parameters, self._checked = list(self.network.parameters()), False
-        self._dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in self.network.modules())
         self.model.train()
 
     def __call__(self, x_start: Tensor, y: Tensor | None = None) -> StepResult:
@@ -139,8 +137,7 @@ class TrainingStep:
         for part, images, labels in zip(slices, x_start.chunk(len(slices)), labels_of, strict=True):
             mask = draws.flip[part].view(-1, *[1] * (images.ndim - 1))
             images = torch.where(mask, images.flip(-1), images)
-            if self._dropout:
-                torch.manual_seed(seed_for(self.seed, "dropout", self.step, part.start))
+            torch.manual_seed(seed_for(self.seed, "dropout", self.step, part.start))  # of whatever the network draws
             inputs = {} if labels is None else {"y": torch.where(draws.unlabelled[part], -1, labels)}
             if self.low_res_size is not None:
                 inputs["low_res"] = shrink(images, self.low_res_size)

@@ -170,8 +170,8 @@ class Trainer:
             on_step(step, metrics)
 
     def __iter__(self) -> Iterator[tuple[int, Metrics | None]]:
-        """Train, and yield each step done and the metrics where they are logged. A run whose loop is left early can be
-        continued from its last checkpoint (`save` writes one)."""
+        """Train, and yield each step done and the metrics where they are logged. On one process, a loop that is left
+        early saves first; on several, call `save` in all of them."""
         train, log = self.config.train, self.meter.unreadable.extend
         steps, workers = range(self.step, train.steps), self.config.data.workers
         images = step_batches(
@@ -220,7 +220,12 @@ class Trainer:
             if not tried and not meter.in_a_row:
                 self.save()
             raise
-        yield self.step, metrics
+        try:
+            yield self.step, metrics
+        except GeneratorExit:  # the caller has left its loop; one of several processes cannot save alone
+            if not tried and not meter.in_a_row and self.accelerator.num_processes == 1:
+                self.save()
+            raise
         if self._signals.stop_requested():
             if not tried:
                 self.save()

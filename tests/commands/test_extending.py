@@ -136,6 +136,6 @@ def test_the_commands_of_the_page_work(extended):
     assert "model.width belongs to network mlp, and model.network is unet" in said[1]
     assert "train.nesterov_momentum belongs to optimizer sgd, and train.optimizer is muon" in said[2]
     assert "model.dropout belongs to network unet, and model.network is mlp" in said[3]
-    assert "--eta belongs to sampler ddim" in said[4]
+    assert "eta belongs to sampler ddim" in said[4]
     assert Path(extended, "runs/sgd/checkpoints/step_00000004").is_dir()
     assert os.listdir(extended / "runs/mlp/samples")

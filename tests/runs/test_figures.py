@@ -322,7 +322,7 @@ def test_sets_and_classes_are_asked_for(run, tmp_path, monkeypatch, capsys):
     code, _, err = script(evaluate, monkeypatch, capsys, *argv, "--classes", "3,7", "--out", tmp_path / "c.json")
     assert code == 0, err
     assert json.loads((tmp_path / "c.json").read_text())["settings"]["classes"] == {"3": 183, "7": 179}
-    for more, says in ((["--classes", "cat"], "--classes has 'cat'"), (["--sets", 0], "--sets: invalid choice: 0"),
+    for more, says in ((["--classes", "cat"], "classes has 'cat'"), (["--sets", 0], "--sets: invalid choice: 0"),
                        (["--sets", 11], "--sets: invalid choice: 11")):  # fmt: skip
         code, _, err = script(evaluate, monkeypatch, capsys, *argv, *more)
         assert (code, err.count("\n")) == (2, 1)

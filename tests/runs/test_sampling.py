@@ -167,11 +167,11 @@ def test_a_run_is_loaded_and_sampled(run):
     one = diffusion.load(str(run), "none").sample(1, classes=[3], sampler="ddim", steps=3, eta=0.5, seed=7)
     assert not torch.equal(one, images[:1])  # other weights
     for says, call in (
-        (r"--eta belongs to sampler ddim, and --sampler is dpmpp", lambda: loaded.sample(1, eta=0.5)),
-        (r"--sampler is plms; it must be one of", lambda: loaded.sample(1, sampler="plms")),
-        (r"--classes has '10'; it must be a class name or a number below 10", lambda: loaded.sample(1, classes=[10])),
-        (r"--guidance is 2", lambda: loaded.sample(1, guidance=2.0)),
-        (r"--low_res: .* is not an upsampler", lambda: loaded.sample(1, low_res=torch.zeros(1, 1, 4, 4))),
+        (r"eta belongs to sampler ddim, and sampler is dpmpp", lambda: loaded.sample(1, eta=0.5)),
+        (r"sampler is plms; it must be one of", lambda: loaded.sample(1, sampler="plms")),
+        (r"classes has '10'; it must be a class name or a number below 10", lambda: loaded.sample(1, classes=[10])),
+        (r"guidance is 2", lambda: loaded.sample(1, guidance=2.0)),
+        (r"low_res: .* is not an upsampler", lambda: loaded.sample(1, low_res=torch.zeros(1, 1, 4, 4))),
         (r"--ema is 0\.5; .* has 0\.999, or none", lambda: diffusion.load(run, "0.5")),
         (r"is not a run or a checkpoint: name ", lambda: diffusion.load(run / "samples")),
     ):  # fmt: skip

@@ -125,16 +125,23 @@ def test_a_run_leaves_what_it_promises(whole):
 
 def test_a_run_on_a_tensor_is_iterated_and_used(tmp_path):
     images, labels = torch.rand(20, 2, 8, 8) * 2 - 1, torch.arange(20) % 3
-    settings = {"train.steps": 3, "train.batch_size": 4, "model.channel_mult": [1], "sample.steps": 2, "sample.n": 2}
-    for step, _ in diffusion.train((images, labels), tmp_path, settings | {"checkpoint.every": 1}):
+    base = tmp_path / "base.yaml"
+    base.write_text("{data: {source: folder, random_flip: true}, train: {steps: 9, batch_size: 4, warmup_steps: 0}}")
+    settings = {"train.steps": 3, "sample.steps": 2, "model.channel_mult": [1], "sample.n": 2}
+    for step, _ in diffusion.train((images, labels), tmp_path / "run", settings, base):
         if step == 2:
             break
-    trainer = diffusion.train((images, labels), tmp_path, settings)
-    assert (trainer.step, trainer.class_names) == (2, ("0", "1", "2"))  # a step is yielded when it is saved
+    trainer = diffusion.train((images, labels), tmp_path / "run", settings, config=base)
+    assert (trainer.step, trainer.class_names) == (2, ("0", "1", "2"))  # it was saved when the loop was left
+    assert (trainer.config.train.batch_size, trainer.config.data.random_flip) == (4, True)
     assert [step for step, _ in trainer] == [3]
-    run = diffusion.load(tmp_path)
+    run = diffusion.load(tmp_path / "run")
     assert run.saved.step == 3
     assert run.sample(3, classes=["2"]).shape == (3, 2, 8, 8)
+    assert run.labels(2) == run.labels(torch.tensor([2])) == [2]
+    assert repr(run).count("\n") == 0
+    with pytest.raises(UsageError, match=r"unknown key steps: did you mean"):
+        diffusion.train(images, tmp_path / "other", {"steps": 3})
 
 
 def test_training_learns(tmp_path):
@@ -365,7 +372,11 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, monkeypatch):
     first = Trainer(small(train__steps=1), tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "newest", lambda *args: pytest.fail("looked for checkpoints"))
-        with pytest.raises(UsageError, match=rf"is in use by another process .*\"process\": {os.getpid()}"):
+        with pytest.raises(UsageError, match=r"is in use by this process: close\(\) its other trainer first"):
+            Trainer(small(train__steps=2), tmp_path)
+        mark = json.loads((tmp_path / "run.json").read_text())
+        (tmp_path / "run.json").write_text(json.dumps(mark | {"process": 1}))
+        with pytest.raises(UsageError, match=f"is in use by another process that trains there: 1 on {mark['host']}"):
             Trainer(small(train__steps=2), tmp_path)
     first.run()
     assert train(small(train__steps=2), tmp_path).step == 2

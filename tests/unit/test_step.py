@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
@@ -114,6 +115,25 @@ def test_a_saved_state_continues_to_the_bit_with_any_optimizer(optimizer, option
     states = [dict(flatten(step.state_dict())) for step in (whole, resumed)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_what_a_network_draws_by_itself_is_determined_by_seed_and_step():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x, t):
+            return self.conv(F.dropout(x)) + torch.rand(())
+
+    ends = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        step = step_of(Noisy())
+        torch.manual_seed(seed)
+        ends.append(torch.stack([step(images(8)).losses for _ in range(2)]))
+    assert torch.equal(*ends)
+    assert not torch.equal(*ends[0])  # and not the same at each step
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])

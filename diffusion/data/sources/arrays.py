@@ -79,6 +79,9 @@ class Memory(DataConfig):
     source: Literal["memory"] = "memory"
     image_size: Sizes = 8
     channels: Positive = 1
+    random_flip: bool = False
+    """mirror half of the images left to right"""
 
     def open(self, split: str = "train") -> DataSet:
-        raise UsageError("data.source is memory, whose images are given to diffusion.train in Python")
+        hint = "from a file, they are read with --data.source arrays --data.path FILE.npz"
+        raise UsageError(f"data.source is memory, whose images are given to diffusion.train in Python: {hint}")
