@@ -72,7 +72,7 @@ WRITES = {
         [f"run/{name}" for name in ("config.yaml", "metrics.jsonl", "report.html",
                                     "samples/step_00000004.png",
                                     *(name.replace("STEP", "step_00000004") for name in CHECKPOINT))]),
-    "train, a run that is done": (train, ["--out", "run"], []),
+    "train, a run that is done": (train, ["--out", "run"], ["run/report.html"]),
     "train, a dry run": (train, ["--dry_run", *ONE], []),
     "sample": (sample, DRAW, [f"run/samples/{STEP}_dpmpp2_seed0.png"]),
     "sample, of a checkpoint alone": (sample, ["--ckpt", "alone", *DRAW[2:]],
