@@ -76,7 +76,12 @@ class Checkpoint:
 
         Raises UsageError if the run does not have it."""
         chosen = self.chosen(wanted)
-        return self._reconstructed(chosen) if isinstance(chosen, float) else self.tensors(chosen)
+        if not isinstance(chosen, float):
+            return self.tensors(chosen)
+        try:
+            return self._reconstructed(chosen)
+        except Damaged as error:  # perhaps an earlier one: this one is not to be passed over
+            raise UsageError(f"--ema is {wanted}, which is made of all checkpoints: {error}") from None
 
     def fingerprint(self, wanted: str | None = None) -> str:
         """A hash of the weights that `--ema` selects."""

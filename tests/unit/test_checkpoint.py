@@ -294,6 +294,13 @@ def test_an_average_of_another_length_is_reconstructed_from_the_checkpoints(leng
     assert not torch.equal(average["weight"], found["weight"])
 
 
+def test_an_earlier_checkpoint_that_is_damaged_is_not_taken_for_the_newest(lengths, tmp_path):
+    run = shutil.copytree(lengths[0], tmp_path / "run")
+    (run / "checkpoints/step_00000020/ema_length0.1.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"--ema is length0.075, which is made of all .*step_00000020 is not whole"):
+        newest(run, lambda saved: saved.weights("length0.075"))
+
+
 def test_averages_that_a_run_cannot_give_are_refused(lengths, saved_run):
     first = lengths[0] / "checkpoints/step_00000002"
     for wanted, says in (
