@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["GaussianDiffusion", "Schedule", "UNetModel", "UsageError", "__version__", "load", "train"]
 
 
-def load(path: str | Path, ema: str | None = None) -> "Run":
+def load(path: str | Path, ema: str | float | None = None) -> "Run":
     """Open a run or a checkpoint: its network, settings and process, and sampling (see `diffusion.run.loaded.Run`).
 
     Args:
@@ -25,7 +25,7 @@ def load(path: str | Path, ema: str | None = None) -> "Run":
     """
     from diffusion.run.loaded import load_run  # what is below needs neither pydantic nor PIL
 
-    return load_run(path, ema)
+    return load_run(path, None if ema is None else str(ema))
 
 
 def train(
@@ -42,4 +42,4 @@ def train(
     """
     from diffusion.training.api import trainer_for
 
-    return trainer_for(data, Path(out), settings or {}, config)
+    return trainer_for(data, out, settings or {}, config)

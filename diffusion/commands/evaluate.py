@@ -33,7 +33,8 @@ from diffusion.samplers import Progress
 ELSEWHERE = {"fid": "frechet, with --features inception", "is": "inception_score", "bpd": "bits_per_dim"}
 """Names that other tools give to metrics."""
 SHEET = written_by(PNG_MARK.format("evaluate"))
-
+UNUSED = "--data.low_res_size", "--data.random_flip"
+"""Settings of the data that belong to the model."""
 
 Scored = tuple[Run, dict[str, Score]]
 """A model, and its scores by metric."""
@@ -63,7 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     args.settings = parse_settings(rest)[1]
     for word in rest:
-        if word.startswith("--") and not word.startswith("--data."):
+        if word.startswith(UNUSED) or (word.startswith("--") and not word.startswith("--data.")):
             parser.error(f"unrecognized arguments: {word}")
     args.metric = list(dict.fromkeys(args.metric.split(",")))
     for name in args.metric:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from contextlib import closing
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from diffusion.parallel.signals import SamplingInterrupted, StopSignals
 from diffusion.run.folder import is_checkpoint, is_run, run_of
 from diffusion.run.grids import save_gif, save_grid
 from diffusion.run.loaded import Run
-from diffusion.run.samples import GridStore, SampleStore, Taken
+from diffusion.run.samples import GridStore, SampleStore, Taken, numbered
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import Recorder, batches, check_finite
 
@@ -69,6 +68,8 @@ def main() -> None:
     check_outputs(args)
     texts = {name: text for name, text in vars(args).items() if name in OPTIONS and text is not None}
     options = {name: parse_value(text, f"--{name}") for name, text in texts.items()}
+    if empty := [name for name, value in options.items() if value is None]:
+        raise UsageError(f"--{empty[0]} is empty")
     run = terminal.open_run(args.ckpt, args.ema)
     run = run.with_sampling(sampler=args.sampler, steps=args.steps, guidance=args.guidance, **options)
     low_res, labels = open_low_res(run, args.low_res, args.classes)
@@ -172,8 +173,8 @@ def open_store(
     where = [args.out]
     if state.is_main_process:
         terminal.check_writable((args.out or default).parent, f"--out {args.out or default}")
-        for i in count(1):
-            store = at(args.out or (default.with_stem(f"{default.stem}_{i}") if i > 1 else default))
+        for path in numbered(args.out or default):
+            store = at(path)
             try:
                 store.begin()
                 break

@@ -81,21 +81,21 @@ def _with_options(cls: Any, section: str, values: Mapping[str, Any]) -> dict[str
     """The values of a section's own fields, and as `options` the settings of the components that they choose."""
     own = {f.name: values.get(f.name, f.default) for f in dataclasses.fields(cls)}
     given = {name: value for name, value in values.items() if name not in own}
-    defaults: dict[str, Any] = {}
+    set_here, defaults = values.get("options", {}) | given, dict[str, Any]()
     for field, components in cls.choices.items():
         check_name(f"{section}.{field}", shown(own[field]), components)
         component = components[own[field]]
         defaults |= options_of(component)
         with prefixed(f"{section}."):
-            check_options(component, {name: value for name, value in given.items() if name in options_of(component)})
+            check_options(component, {name: value for name, value in set_here.items() if name in options_of(component)})
     for name in given:
         if name not in defaults:
             if not (owners := owners_of(cls, name)):
                 raise UsageError(f"unknown key {section}.{name}")
             field = owners[0].split()[0]
             raise UsageError(f"{section}.{name} belongs to {', '.join(owners)}, and {section}.{field} is {own[field]}")
-    kept = {name: value for name, value in values.get("options", {}).items() if name in defaults}
-    return {name: value for name, value in values.items() if name in own} | {"options": defaults | kept | given}
+    kept = {name: value for name, value in set_here.items() if name in defaults}
+    return {name: value for name, value in values.items() if name in own} | {"options": defaults | kept}
 
 
 def options_by_owner(cls: Any) -> dict[str, dict[str, Any]]:

@@ -75,8 +75,9 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"--config {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        with path.open("rb") as file:
-            content = _yaml().load(file.read(MAX_FILE_BYTES))
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError("it is larger than 1 MiB")
+        content = _yaml().load(path.read_bytes())
     except Exception as error:  # YAML's constructors raise whatever an odd tag or number gives
         raise UsageError(f"--config {path} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in SECTIONS):

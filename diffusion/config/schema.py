@@ -67,7 +67,7 @@ class DiffusionConfig(Section):
 
     def process(self, respacing: Respacing = "") -> GaussianDiffusion:
         """The process, with `respacing` in place of the training's if given. Raises UsageError if it is impossible."""
-        kept = respacing or self.respacing
+        kept = self.respacing if respacing == "" else respacing
         kept = kept if isinstance(kept, str | int) else tuple(kept)
         options = tuple((name, self.options[name]) for name in options_of(SCHEDULES[self.schedule]))
         schedule = self.schedule, self.steps, kept, self.zero_terminal_snr
@@ -317,7 +317,8 @@ def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str
     for name, values in sections.items():
         before = base.get(name, {})
         for chooser, components in [UNIONS[name]] if name in UNIONS else SECTIONS[name].choices.items():
-            old, new = str(before.get(chooser)), str(values.get(chooser))
+            usual = None if name in UNIONS else getattr(SECTIONS[name](), chooser)
+            old, new = str(before.get(chooser, usual)), str(values.get(chooser))
             if old == new or not {old, new} <= components.keys():
                 continue
             if name in UNIONS:
@@ -331,6 +332,8 @@ def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str
 def check_keys(sections: Mapping[Any, Any]) -> None:
     """Raise UsageError for the first section or key that does not exist."""
     for name, values in sections.items():
+        if name in all_settings():
+            raise UsageError(f"{name} is to be in a section: write {{{str(name).replace('.', ': {')}: ...}}}}")
         if name not in SECTIONS:
             raise unknown(f"{name}.{next(iter(values))}" if values and isinstance(values, Mapping) else str(name))
         if not isinstance(values, Mapping):

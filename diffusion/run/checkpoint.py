@@ -33,6 +33,7 @@ from diffusion.files.atomic import sha256, to_disk
 
 FORMAT = 7
 STATE, SUMS = "state.json", "SHA256SUMS"
+NAME = re.compile(r"step_[0-9]{8,}")
 Weights = Mapping[str, Tensor]
 T = TypeVar("T")
 
@@ -113,7 +114,7 @@ class Checkpoint:
         """The power-function average of a length, from all that the run has stored up to this checkpoint."""
         lengths = self.config.train.ema_lengths
         earlier = folders(self.path.parent.parent) if self.path.parent.name == "checkpoints" else [self.path]
-        saved = [open_folder(path) for path in earlier if 0 < step_of(path) <= self.step]
+        saved = [open_folder(path) for path in earlier if path == self.path or 0 < step_of(path) <= self.step]
         parts = [(checkpoint, of) for checkpoint in saved for of in lengths]
         coefficients, error = reconstruct([(of, checkpoint.step) for checkpoint, of in parts], length, self.step)
         if error > 0.1:
@@ -200,7 +201,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def folders(run: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    paths = [path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    paths = [path for path in (run / "checkpoints").glob("step_*") if NAME.fullmatch(path.name)]
     return sorted(paths, key=step_of, reverse=True)
 
 
@@ -240,7 +241,7 @@ def newest(path: Path, use: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
 
     Raises UsageError if there is none, and if a file cannot be read for another reason than damage.
     """
-    if (path / STATE).exists() or path.name.startswith("step_"):
+    if (path / STATE).exists() or NAME.fullmatch(path.name):
         checkpoint = open_folder(path.resolve())  # the link `best` may move on
         return checkpoint, use(checkpoint)
     damage: list[tuple[Path, str]] = []
@@ -263,7 +264,7 @@ def open_folder(folder: Path) -> Checkpoint:
     state = json.loads(_read(folder / STATE, sums))
     if state["format"] != FORMAT:
         raise UsageError(f"checkpoint {folder} has format {state['format']}; this version reads {FORMAT}")
-    if folder.name.startswith("step_") and step_of(folder) != state["step"]:
+    if NAME.fullmatch(folder.name) and step_of(folder) != state["step"]:
         raise UsageError(f"checkpoint {folder} is of step {state['step']}: give the folder its name back")
     _read(folder / "config.yaml", sums)
     with prefixed(f"checkpoint {folder} cannot be used: "):

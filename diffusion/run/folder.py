@@ -88,6 +88,13 @@ class RunFolder:
             raise UsageError(
                 f"--out {out} is a checkpoint: name {out.parent.parent}, or --train.init_from {out} --out NEW"
             )
+        inside = [
+            run for run in out.resolve().parents if is_run(run) and out.resolve().relative_to(run).parts[0] in OWN
+        ]
+        if inside:
+            raise UsageError(f"--out {out} lies in a run: name {inside[0]} to continue it, or a folder outside it")
+        if is_run(out) and not _is_mark(out / MARK):
+            raise UsageError(f"--out {out} holds a {MARK} of something else: name another folder")
         self.path, self._begun, self._is_new = out, False, not is_run(out)
         present = [name for name in OWN if os.path.lexists(out / name)] if self._is_new else []
         if present and present != ["config.yaml"]:
@@ -135,12 +142,14 @@ class RunFolder:
         """Write the configuration, unless the file that is there reads as the same: it may have comments. Raises
         UsageError if somebody else's reads as another."""
         path = self.path / "config.yaml"
+        somebodys = path.exists()
         with suppress(UsageError):
             if load_config(path) == config:
                 return
+            somebodys = "#" in path.read_text(errors="replace")  # a comment
         if path.exists() and self._is_new:
             raise UsageError(f"--out {self.path} holds a config.yaml with something else in it: name another folder")
-        if path.exists() and "#" in path.read_text(errors="replace"):  # somebody's comments
+        if somebodys:
             path.rename(path.with_name(f"config_{time.time_ns()}.yaml"))
         save_config(config, path)
 
@@ -164,9 +173,17 @@ def _mark(about: Sequence[str], **holder: Any) -> bytes:
     return f"{json.dumps({**holder, 'format': FORMAT, 'about': about}, indent=1)}\n".encode()
 
 
+def _is_mark(path: Path) -> bool:
+    """Whether a file may be a mark, whole or damaged: other programs write files of that name, too."""
+    with suppress(OSError, ValueError):
+        mark = json.loads(path.read_text(errors="replace"))
+        return isinstance(mark, dict) and "about" in mark
+    return True
+
+
 def _holder(out: Path) -> str:
     """Who trains in a run, in words."""
-    with suppress(OSError, ValueError, LookupError):
+    with suppress(OSError, ValueError, LookupError, TypeError):
         mark = json.loads((out / MARK).read_text(errors="replace"))
         if (mark["process"], mark["host"]) == (os.getpid(), socket.gethostname()):
             return "this process: close() its other trainer first"
@@ -176,7 +193,7 @@ def _holder(out: Path) -> str:
 
 def about_run(out: Path) -> list[str]:
     """The lines about a run in its mark."""
-    with suppress(OSError, ValueError, LookupError):
+    with suppress(OSError, ValueError, LookupError, TypeError):
         return list(map(str, json.loads((out / MARK).read_text(errors="replace"))["about"]))
     return []
 

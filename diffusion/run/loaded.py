@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -88,6 +89,7 @@ class Run:
         """The run with other settings in its section `sample`; None keeps one. Another sampler has its own usual steps.
         Raises UsageError where they do not fit."""
         given = {name: value for name, value in flags.items() if value is not None}
+        given |= given.pop("options", {})
         if given.get("sampler", self.config.sample.sampler) != self.config.sample.sampler:
             given.setdefault("steps", None)
         try:
@@ -125,10 +127,14 @@ class Run:
             progress: wraps the steps of each batch.
             flags: sampler, steps, guidance, and the sampler's options (default: as in the run's grids).
         """
+        n = self.config.sample.n if n is None else n
+        for name, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if not isinstance(value, Integral) or value < least:
+                raise UsageError(f"{name} is {value}; it must be a whole number from {least}")
         run = self.with_sampling(**flags)
         run.check_low_res(low_res)
         labels = (low_res if isinstance(low_res, Run) and not self.class_names else self).labels(classes)
-        indices = batches(range(n or run.config.sample.n), batch_size)
+        indices = batches(range(n), batch_size)
         images = run.generate(indices, labels=labels, low_res=low_res, seed=seed, progress=progress)
         return torch.cat([check_finite(batch) for _, batch in images])
 

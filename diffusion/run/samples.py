@@ -11,9 +11,10 @@ samples.npz.parts/
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,12 @@ SETTINGS = "samples.json"
 
 class Taken(UsageError):
     """The place of samples holds something else."""
+
+
+def numbered(out: Path) -> Iterator[Path]:
+    """A path, and then those with _2, _3, ... in their name."""
+    yield out
+    yield from (out.with_stem(f"{out.stem}_{i}") for i in count(2))
 
 
 def _check_free(out: Path) -> None:
@@ -70,7 +77,7 @@ class GridStore:
             images = torch.cat([drawn[batch.start] for batch in batches])
             labels = self.labels or ()
             captions = [self.names[label] for label in np.resize(labels, self.n)] if labels and self.names else []
-            _check_free(self.out)  # it may have been written meanwhile
+            self.out = next(path for path in numbered(self.out) if not os.path.lexists(path))  # one may be new
             save_grid(images, self.out, len(labels), captions=captions, by="sample")
 
     def close(self) -> None: ...

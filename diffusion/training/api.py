@@ -15,10 +15,12 @@ from diffusion.errors import UsageError
 from diffusion.training.trainer import Trainer
 
 
-def trainer_for(data: Any, out: Path, settings: Mapping[str, Any], config: str | Path | None) -> Trainer:
+def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config: str | Path | None) -> Trainer:
     """A run on images from Python (see `diffusion.train`)."""
     base: dict[str, dict[str, Any]] = {} if config is None else read_yaml(find_config(str(config)))
     sections: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
+    if not str(out or ""):
+        raise UsageError("out is empty: name the run's folder")
     for key, value in settings.items():
         section, _, name = key.partition(".")
         if not name:
@@ -31,10 +33,13 @@ def trainer_for(data: Any, out: Path, settings: Mapping[str, Any], config: str |
     else:
         dataset = images_of(data)
         shape = dataset.images.shape
-        sections["data"] = {"source": "memory", "image_size": shape[2:], "channels": shape[1]} | sections["data"]
+        found = {"source": "memory", "image_size": shape[2:], "channels": shape[1]}
+        if same := found.keys() & sections["data"].keys():
+            raise UsageError(f"data.{min(same)} is that of the images, which are {tuple(shape)}: leave it out")
+        sections["data"] |= found
         sections["model"].setdefault("class_cond", bool(dataset.class_names))
     override(base, sections)
-    return Trainer(config_of(base).resolved(), out, warnings.warn, dataset)
+    return Trainer(config_of(base).resolved(), Path(out), warnings.warn, dataset)
 
 
 def images_of(data: Any) -> ArrayDataset:
@@ -46,12 +51,12 @@ def images_of(data: Any) -> ArrayDataset:
             items = [data[i] for i in range(len(data))]
             data = torch.stack([torch.as_tensor(image) for image, _ in items]), [label for _, label in items]
         images, labels = data if isinstance(data, tuple) else (data, None)
-        images = torch.as_tensor(images)
+        images = torch.as_tensor(images).detach()
         numbers = torch.zeros(len(images)) if labels is None else torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise UsageError(f"data is not images (N, C, *sizes), or pairs of an image and a label: {error}") from None
-    within = images.dtype == torch.uint8 or (images.is_floating_point() and images.abs().max() <= 1)
-    if images.ndim < 3 or not within or numbers.shape != images.shape[:1]:
+    within = images.dtype == torch.uint8 or (images.is_floating_point() and (images.abs() <= 1).all())
+    if images.ndim < 3 or not images.numel() or not within or numbers.shape != images.shape[:1]:
         what = f"{images.dtype} {tuple(images.shape)} with labels {tuple(numbers.shape)}"
         raise UsageError(f"data is {what}; it must be (N, C, *sizes), uint8 or float in [-1, 1], and labels (N,)")
     values, index = torch.unique(numbers, return_inverse=True)

@@ -118,6 +118,7 @@ class TrainingStep:
         self.ema = EMA(self.network, self.ema_rates, self.ema_warmup, self.ema_lengths)
         self._weights = torch.from_numpy(self.weighting(self.process)).float().to(self.accelerator.device)
         self._parameters, self._checked = list(self.network.parameters()), False
+        self._groups = [dict(group) for group in self.optimizer.param_groups]
         self.model.train()
 
     def __call__(self, x_start: Tensor, y: Tensor | None = None) -> StepResult:
@@ -209,7 +210,16 @@ class TrainingStep:
         """The state beside weights and averages: the optimizer's, the loss scale and the history of losses."""
         others = {"scaler": self.accelerator.scaler, "importance": self.timesteps}
         states = {name: other.state_dict() for name, other in others.items() if other}
-        return {"optimizer": self.optimizer.state_dict()["state"], **states}
+        # Some optimizers count in their groups, where the settings are, which a continued run may change.
+        groups = {
+            i: {
+                name: value
+                for name, value in group.items()
+                if name not in ("lr", "params") and value is not before.get(name)
+            }
+            for i, (group, before) in enumerate(zip(self.optimizer.param_groups, self._groups, strict=True))
+        }
+        return {"optimizer": self.optimizer.state_dict()["state"], "groups": groups, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. The optimizer keeps its present learning rates."""
@@ -219,6 +229,8 @@ class TrainingStep:
             for i, values in state.get("optimizer", {}).items()
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for i, values in state.get("groups", {}).items():
+            self.optimizer.param_groups[int(i)].update(values)
         if self.timesteps:
             self.timesteps.load_state_dict(state["importance"])
         if self.accelerator.scaler and "scaler" in state:
