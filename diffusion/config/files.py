@@ -74,9 +74,9 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
     """The sections of a YAML file, as they stand there. Raises UsageError if it is not made of sections."""
     if not path.is_file():
         raise UsageError(f"--config {path} {'is not a file' if path.exists() else 'does not exist'}")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UsageError(f"--config {path} is larger than 1 MiB: it is no configuration")
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError("it is larger than 1 MiB")
         content = _yaml().load(path.read_bytes())
     except Exception as error:  # YAML's constructors raise whatever an odd tag or number gives
         raise UsageError(f"--config {path} is not YAML: {one_line(error)}") from None

@@ -410,6 +410,8 @@ def test_cascades_answer_bad_input_in_one_line(cascade, monkeypatch, capsys, tmp
         (["--ckpt", "RUN", "--seed", "-1"], "argument --seed: it is -1"),
         (["--ckpt", "RUN", "--steps", "1001"], "1001 steps are more than the schedule's 1000"),
         (["--ckpt", "RUN", "--steps", "fast"], "'fast' is not understood"),
+        (["--ckpt", "RUN", "--steps", "0"], "steps: respacing '0' is not understood"),
+        (["--ckpt", "RUN", "--sampler", "ddim", "--eta", ""], "--eta is empty"),
         (["--ckpt", "RUN", "--eta", "0.5"], "eta belongs to sampler ddim, and sampler is dpmpp"),
         (["--ckpt", "RUN", "--sampler", "ddim", "--eta", "2"], "from 0 to 1"),
         (["--ckpt", "RUN", "--sampler", "plms"], "invalid choice: 'plms'"),

@@ -541,6 +541,8 @@ def test_figures_are_compared_with_those_of_before(run, tmp_path, monkeypatch, c
     assert code == 0, err
     for more, says in ((["--every", "--ema", "none"], "--every scores all checkpoints and averages: leave out"),
                        (["--out", tmp_path / "every.json"], "is there already: name another"),
+                       (["--steps", "0"], "--steps: respacing '0' is not understood"),
+                       (["--data.random_flip", "true"], "unrecognized arguments: --data.random_flip"),
                        (["--metric", "bits_per_dim", "--sets", 2], "--sets is 2, which is of samples")):  # fmt: skip
         code, _, err = script(evaluate, monkeypatch, capsys, *argv, *more)
         assert code == 2, more

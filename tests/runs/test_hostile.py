@@ -72,7 +72,7 @@ def test_a_path_that_cannot_be_printed_is_refused(path):
         ("train:\n  lr:\n  - &a0 [x, x]\n" + "".join(f"  - &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
          "uses an alias"),
         ("train:\n" + "".join(f"  k{i}: 1\n" for i in range(3000)), "unknown key train.k0"),
-        ("#" * 2**20 + "\ntrain: {steps: 1}", "must be made of sections"),
+        ("train: {steps: 1}\n#" + "#" * 2**20, "is larger than 1 MiB"),
         ("train: " + "[" * 3000 + "]" * 3000, "maximum recursion depth"),
         (b"data:\n  path: \xff\n", "is not YAML"),
         ("train: !!python/object/apply:os.system [exit]", "is not YAML"),

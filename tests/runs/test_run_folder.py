@@ -13,15 +13,17 @@ from helpers import SMALL, script
 from PIL import Image
 from test_trainer import TINY, assert_same_bits, metrics, saved_step, small
 
+import diffusion
 import evaluate
 import sample
 import train
 from diffusion import UsageError
 from diffusion.commands import check_data, convert, report, schema
 from diffusion.commands.terminal import check_output
+from diffusion.config.files import load_config
 from diffusion.files.atomic import written_by
 from diffusion.run.checkpoint import Checkpoint, newest
-from diffusion.run.folder import OWN, RunFolder, about_run, is_run
+from diffusion.run.folder import OWN, RunFolder, about_run, is_run, mark_run
 from diffusion.training.trainer import Trainer
 
 STEP = "step_00000003"
@@ -175,6 +177,8 @@ def test_what_the_same_command_wrote_is_written_anew(places, tmp_path, monkeypat
             ["--out", f"run/checkpoints/{STEP}"],
             f"is a checkpoint: name run, or --train.init_from run/checkpoints/{STEP}",
         ),
+        (["--out", "run/checkpoints"], "lies in a run: name ROOT/run to continue it, or a folder outside it"),
+        (["--out", "run/samples/new"], "lies in a run: name ROOT/run to continue it"),
         (["--out", "alone"], "or --train.init_from alone --out NEW"),
         (["--config", f"run/checkpoints/{STEP}/config.yaml"], "add --out with a folder for the run"),
         (["--config", "run"], "--config run is not a file"),
@@ -221,6 +225,34 @@ def test_a_folder_that_holds_what_a_run_writes_and_is_not_one_is_refused(name, t
     with pytest.raises(UsageError, match=rf"--out .* {says}"):
         Trainer(small(), tmp_path / "d")
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("mark", ['{"command": "train.py", "status": "COMPLETED"}', "[1]", "null"])
+def test_another_programs_run_json_is_no_run_to_begin_in(mark, tmp_path):
+    (tmp_path / "run.json").write_text(mark)
+    (tmp_path / "config.yaml").write_text("model: resnet")
+    before = listing(tmp_path)
+    with pytest.raises(UsageError, match=r"holds a run\.json of something else: name another folder"):
+        Trainer(small(), tmp_path)
+    assert listing(tmp_path) == before
+
+
+def test_a_config_that_is_none_of_ours_is_kept_beside_a_runs_own(tmp_path):
+    mark_run(tmp_path, [])  # as a kill leaves it, of a start in a folder with a file of somebody else
+    (tmp_path / "config.yaml").write_text("model: resnet")
+    folder = RunFolder(tmp_path)
+    folder.begin(small(), 0)
+    folder.close()
+    [kept] = tmp_path.glob("config_*.yaml")
+    assert kept.read_text() == "model: resnet"
+    assert load_config(tmp_path / "config.yaml") == small()
+
+
+def test_a_run_may_have_a_name_like_a_checkpoints(places, tmp_path):
+    shutil.copytree(places / "run", tmp_path / "step_1")
+    assert diffusion.load(tmp_path / "step_1").saved.step == 3
+    copied = shutil.copytree(places / "run/checkpoints" / STEP, tmp_path / f"{STEP}_backup")
+    assert diffusion.load(copied, 0.999).saved.step == 3
 
 
 def test_a_run_may_begin_beside_files_of_others(tmp_path):

@@ -171,8 +171,12 @@ def test_a_run_is_loaded_and_sampled(run):
         (r"sampler is plms; it must be one of", lambda: loaded.sample(1, sampler="plms")),
         (r"classes has '10'; it must be a class name or a number below 10", lambda: loaded.sample(1, classes=[10])),
         (r"guidance is 2", lambda: loaded.sample(1, guidance=2.0)),
+        (r"etaa", lambda: loaded.sample(1, sampler="ddim", options={"etaa": 0.5})),
+        (r"steps: respacing '0' is not understood", lambda: loaded.sample(1, steps=0)),
+        (r"n is 0; it must be a whole number from 1", lambda: loaded.sample(0)),
+        (r"seed is -1; it must be a whole number from 0", lambda: loaded.sample(1, seed=-1)),
         (r"low_res: .* is not an upsampler", lambda: loaded.sample(1, low_res=torch.zeros(1, 1, 4, 4))),
-        (r"--ema is 0\.5; .* has 0\.999, or none", lambda: diffusion.load(run, "0.5")),
+        (r"--ema is 0\.5; .* has 0\.999, or none", lambda: diffusion.load(run, 0.5)),
         (r"is not a run or a checkpoint: name ", lambda: diffusion.load(run / "samples")),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=says):
@@ -279,17 +283,19 @@ def test_a_folder_in_use_is_taken(tmp_path):
     assert list(tmp_path.iterdir()) == []  # nothing was drawn
 
 
-@pytest.mark.parametrize("form", ["grid", "npz"])
-def test_what_was_written_meanwhile_is_not_replaced(tmp_path, form):
-    out = tmp_path / f"a.{form}"
-    store = GridStore(out, 4, None) if form == "grid" else store_of(out, n=4)
-    store.begin()
-    store.write(range(4), IMAGES[:4])
-    out.write_text("mine")
+def test_what_was_written_meanwhile_is_not_replaced(tmp_path):
+    grid, array = GridStore(tmp_path / "a.png", 4, None), store_of(tmp_path / "a.npz", n=4)
+    for store in (grid, array):
+        store.begin()
+        store.write(range(4), IMAGES[:4])
+        store.out.write_text("mine")
     with pytest.raises(Taken, match="is there already"):
-        store.finish([range(4)], True)
-    store.close()
-    assert out.read_text() == "mine"
+        array.finish([range(4)], True)  # its parts are there for another name
+    grid.finish([range(4)], True)
+    assert grid.out == tmp_path / "a_2.png"
+    assert grid.out.exists()
+    array.close()
+    assert (tmp_path / "a.png").read_text() == (tmp_path / "a.npz").read_text() == "mine"
 
 
 def test_a_missing_batch_is_said(tmp_path):

@@ -124,7 +124,7 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_a_run_on_a_tensor_is_iterated_and_used(tmp_path):
-    images, labels = torch.rand(20, 2, 8, 8) * 2 - 1, torch.arange(20) % 3
+    images, labels = (torch.rand(20, 2, 8, 8) * 2 - 1).requires_grad_(), torch.arange(20) % 3
     base = tmp_path / "base.yaml"
     base.write_text("{data: {source: folder, random_flip: true}, train: {steps: 9, batch_size: 4, warmup_steps: 0}}")
     settings = {"train.steps": 3, "sample.steps": 2, "model.channel_mult": [1], "sample.n": 2}
@@ -142,6 +142,12 @@ def test_a_run_on_a_tensor_is_iterated_and_used(tmp_path):
     assert repr(run).count("\n") == 0
     with pytest.raises(UsageError, match=r"unknown key steps: did you mean"):
         diffusion.train(images, tmp_path / "other", {"steps": 3})
+    with pytest.raises(UsageError, match=r"data\.image_size is that of the images, which are \(20, 2, 8, 8\)"):
+        diffusion.train(images, tmp_path / "other", {"data.image_size": 16})
+    with pytest.raises(UsageError, match=r"out is empty"):
+        diffusion.train(images, "")
+    with pytest.raises(UsageError, match=r"data is torch.float32 \(0, 2, 8, 8\)"):
+        diffusion.train(images[:0], tmp_path / "other")
 
 
 def test_training_learns(tmp_path):

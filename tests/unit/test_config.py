@@ -263,6 +263,9 @@ def test_a_wrong_command_line_gets_one_line(argv, says):
         ("train: [\n", "line 2"),
         ("train: 3\n", "must be made of sections"),
         ("out: elsewhere\n", "unknown key out"),
+        ("train.lr: 0.5\n", "train.lr is to be in a section: write {train: {lr: ...}}"),
+        ("sample: {steps: 0}\n", "sample.steps: respacing '0' is not understood"),
+        ("sample: {steps: []}\n", "sample.steps: respacing []: timesteps must ascend"),
         ("train:\n  lr: 1e-3\n  lr: 1e-4\n", 'found duplicate key "lr"'),
         ("train:\n  lr: null\n", "train.lr is null"),
         ("- 1\n", "must be made of sections"),
@@ -282,6 +285,15 @@ def test_a_wrong_file_gets_one_line(tmp_path, text, says):
         load_config(file)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_former_component_had_is_dropped_where_it_was_the_default_one(tmp_path):
+    for spelled in ("", "optimizer: muon, "):
+        file = tmp_path / "mine.yaml"
+        file.write_text(f"train: {{{spelled}momentum: 0.9, weight_decay: 0.1}}")
+        train = parse("--config", str(file), "--train.optimizer", "adamw").train
+        assert (train.optimizer, train.options["weight_decay"]) == ("adamw", 0.1)
+        assert "momentum" not in train.options
 
 
 def test_help_explains_every_field(capsys):
