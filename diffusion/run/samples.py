@@ -134,7 +134,7 @@ class SampleStore:
             path.write_text(json.dumps(self.settings, indent=1))
         try:
             stored = dict(json.loads(path.read_bytes()))
-        except ValueError:
+        except (ValueError, TypeError):
             stored = {}
         for key in sorted(stored.keys() | self.settings.keys()):
             was, now = stored.get(key), self.settings.get(key)
