@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from diffusion.data.loader import step_batches
 from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.digits import Digits
 from diffusion.data.sources.folder import Folder
-from diffusion.data.sources.huggingface import HuggingFace
+from diffusion.data.sources.huggingface import HuggingFace, TableRows
 from diffusion.data.summary import describe_data
 from diffusion.run import checkpoint
 from diffusion.training.dry_run import advice
@@ -98,6 +99,23 @@ def saved_table(tmp_path):
     rows = {"image": [Image.fromarray(pixels(8, 8)) for _ in range(24)], "label": [0, 1] * 12}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "table")
     return tmp_path / "table"
+
+
+def test_a_table_opens_no_files_outside_of_it(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for path in ("mine.png", "table/own.png"):
+        write(tmp_path / path, pixels(8, 8))
+    os.mkfifo(tmp_path / "table/pipe.png")
+    cells = [{"bytes": None, "path": str(tmp_path / path)}
+             for path in ("table/own.png", "table/../mine.png", "table/pipe.png")]  # fmt: skip
+    table = datasets.Dataset.from_dict({"image": cells}).cast_column("image", datasets.Image(decode=False))
+    rows = TableRows(str(tmp_path / "table"), table, "image")
+    with rows.open(0) as file:
+        assert file.read() == (tmp_path / "table/own.png").read_bytes()
+    with pytest.raises(ValueError, match=r"mine\.png, outside the data set"):
+        rows.open(1)
+    with pytest.raises(ValueError, match=r"pipe\.png is not a file"):
+        rows.open(2)
 
 
 FLAGS = ["--data.source", "folder", "--data.image_size", "8", "--data.channels", "3", "--data.random_flip", "true",

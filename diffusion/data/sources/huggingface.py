@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face Hub, through `datasets`."""
 
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -66,8 +67,10 @@ class TableRows(Rows):
 
     def __init__(self, path: str, table: Any, column: str):
         import pyarrow.compute as compute
+        from datasets.config import HF_CACHE_HOME
 
         super().__init__(path, len(table))
+        self.folders = tuple(os.path.join(os.path.abspath(folder), "") for folder in (path, HF_CACHE_HOME))
         self.table, self.column = table, column
         content = compute.struct_field(table.with_format("arrow")[:][column], "bytes")
         self.sizes = np.array(compute.fill_null(compute.binary_length(content), -1).to_pylist(), dtype=np.int64)
@@ -76,4 +79,11 @@ class TableRows(Rows):
         cell = self.table[i][self.column]
         if cell is None:
             raise ValueError("it is null")
-        return Path(cell["path"]).open("rb") if cell["bytes"] is None else BytesIO(cell["bytes"])
+        if cell["bytes"] is not None:
+            return BytesIO(cell["bytes"])
+        file = os.path.abspath(cell["path"])
+        if not file.startswith(self.folders):  # a stranger's table may name any file here
+            raise ValueError(f"it is {file}, outside the data set")
+        if not os.path.isfile(file):  # a pipe would block
+            raise ValueError(f"{file} is not a file")
+        return open(file, "rb")
