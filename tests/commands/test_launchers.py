@@ -96,8 +96,9 @@ def test_a_launcher_that_starts_too_few_says_what_to_use(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    words = ["sh", "-c", "read wait", "accelerate", "launch", "--cpu", "--num_processes", "2"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE) as launcher:
+    words = ["sh", "-c", "echo begun; read wait", "accelerate", "launch", "--cpu", "--num_processes", "2"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:
+        launcher.stdout.readline()  # before, its words may not be there yet
         monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
         with pytest.raises(UsageError, match=r"one process without GPUs, not 2: use torchrun --nproc_per_node 2 train"):
             check_launcher()
