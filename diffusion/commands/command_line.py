@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion.commands.terminal import Parser
 from diffusion.config.files import find_config, parse_value, read_yaml
-from diffusion.config.schema import SECTIONS, Config, all_settings, config_of, override, unknown
+from diffusion.config.schema import SECTIONS, Config, all_settings, by_section, config_of, override, unknown
 from diffusion.errors import UsageError
 from diffusion.run.folder import default_out, settings_of
 
@@ -49,12 +49,8 @@ def parse_settings(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, d
     args, rest = parser.parse_known_args(list(argv))
     if rest:
         _refuse(rest, [action.dest for action in parser._actions])
-    sections: dict[str, dict[str, Any]] = {}
-    for key, text in vars(args).items():
-        if text is not None and key in all_settings():
-            section, name = key.split(".")
-            sections.setdefault(section, {})[name] = _from_text(text, key)
-    return args, sections
+    given = {key: text for key, text in vars(args).items() if text is not None and key in all_settings()}
+    return args, by_section({key: _from_text(text, key) for key, text in given.items()})
 
 
 def run_parser() -> argparse.ArgumentParser:

@@ -85,9 +85,10 @@ def _with_options(cls: Any, section: str, values: Mapping[str, Any]) -> dict[str
     for field, components in cls.choices.items():
         check_name(f"{section}.{field}", shown(own[field]), components)
         component = components[own[field]]
-        defaults |= options_of(component)
+        options = options_of(component)
+        defaults |= options
         with prefixed(f"{section}."):
-            check_options(component, {name: value for name, value in set_here.items() if name in options_of(component)})
+            check_options(component, {name: value for name, value in set_here.items() if name in options})
     for name in given:
         if name not in defaults:
             if not (owners := owners_of(cls, name)):

@@ -294,7 +294,7 @@ def _section_class(name: str, values: Mapping[str, Any]) -> Any:
     if name not in UNIONS:
         return SECTIONS[name]
     chooser, classes = UNIONS[name]
-    chosen = values.get(chooser, getattr(SECTIONS[name](), chooser))
+    chosen = values.get(chooser, getattr(SECTIONS[name], chooser))
     check_name(f"{name}.{chooser}", shown(chosen), classes)
     for key in values:
         owners = [other for other, cls in classes.items() if fields.has_field(cls, key)]
@@ -317,7 +317,7 @@ def override(base: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str
     for name, values in sections.items():
         before = base.get(name, {})
         for chooser, components in [UNIONS[name]] if name in UNIONS else SECTIONS[name].choices.items():
-            usual = None if name in UNIONS else getattr(SECTIONS[name](), chooser)
+            usual = None if name in UNIONS else getattr(SECTIONS[name], chooser)
             old, new = str(before.get(chooser, usual)), str(values.get(chooser))
             if old == new or not {old, new} <= components.keys():
                 continue
@@ -341,6 +341,17 @@ def check_keys(sections: Mapping[Any, Any]) -> None:
         for key in values:
             if f"{name}.{key}" not in all_settings():
                 raise unknown(f"{name}.{key}")
+
+
+def by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings that are named "section.name", by section. Raises UsageError for a name without a section."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if not name:
+            raise unknown(key)
+        sections.setdefault(section, {})[name] = value
+    return sections
 
 
 def unknown(key: str, known: list[str] | None = None) -> UsageError:

@@ -93,7 +93,7 @@ class RunFolder:
         ]
         if inside:
             raise UsageError(f"--out {out} lies in a run: name {inside[0]} to continue it, or a folder outside it")
-        if is_run(out) and not _is_mark(out / MARK):
+        if is_run(out) and _read_mark(out) is None:
             raise UsageError(f"--out {out} holds a {MARK} of something else: name another folder")
         self.path, self._begun, self._is_new = out, False, not is_run(out)
         present = [name for name in OWN if os.path.lexists(out / name)] if self._is_new else []
@@ -173,29 +173,28 @@ def _mark(about: Sequence[str], **holder: Any) -> bytes:
     return f"{json.dumps({**holder, 'format': FORMAT, 'about': about}, indent=1)}\n".encode()
 
 
-def _is_mark(path: Path) -> bool:
-    """Whether a file may be a mark, whole or damaged: other programs write files of that name, too."""
-    with suppress(OSError, ValueError):
-        mark = json.loads(path.read_text(errors="replace"))
-        return isinstance(mark, dict) and "about" in mark
-    return True
+def _read_mark(out: Path) -> dict[str, Any] | None:
+    """What the mark of a run says: nothing if it is damaged, and None if another program wrote it."""
+    try:
+        mark = json.loads((out / MARK).read_text(errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    return mark if isinstance(mark, dict) and "about" in mark else None
 
 
 def _holder(out: Path) -> str:
     """Who trains in a run, in words."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        mark = json.loads((out / MARK).read_text(errors="replace"))
-        if (mark["process"], mark["host"]) == (os.getpid(), socket.gethostname()):
-            return "this process: close() its other trainer first"
-        return f"another process that trains there: {mark['process']} on {mark['host']}"
-    return "another process that trains there"
+    mark = _read_mark(out) or {}
+    process, host = mark.get("process"), mark.get("host")
+    if (process, host) == (os.getpid(), socket.gethostname()):
+        return "this process: close() its other trainer first"
+    return "another process that trains there" + (f": {process} on {host}" if process else "")
 
 
 def about_run(out: Path) -> list[str]:
     """The lines about a run in its mark."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        return list(map(str, json.loads((out / MARK).read_text(errors="replace"))["about"]))
-    return []
+    about = (_read_mark(out) or {}).get("about")
+    return list(map(str, about)) if isinstance(about, list) else []
 
 
 @contextmanager

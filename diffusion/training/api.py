@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from diffusion.config.files import find_config, read_yaml
-from diffusion.config.schema import config_of, override, unknown
+from diffusion.config.schema import by_section, config_of, override
 from diffusion.data.base import ArrayDataset, DataSet
 from diffusion.errors import UsageError
 from diffusion.training.trainer import Trainer
@@ -17,15 +17,10 @@ from diffusion.training.trainer import Trainer
 
 def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config: str | Path | None) -> Trainer:
     """A run on images from Python (see `diffusion.train`)."""
-    base: dict[str, dict[str, Any]] = {} if config is None else read_yaml(find_config(str(config)))
-    sections: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
-    if not str(out or ""):
+    if not out:
         raise UsageError("out is empty: name the run's folder")
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        if not name:
-            raise unknown(key)
-        sections.setdefault(section, {})[name] = value
+    base: dict[str, dict[str, Any]] = {} if config is None else read_yaml(find_config(str(config)))
+    sections: dict[str, dict[str, Any]] = {"data": {}, "model": {}, **by_section(settings)}
     dataset: DataSet | None = None
     if isinstance(data, str | Path):
         sections["data"] = {"source": "folder", "path": str(data)} | sections["data"]
