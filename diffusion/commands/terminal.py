@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diffusion.config.files import parse_value
 from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line
+from diffusion.parallel.cores import CORES
 from diffusion.run.loaded import Run, load_run
 
 
@@ -109,7 +110,14 @@ def advance(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
     """Iterate over steps, advancing the bar after each; with the bar bound, a sampler's `progress`."""
     for step in steps:
         yield step
-        bar.update()
+        update(bar)
+
+
+def update(bar: tqdm) -> None:
+    """Advance the bar by a step, and say what slows it down."""
+    bar.update()
+    if not bar.disable and (news := CORES.news()):
+        print_line(f"{os.path.basename(sys.argv[0])}: {news}", error=True)
 
 
 def exit_code(main: Callable[[], None]) -> int:

@@ -11,6 +11,7 @@ from diffusion.data.base import DataSet, load, part
 from diffusion.data.values import shrink, to_x_start
 from diffusion.errors import UsageError
 from diffusion.metrics.base import Score, Subject
+from diffusion.parallel.cores import CORES
 from diffusion.randomness import image_noise
 
 
@@ -39,7 +40,8 @@ def bits_per_dim(subject: Subject) -> Score:
         if run.config.data.low_res_size is not None:
             inputs["low_res"] = shrink(x_start, run.config.data.low_res_size)
         noise = partial(image_noise, batch, x_start.shape[1:], device, subject.seed)
-        bits = likelihood.bits_per_dim(process, partial(run.network, **inputs), x_start, noise, progress)
+        network = partial(CORES.network(run.network), **inputs)
+        bits = likelihood.bits_per_dim(process, network, x_start, noise, progress)
         bounds.append(bits.total.double().cpu())
         sums += torch.cat([bits.prior[:, None], bits.vb], 1).double().sum(0).cpu()
     total = torch.cat(gather_object(bounds))

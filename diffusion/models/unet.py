@@ -159,6 +159,8 @@ class UNetModel(nn.Module):
 
     outer = "input_blocks.0.", "label_emb.", "out."
     """The layers between images or labels and features, which Muon leaves to AdamW."""
+    any_threads = True
+    """The bits of outputs and gradients are those of any divisor of the number of threads (see `parallel.cores`)."""
 
     # Long, so that the whole network can be read in one place.
     def __init__(

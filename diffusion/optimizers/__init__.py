@@ -37,6 +37,8 @@ def muon(
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
+ANY_THREADS = Muon, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+"""Optimizers whose step has the same bits on any number of threads."""
 
 
 def constant(step: int, steps: int, warmup_steps: int) -> float:

@@ -73,7 +73,8 @@ def orthogonalise(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
     for all matrices of one size at once.
     """
     wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
-    wide = [matrix / (matrix.norm() + 1e-7) for matrix in wide]
+    # By rows, so that the order of the sum does not depend on the number of threads.
+    wide = [matrix / (matrix.norm(dim=1).norm() + 1e-7) for matrix in wide]
     by_size: dict[int, list[int]] = {}
     for i, matrix in enumerate(wide):
         by_size.setdefault(len(matrix), []).append(i)

@@ -32,13 +32,14 @@ def check_launcher() -> None:
     _rejoin()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
         return  # not started by it, or as one of several processes
-    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    parent, chosen = Path(f"/proc/{os.getppid()}"), False
     with suppress(OSError):  # another system
-        asked = re.search(rb"--num[_-]processes[=\0](\d+)", parent.read_bytes())
+        chosen = b"\0OMP_NUM_THREADS=" in b"\0" + (parent / "environ").read_bytes()
+        asked = re.search(rb"--num[_-]processes[=\0](\d+)", (parent / "cmdline").read_bytes())
         if asked and (count := int(asked[1])) > 1:
             torchrun = f"torchrun --nproc_per_node {count} {os.path.basename(sys.argv[0])} ..."
             raise UsageError(f"accelerate launch starts one process without GPUs, not {count}: use {torchrun}")
-    if os.environ.get("OMP_NUM_THREADS") == "1":  # its default, which leaves all other cores idle
+    if os.environ.get("OMP_NUM_THREADS") == "1" and not chosen:  # its default, which leaves all other cores idle
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffusion.config.schema import Config
 from diffusion.data.values import to_uint8, to_x_start
 from diffusion.errors import UsageError, did_you_mean
+from diffusion.parallel.cores import CORES
 from diffusion.process import GaussianDiffusion
 from diffusion.run.checkpoint import Checkpoint, newest
 from diffusion.run.folder import check_is_run
@@ -153,7 +154,8 @@ class Run:
         Yields each batch and its images (N, C, *sizes) in [-1, 1], on the CPU.
         """
         config, settings = self.config, self.config.sample
-        draw = partial(sample_batch, config.sampling_process(), self.network, config.data.shape, device=self.device)
+        process, network = config.sampling_process(), CORES.network(self.network)
+        draw = partial(sample_batch, process, network, config.data.shape, device=self.device)
         draw = partial(draw, sampler=settings.sampler, options=settings.options, guidance=settings.guidance)
         for batch in indices:
             y = torch.tensor([labels[i % len(labels)] for i in batch]) if labels and self.class_names else None

@@ -13,6 +13,7 @@ from diffusion.config.schema import Config
 from diffusion.data.base import DataSet, Labels, load, part
 from diffusion.data.values import shrink, to_x_start
 from diffusion.losses import training_losses
+from diffusion.parallel.cores import CORES
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, image_noise
 from diffusion.sampling import batches
@@ -49,7 +50,7 @@ def held_out_loss(
             inputs["low_res"] = shrink(x_start, config.data.low_res_size)
         t = torch.from_numpy(t_of[chosen]).to(device)
         noise = image_noise(batch, x_start.shape[1:], device, config.train.seed, "held_out")
-        model, loss = partial(network, **inputs), config.diffusion.loss
+        model, loss = partial(CORES.network(network), **inputs), config.diffusion.loss
         losses = training_losses(process, model, x_start, t, noise, loss, weights[t])["loss"]
         weight = np.where(np.arange(batch.start, batch.stop) < n, overlaps[chosen], 0.0)
         total += (losses * torch.from_numpy(weight).to(losses)).sum()

@@ -21,6 +21,8 @@ from diffusion.data.values import shrink
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
 from diffusion.losses import LossType, training_losses, unweighted
+from diffusion.optimizers import ANY_THREADS
+from diffusion.parallel.cores import CORES
 from diffusion.parallel.launchers import on_cpu
 from diffusion.parallel.sharding import shard_like, to_full
 from diffusion.process import GaussianDiffusion
@@ -142,7 +144,8 @@ class TrainingStep:
             inputs = {} if labels is None else {"y": torch.where(draws.unlabelled[part], -1, labels)}
             if self.low_res_size is not None:
                 inputs["low_res"] = shrink(images, self.low_res_size)
-            with nullcontext() if part == slices[-1] else accelerator.no_sync(self.model):
+            last = part == slices[-1]
+            with CORES.spared(self.network, images), nullcontext() if last else accelerator.no_sync(self.model):
                 t, noise, model = draws.t[part], draws.noise[part], partial(self.model, **inputs)
                 loss = training_losses(self.process, model, images, t, noise, self.loss, self._weights[t])["loss"]
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
@@ -185,7 +188,9 @@ class TrainingStep:
         if accelerator.scaler is None and fused:
             self.optimizer.optimizer.found_inf = skipped
         if accelerator.scaler is not None or fused or not skipped:
-            self.optimizer.step()
+            any_threads = isinstance(self.optimizer.optimizer, ANY_THREADS)
+            with CORES.spared(self.network) if any_threads else nullcontext():
+                self.optimizer.step()
         bound_loss_scale(accelerator.scaler)
         self.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:

@@ -153,8 +153,10 @@ class Trainer:
     def environment(self) -> dict[str, Any]:
         """What the rounding of a step depends on."""
         device, processes = self.accelerator.device.type, self.accelerator.num_processes
-        threads, version = torch.get_num_threads(), torch.__version__
-        return {"device": device, "processes": processes, "threads": threads, "torch": version}
+        environment = {"device": device, "processes": processes, "torch": torch.__version__}
+        if device == "cpu":
+            environment |= {"threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()}
+        return environment
 
     def describe(self, about: Sequence[str]) -> None:
         """Keep lines about the run with it, for its page."""

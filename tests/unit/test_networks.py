@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusion import UsageError
 from diffusion.config.schema import config_of
 from diffusion.models.networks import NETWORKS
+from diffusion.parallel.cores import CORES
 from diffusion.run import checkpoint
 from diffusion.run.checkpoint import Checkpoint, newest
 from diffusion.training.build import build_step
@@ -103,6 +104,26 @@ def test_it_compiles_without_a_break(name):
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     y = torch.tensor([0, 1])
     torch.testing.assert_close(compiled(*inputs, y=y), network(*inputs, y=y))
+
+
+@EACH
+def test_it_has_the_same_bits_on_fewer_threads_if_it_claims_to(name, monkeypatch):
+    network, x = moved(built(name, (1, 16, 16))), torch.randn(16, 1, 16, 16)
+    if not getattr(network, "any_threads", False):
+        pytest.skip("it does not claim to")
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    for free in (4, 2, 1):
+        monkeypatch.setattr(CORES, "free", lambda free=free: free)
+        network.zero_grad()
+        with CORES.spared(network, x):
+            assert torch.get_num_threads() == free
+            out = network(x, torch.arange(16.0), y=torch.arange(16) % 3)
+            out.square().mean().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in network.parameters())])
+    torch.set_num_threads(before)
+    for fewer in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], fewer, strict=True))
 
 
 @EACH
