@@ -83,7 +83,7 @@ def ours(config: Config, x: Tensor, compiled: bool) -> Peer:
     if compiled:
         assert compile_network(network, x.device) is compile_network(sampled, x.device) is None
     process = config.diffusion.process(SAMPLING_STEPS)
-    return Peer("diffusion", size_of(network), lambda: step(x),
+    return Peer("improved-ddpm", size_of(network), lambda: step(x),
                 lambda: sample_batch(process, sampled, x.shape[1:], range(len(x)), device=x.device))  # fmt: skip
 
 

@@ -35,6 +35,9 @@ from diffusion.models.layers import (
 )  # fmt: skip
 from diffusion.models.rules import check_dims, check_sizes, check_widths
 
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether this is a processor on which channels last trains slower, by 2 to 5%; all sample faster with it."""
+
 
 class ResBlock(nn.Module):
     """Two convolutions, the timestep's embedding between them, and a skip path.
@@ -101,7 +104,7 @@ class AttentionBlock(nn.Module):
             raise UsageError(f"num_heads is {num_heads}, which does not divide {channels} channels")
         self.num_heads, self.use_checkpoint = num_heads, use_checkpoint
         rows = "three heads c" if new_order else "heads three c"
-        self.split = f"b ({rows}) n 1 -> three b heads n c"
+        self.split, self.three = f"b ({rows}) n 1 -> b n {rows}", 2 if new_order else 3
         self.norm = normalization(channels) if use_norm else nn.Identity()
         self.qkv = Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(Conv1d(channels, channels, 1))
@@ -116,7 +119,9 @@ class AttentionBlock(nn.Module):
         # Two-dimensional convolutions keep channels last, and on a CPU are twice as fast as matrix products.
         h = rearrange(self.norm(x), "b c ... -> b c (...) 1")
         weight, bias = folded(self.qkv)
-        q, k, v = rearrange(F.conv2d(h, weight[..., None], bias), self.split, heads=self.num_heads, three=3)
+        rows = rearrange(F.conv2d(h, weight[..., None], bias), self.split, heads=self.num_heads, three=3)
+        # Of rows in this order the gradient has the layout of h, and only contiguous ones take torch's fused path.
+        q, k, v = (part.transpose(1, 2) for part in rows.contiguous().unbind(self.three))
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b (heads c) n 1")
         weight, bias = folded(self.proj_out)
         return x + F.conv2d(h, weight[..., None], bias).reshape(x.shape)
@@ -245,7 +250,7 @@ class UNetModel(nn.Module):
         if y is not None:
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
         h = x
-        if self.dims == 2 and x.device.type == "cpu":  # faster there by 3 to 13%, in measurements
+        if self.dims == 2 and x.device.type == "cpu" and not (AVX2 and torch.is_grad_enabled()):
             h = h.contiguous(memory_format=torch.channels_last)
         skips = []
         for block in self.input_blocks:
