@@ -1,22 +1,42 @@
 """Compiling a network in place, so that its state-dict keys stay the published ones."""
 
+from types import MethodType
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion.errors import one_line
 
 
 def compile_network(network: nn.Module, device: torch.device) -> str | None:
-    """Compile `network` at its first call for each kind of input, which takes half a minute or more.
+    """Compile `network` at its first call, as one graph, which takes half a minute or more.
 
-    Returns None, or why this machine cannot compile, e.g. for want of a C++ compiler; the network is unchanged then.
+    It is compiled for the size of the first batch. Others, such as a last one, are computed without: compiling again
+    takes longer. Returns None, or why this machine cannot compile, e.g. for want of a C++ compiler; then the network is
+    unchanged.
     """
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a compiler's installation lacks
         return one_line(error).split(" Set TORCHDYNAMO")[0]
     for module in network.modules():
-        if isinstance(module, nn.Embedding):  # a compiled one adds up its gradient in another order at each call
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        if isinstance(module, nn.Embedding):
+            module.forward = MethodType(_look_up, module)  # type: ignore[method-assign]
     network.compile()
+    compiled: Any = network._compiled_call_impl
+    sizes: dict[bool, int] = {}
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        usual = len(x) == sizes.setdefault(network.training, len(x))
+        return (compiled if usual else network._call_impl)(x, *args, **kwargs)
+
+    network._compiled_call_impl = call
     return None
+
+
+def _look_up(table: nn.Embedding, rows: Tensor) -> Tensor:
+    """Rows of a table by a matrix product: a compiled look-up adds up its gradient in another order at each call."""
+    chosen = rows[..., None] == torch.arange(table.num_embeddings, device=rows.device)
+    with torch.autocast(rows.device.type, enabled=False):
+        return chosen.to(table.weight.dtype) @ table.weight

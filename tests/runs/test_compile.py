@@ -1,14 +1,21 @@
 """A compiled network computes the same, under its own names; where nothing can be compiled, one line says so."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import losses, tensors, together
 from test_trainer import assert_same_bits, small, train
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from diffusion import GaussianDiffusion, Schedule, UNetModel
 from diffusion.config.schema import Config
+from diffusion.parallel.compilation import compile_network
 from diffusion.run import checkpoint
+from diffusion.sampling import sample_batch
+from diffusion.training.step import TrainingStep
 from diffusion.training.trainer import Trainer
 
 TINY = dict(model__channel_mult=(1,), model__attention_resolutions=(), train__log_every=1, train__steps=3,
@@ -69,3 +76,39 @@ def test_without_a_compiler_sampling_goes_on_and_says_so(plain, tmp_path):
 
 def test_compiling_is_off_by_default():
     assert not Config().train.compile
+
+
+def test_a_step_is_one_graph_and_is_compiled_once(monkeypatch):
+    """Over steps, micro-batches, evaluations in between, and a last batch that is smaller."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+
+    def compiled():
+        torch.manual_seed(0)
+        network = UNetModel(1, 32, 2, 1, (2,), 0.1, (1, 2), num_classes=3)
+        assert compile_network(network, torch.device("cpu")) is None
+        counter.clear()
+        return network
+
+    process, network = GaussianDiffusion(Schedule.named("cosine", 100)), compiled()
+    options = dict(ema_rates=[0.9], gradient_accumulation=2, label_dropout=0.5, grad_clip=1.0)
+    step = TrainingStep(network, process, torch.optim.AdamW(network.parameters(), fused=True),
+                        accelerator=Accelerator(cpu=True), **options)  # fmt: skip
+    x, y = torch.rand(16, 1, 8, 8) * 2 - 1, torch.arange(16) % 3
+    for _ in range(3):
+        step(x, y)
+        network.eval()
+        with torch.compiler.set_stance("force_eager"):
+            sample_batch(process, network, (1, 8, 8), range(3), sampler="ddim", labels=y[:3])
+        network.train()
+    assert counter.frame_count == 1
+    fast, network = GaussianDiffusion(Schedule.named("cosine", 100, "5")), compiled().eval()
+    drawn = {}
+    for batch in (range(8), range(8, 16), range(16, 19)):
+        for sampler in ("ddim", "ddpm"):
+            drawn[sampler] = sample_batch(
+                fast, network, (1, 8, 8), batch, sampler=sampler, labels=y[:3].repeat(8)[: len(batch)]
+            )
+    assert counter.frame_count == 1
+    assert drawn["ddim"].shape == (3, 1, 8, 8)
