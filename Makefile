@@ -33,8 +33,7 @@ dist:
 	cd dist && venv/bin/diffusion sample --ckpt runs/digits --n 10 --steps 5
 	cd dist && venv/bin/diffusion evaluate --ckpt runs/digits --n 10 --steps 5
 	cd dist && venv/bin/diffusion convert openai runs/digits --out digits.pt
-	cd dist && venv/bin/diffusion schema > schema.json
-	rm -rf build dist/venv dist/runs dist/digits.pt dist/schema.json
+	rm -rf build dist/venv dist/runs dist/digits.pt
 
 docs: $(BIN)/python
 	$(BIN)/pip install --quiet -e '.[docs]'

@@ -12,7 +12,6 @@ COMMANDS = {
     "convert": "take in or write weights of improved-diffusion, guided-diffusion and diffusers",
     "report": "write one HTML page of a run, or of several to compare them",
     "check-data": "tell what a data set holds, and what the network would see of it",
-    "schema": "print the JSON schema of configuration files",
 }
 
 

@@ -19,7 +19,7 @@ from diffusion.commands.terminal import Parser, check_writable, non_empty_path, 
 from diffusion.config.files import save_config
 from diffusion.errors import UsageError, one_line
 from diffusion.interop.diffusers import pipeline_writer, read_pipeline
-from diffusion.interop.openai import flags_from_config, from_openai, unet_of
+from diffusion.interop.openai import from_openai, unet_of
 from diffusion.run import checkpoint
 from diffusion.run.folder import is_checkpoint, is_run, mark_run
 
@@ -31,7 +31,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=non_empty_path, required=True, help="a new folder, or a new .pt file")
     parser.add_argument("--flags", help="openai, to a run: the flags of their README for this checkpoint")
     parser.add_argument("--ema", help="from a run: which moving average, or none for the weights in training")
-    parser.add_argument("--ddim", action="store_true", help="diffusers, from a run: a DDIMPipeline, of the mean only")
     return parser.parse_args(argv)
 
 
@@ -42,8 +41,8 @@ def main() -> None:
     if os.path.lexists(args.out):
         raise UsageError(f"--out {args.out} exists: name a new one")
     check_writable(args.out.parent, f"--out {args.out}")
-    from_run, openai = is_run(args.source) or is_checkpoint(args.source), args.format == "openai"
-    meant = {"flags": openai and not from_run, "ema": from_run, "ddim": from_run and not openai}
+    from_run = is_run(args.source) or is_checkpoint(args.source)
+    meant = {"flags": args.format == "openai" and not from_run, "ema": from_run}
     if odd := [name for name in meant if getattr(args, name) and not meant[name]]:
         raise UsageError(f"--{odd[0]} has no meaning for {args.format} from {'a run' if from_run else args.source}")
     write, summary = export(args) if from_run else take_in(args)
@@ -63,17 +62,14 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     run = open_run(args.source, args.ema)
     saved, weights = run.saved, run.network.state_dict()
     _check_finite(weights, args.source)
-    if args.format == "diffusers":
-        kind = "DDIMPipeline" if args.ddim else "DDPMPipeline"
-        classes = "; it passes no classes: call its unet with class_labels (docs/formats.md)"
-        return pipeline_writer(saved, weights, args.ddim), kind + (classes if saved.class_names else "")
-    if not unet_of(saved.config).use_norm:
-        raise UsageError(f"{args.source} is a network without normalisation, which the published code does not have")
-    try:
-        summary = f"a state dict; guided-diffusion's flags: {flags_from_config(saved.config, len(saved.class_names))}"
-    except UsageError as error:
-        summary = f"a state dict, to be loaded into their UNetModel by hand: {error}"
-    return lambda out: torch.save(weights, out), summary
+    if args.format == "openai":
+        if not unet_of(saved.config).use_norm:
+            raise UsageError(
+                f"{args.source} is a network without normalisation, which the published code does not have"
+            )
+        return lambda out: torch.save(weights, out), "a state dict of the published UNetModel"
+    classes = "; it passes no classes: call its unet with class_labels (docs/formats.md)" if saved.class_names else ""
+    return pipeline_writer(saved, weights), f"DDPMPipeline{classes}"
 
 
 def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:

@@ -265,11 +265,11 @@ def report(args: argparse.Namespace, rows: Sequence[Scored]) -> None:
 
 def best_of(scored: dict[str, Score], key: str) -> str:
     """The best model by a figure, and how many others are not worse by more than chance."""
-    values = {title: score.figures[key] for title, score in scored.items()}
-    best = (max if next(iter(scored.values())).higher else min)(values, key=lambda title: values[title])
-    half = {title: score.figures.get(f"{key}_interval", math.nan) for title, score in scored.items()}
-    if math.isnan(half[best]):
-        return f"best by {key}: {best} ({values[best]:.4f}); --sets 3 tells which differences are significant"
-    near = sum(abs(values[title] - values[best]) <= half[best] + half[title] for title in values) - 1
+    values = {title: (score.figures[key], score.figures.get(f"{key}_interval")) for title, score in scored.items()}
+    best = (max if next(iter(scored.values())).higher else min)(values, key=lambda title: values[title][0])
+    value, half = values[best]
+    if half is None:
+        return f"best by {key}: {best} ({value:.4f}); --sets 3 tells which differences are significant"
+    near = sum(abs(other - value) <= half + its for other, its in values.values()) - 1
     others = f"{near} of the {len(values) - 1} others are within the intervals"
-    return f"best by {key}: {best} ({values[best]:.4f} +- {half[best]:.4f}); {others}"
+    return f"best by {key}: {best} ({value:.4f} +- {half:.4f}); {others}"

@@ -15,17 +15,16 @@ from diffusion.config.schema import all_settings
 from diffusion.data.base import digest, load
 from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.folder import Folder
-from diffusion.data.values import to_uint8, to_x_start
+from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError, options_of, prefixed
 from diffusion.parallel.compilation import compile_network
 from diffusion.parallel.launchers import accelerate_starts, check_launcher, launcher, on_cpu
 from diffusion.parallel.signals import SamplingInterrupted, StopSignals
 from diffusion.run.folder import is_checkpoint, is_run, run_of
-from diffusion.run.grids import save_gif, save_grid
 from diffusion.run.loaded import Run
 from diffusion.run.samples import GridStore, SampleStore, Taken, numbered
 from diffusion.samplers import SAMPLERS
-from diffusion.sampling import Recorder, batches, check_finite
+from diffusion.sampling import batches, check_finite
 
 MAX_IN_GRID = 10_000
 SUFFIXES = {None: ".png", "images": "", "npz": ".npz"}
@@ -51,7 +50,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ema", help="moving average: a rate, length0.07 (see train.ema_lengths), or none (default: the run's first)")
     add("--out", type=path, help="where to write (default: RUN/samples/...)")
     add("--captions", action="store_true", help="write the classes' names under the images of a grid")
-    add("--chain", type=path, metavar="FILE.png", help="also write x_t and the predicted x_0 of each step, and a .gif")
     add("--compile", action="store_true", help="compile the network: for many images, since it takes half a minute")
     form = parser.add_mutually_exclusive_group()
     text = "a folder with a PNG each (.npy of what PNG cannot hold)"
@@ -65,7 +63,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
-    check_outputs(args)
+    if args.out is not None and args.form != "images":
+        terminal.check_output(args.out, "--out", SUFFIXES[args.form])
     texts = {name: text for name, text in vars(args).items() if name in OPTIONS and text is not None}
     options = {name: parse_value(text, f"--{name}") for name, text in texts.items()}
     if empty := [name for name, value in options.items() if value is None]:
@@ -97,22 +96,9 @@ def main() -> None:
             done = sum(len(batch) for batch in todo if store.is_done(batch))
             raise signals.stopped(f"with {done} of {n} images done: the same command continues") from None
         state.wait_for_everyone()
-        if state.is_main_process and args.chain is not None:
-            write_chain(args.chain, run, **common)
         store.finish(todo, state.is_main_process)
     if state.is_main_process:
         terminal.print_line(f"{n} images: {store.out.resolve()}")
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise UsageError if what `--out` and `--chain` name cannot be written."""
-    if args.chain is not None:
-        if args.out in (args.chain, args.chain.with_suffix(".gif"), *args.chain.parents):
-            raise UsageError(f"--chain {args.chain} lies in --out {args.out}, or is it: name another")
-        terminal.check_output(args.chain, "--chain", ".png")
-        terminal.check_output(args.chain.with_suffix(".gif"), "--chain", ".gif")
-    if args.out is not None and args.form != "images":
-        terminal.check_output(args.out, "--out", SUFFIXES[args.form])
 
 
 def choose_n(args: argparse.Namespace, run: Run, low_res: Tensor | Run | None) -> int:
@@ -189,14 +175,3 @@ def open_store(
 def weights_of(run: Run) -> dict[str, Any]:
     """What distinguishes a run's weights from others."""
     return {"checkpoint": run.path.name, "weights": run.saved.fingerprint(run.ema)}
-
-
-def write_chain(path: Path, run: Run, **options: Any) -> None:
-    """Generate the first image, and write its steps: x_t and the predicted x_0 as a strip, the latter as a GIF, too."""
-    recorder = Recorder(run.config.sampling_process())
-    [_] = run.generate([range(1)], watch=recorder.watch, **options)
-    x_t, pred_xstart = (to_uint8(torch.cat([x[:1] for x in kind])) for kind in zip(*recorder.steps, strict=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(torch.cat([x_t, pred_xstart]), path, columns=len(x_t), by="sample")
-    save_gif(pred_xstart, path.with_suffix(".gif"))
-    terminal.print_line(f"steps of the first image: {path.resolve()}")

@@ -1,12 +1,10 @@
 """Where the files of a data set are stored: a folder; zip and tar archives, which are not unpacked; or a table."""
 
 import contextlib
-import hashlib
 import os
 import stat
 import tarfile
 import threading
-import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
@@ -18,15 +16,10 @@ from numpy.typing import NDArray
 
 from diffusion.data.values import Array
 from diffusion.errors import UsageError, one_line
-from diffusion.files.atomic import cached_file, read_cache, write_cache
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 CLUTTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db"}
 """Folders and files that operating systems create. So are those whose names begin with a dot."""
-INDEX_FROM = 10_000
-"""Folders of fewer files are listed each time, which takes a moment."""
-SETTLED_NS = 2 * 10**9
-"""A folder that was changed more recently may change again within the same tick of the clock: it is not indexed."""
 MAX_MEMBER = 2**30
 """Bytes of the largest file that is read from an archive."""
 ARCHIVES = threading.Lock()
@@ -79,38 +72,19 @@ def _by_name(files: Iterable[tuple[Any, ...]]) -> tuple[NDArray[np.bytes_], NDAr
 
 
 class Directory:
-    """A folder. Links are followed, each folder once.
-
-    The listing of a large one is kept in the user's cache, and made anew when the change time of any folder in it
-    differs (the modification time can be set). A file that was changed in place is named when it is read.
-    """
+    """A folder. Links are followed, each folder once."""
 
     def __init__(self, root: Path):
         self.root, self.where = root, f"{root}/"
-        self._index = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:24]
-        if (index := read_cache(self._index, "SiSi")) is not None:
-            self.names, self.sizes, folders, stamps = index
-            with contextlib.suppress(OSError, ValueError):  # a folder is gone, or its name is damaged
-                times = [(root / os.fsdecode(name)).stat().st_ctime_ns for name in folders.tolist()]
-                if times and times == stamps.tolist() and len(self.names) == len(self.sizes):
-                    return
-        visited: dict[str, tuple[str, int]] = {}
-        began = time.time_ns()
-        self.names, self.sizes, _ = _by_name(self._walk("", visited))
-        folders, stamps, _ = _by_name(visited.values())
-        if len(self.names) >= INDEX_FROM and stamps.max() < began - SETTLED_NS:
-            write_cache(self._index, self.names, self.sizes, folders, stamps)
+        self.names, self.sizes, _ = _by_name(self._walk("", set()))
 
-    def _walk(self, folder: str, visited: dict[str, tuple[str, int]]) -> Iterator[tuple[str, int]]:
-        """The files under a folder and their sizes, -1 of what is not a regular file.
-
-        `visited` is extended by the folders, by their real paths: names and change times.
-        """
+    def _walk(self, folder: str, visited: set[str]) -> Iterator[tuple[str, int]]:
+        """The files under a folder and their sizes, -1 of what is not a regular file, but for folders in `visited`."""
         path = self.root / folder
         if (real := os.path.realpath(path)) in visited:
             return
+        visited.add(real)
         try:
-            visited[real] = folder, path.stat().st_ctime_ns
             # A folder is read under its own name, not that of a link to it, and in the same order everywhere.
             entries = sorted(os.scandir(path), key=lambda entry: (entry.is_symlink(), entry.name))
         except OSError as error:
@@ -131,8 +105,6 @@ class Directory:
         if not path.is_file():  # a pipe would block
             raise ValueError("it is not a file" if path.exists() else "it is a broken link or gone")
         if path.stat().st_size != self.sizes[i]:
-            with contextlib.suppress(OSError, RuntimeError):
-                cached_file(self._index).unlink(missing_ok=True)
             raise ValueError("it has changed since the folder was listed: begin again")
         return path.open("rb")
 

@@ -77,23 +77,20 @@ def cached_file(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion", f"{name}.npz")
 
 
-def read_cache(name: str, kinds: str) -> list[NDArray[Any]] | None:
-    """The arrays that `write_cache` wrote: of these kinds (`dtype.kind`, a letter each) and finite. None if there are
-    none such."""
+def read_cache(name: str) -> NDArray[Any] | None:
+    """The array of finite floats that `write_cache` wrote, if there is one."""
     try:
-        with np.load(cached_file(name), allow_pickle=False) as file:
-            arrays = [file[f"arr_{i}"] for i in range(len(file.files))]
+        array: NDArray[Any] = np.load(cached_file(name), allow_pickle=False)["arr_0"]
+        return array if array.dtype.kind == "f" and np.isfinite(array).all() else None
     except Exception:  # missing or damaged: zipfile, zlib, struct and numpy have many types
         return None
-    fits = "".join(array.dtype.kind for array in arrays) == kinds
-    return arrays if fits and all(array.dtype.kind == "S" or np.isfinite(array).all() for array in arrays) else None
 
 
-def write_cache(name: str, *arrays: NDArray[Any]) -> None:
-    """Write arrays to the cache, if there is one."""
+def write_cache(name: str, array: NDArray[Any]) -> None:
+    """Write an array to the cache, if there is one."""
     with suppress(OSError, RuntimeError):
         buffer, path = BytesIO(), cached_file(name)
-        np.savez(buffer, *arrays)
+        np.savez(buffer, array)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(path, buffer.getvalue())
 

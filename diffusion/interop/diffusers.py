@@ -202,28 +202,18 @@ def from_diffusers(state: Weights, config: Config, num_classes: int) -> dict[str
     return weights
 
 
-def pipeline_writer(saved: Checkpoint, weights: Weights, ddim: bool) -> Callable[[Path], None]:
-    """A function that writes a pipeline's folder: a `DDPMPipeline`, or a `DDIMPipeline` with the mean channels only,
-    since its scheduler takes no others. Raises UsageError if diffusers cannot express the run."""
+def pipeline_writer(saved: Checkpoint, weights: Weights) -> Callable[[Path], None]:
+    """A function that writes the folder of a `DDPMPipeline`. Raises UsageError if diffusers cannot express the run."""
     config = saved.config
     settings = unet_config(config, len(saved.class_names))
     diffusers = _import_diffusers()
-    state = to_diffusers(weights, unet_of(config)) | _timestep_table(config)
-    pipeline, scheduler = diffusers.DDPMPipeline, diffusers.DDPMScheduler(**scheduler_config(config))
-    if ddim:
-        settings["out_channels"] = config.data.channels
-        state |= {name: state[name][: config.data.channels] for name in ("conv_out.weight", "conv_out.bias")}
-        spacing = "trailing" if config.diffusion.zero_terminal_snr else "leading"  # from the last step, pure noise
-        scheduler = diffusers.DDIMScheduler.from_config(scheduler.config, timestep_spacing=spacing)
-        pipeline = diffusers.DDIMPipeline
-    unet = diffusers.UNet2DModel(**settings)
-    unet.load_state_dict(state)
+    unet, scheduler = diffusers.UNet2DModel(**settings), diffusers.DDPMScheduler(**scheduler_config(config))
+    unet.load_state_dict(to_diffusers(weights, unet_of(config)) | _timestep_table(config))
 
     def write(out: Path) -> None:
-        pipeline(unet=unet, scheduler=scheduler).save_pretrained(out, safe_serialization=True)
-        if not ddim:  # ignored by diffusers; they make the way back exact
-            save_config(config, out / "run.yaml")
-            (out / "class_names.json").write_text(json.dumps(saved.class_names))
+        diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(out, safe_serialization=True)
+        save_config(config, out / "run.yaml")  # ignored by diffusers; they make the way back exact
+        (out / "class_names.json").write_text(json.dumps(saved.class_names))
 
     return write
 

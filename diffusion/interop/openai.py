@@ -3,7 +3,6 @@
 Their state dicts have our names, so only the flags need translation.
 """
 
-import dataclasses
 import shlex
 import zipfile
 from collections.abc import Mapping
@@ -38,10 +37,6 @@ CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64
 TRAIN = dict(steps=500_000, optimizer="adamw", lr_schedule="constant", warmup_steps=0, ema_warmup=False, log_every=100)
 EVERY = dict(every=10_000)
 """The papers' training, and how often it samples and saves: the sections of a foreign model's configuration."""
-NETWORK = ("model.", "diffusion.", "data.image_size", "data.channels", "data.range", "data.low_res_size")
-"""What a network and its process depend on."""
-TRAINING = ("model.init", "diffusion.loss", "diffusion.weighting")
-"""Of these, what only training depends on."""
 
 
 def unet_of(config: Config) -> UNet:
@@ -107,29 +102,6 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
 def _of_section(section: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that have the name and the meaning of a section's fields."""
     return {name: value for name, value in flags.items() if has_field(section, name)}
-
-
-def flags_from_config(config: Config, num_classes: int) -> str:
-    """guided-diffusion's flags for the network and process of `config`. Raises UsageError if it has none for them."""
-    data, model, diffusion = config.data, unet_of(config), config.diffusion
-    if num_classes not in (0, 1000):
-        raise UsageError(f"guided-diffusion has flags for 0 or 1000 classes, not {num_classes}")
-    upsampler, size = data.low_res_size is not None, data.sizes[0]
-    # Twice the image's size is at no level: their scripts cannot read an empty list.
-    resolutions = [size // factor for factor in model.attention_resolutions] or [2 * size]
-    mult, attention = (",".join(map(str, values)) for values in (model.channel_mult, resolutions))
-    flags = {name: value for name, value in dataclasses.asdict(model).items() if name in GUIDED}
-    flags |= dict(num_channels=model.model_channels, channel_mult=mult, attention_resolutions=attention)
-    flags |= dict(large_size=size, small_size=data.low_res_sizes[0]) if upsampler else dict(image_size=size)
-    flags |= dict(diffusion_steps=diffusion.steps, noise_schedule=diffusion.schedule)
-    flags |= dict(predict_xstart=diffusion.prediction == "x_start", rescale_timesteps=diffusion.rescale_timesteps)
-    flags |= dict(learn_sigma=diffusion.variance == "learned_range", sigma_small=diffusion.variance == "fixed_small")
-    flags |= dict(use_kl="kl" in diffusion.loss, rescale_learned_sigmas=diffusion.loss == "rescaled_mse")
-    described = config_from_flags(GUIDED | flags, upsampler).flat()
-    for name, value in config.flat().items():
-        if name.startswith(NETWORK) and name not in TRAINING and value != described.get(name):
-            raise UsageError(f"guided-diffusion has no flag for {name} {value}")
-    return " ".join(f"--{name} {value}" for name, value in flags.items())
 
 
 def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tensor]]:

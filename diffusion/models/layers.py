@@ -99,14 +99,13 @@ def folded(layer: Layer) -> tuple[Tensor, Tensor]:
 
 def add_scalars(model: nn.Module, ends: Sequence[Layer]) -> None:
     """Add the scalars of Fixup's third rule: a bias (0) before every layer and activation, and a multiplier (1) for the
-    layers `ends`, each the last one of a branch. Their gradients are sums over whole tensors, in parts by thread."""
+    layers `ends`, each the last one of a branch."""
     one = next(model.parameters()).detach().new_ones(1)  # one element, since FSDP2 rejects tensors without an axis
     for module in model.modules():
         if isinstance(module, SiLU | Layer):
             module.bias_before = nn.Parameter(torch.zeros_like(one))
     for layer in ends:
         layer.multiplier = nn.Parameter(one.clone())
-    model.any_threads = False  # type: ignore[assignment]
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> Conv1d | Conv2d | Conv3d:

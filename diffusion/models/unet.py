@@ -164,8 +164,6 @@ class UNetModel(nn.Module):
 
     outer = "input_blocks.0.", "label_emb.", "out."
     """The layers between images or labels and features, which Muon leaves to AdamW."""
-    any_threads = True
-    """The bits of outputs and gradients are those of any divisor of the number of threads (see `parallel.cores`)."""
 
     # Long, so that the whole network can be read in one place.
     def __init__(
@@ -182,6 +180,8 @@ class UNetModel(nn.Module):
         check_dims(dims)
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
         self.num_classes, self.dims, self.levels = num_classes, dims, len(channel_mult)
+        # See `parallel.cores`. The gradient of a scalar of Fixup's is a sum over a whole tensor, in parts by thread.
+        self.any_threads = use_norm
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         emb_channels = 4 * model_channels
 

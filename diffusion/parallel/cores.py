@@ -7,6 +7,7 @@ the processor's vectors. The gradients of a convolution's weights are sums of su
 computed part by part, where that gives the same bits, and else on all threads.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,27 +32,24 @@ class Cores:
     """The cores of this process, and how many of them (`others`) other processes keep busy."""
 
     def __init__(self) -> None:
-        self.others = 0.0
+        self.others, self._said = 0.0, -SAID_EVERY
         self._threads = self._used = 1
-        self._before: tuple[float, float, float] | None = None
+        self._before = -math.inf, 0.0
         self._busy_since: float | None = None
-        self._said = -SAID_EVERY
         self._library: torch.library.Library | None = None
         self._parts: dict[str, Parts] = {}
 
     def free(self) -> int:
         """How many cores no other process keeps busy, at least 1; measured every `MEASURED_EVERY` seconds."""
         now, cores = time.monotonic(), _cores()
-        if self._before is None or now - self._before[0] >= MEASURED_EVERY:
+        if now - self._before[0] >= MEASURED_EVERY:
             times = psutil.cpu_times(percpu=True)
-            # What gives way to others does not count, unless this process gives way, too.
-            low = os.nice(0) > 0 if hasattr(os, "nice") else False
-            used = [core.user + core.system + (core.nice if low else 0) for core in times]
+            low = os.nice(0) > 0  # what gives way to others does not count, unless this process does, too
+            used = [core.user + core.system + core.nice * low for core in times]
             busy, own = sum(used[i] for i in cores if i < len(used)), time.process_time()
-            if self._before is not None:
-                then, busy_before, own_before = self._before
-                self.others = max(0.0, (busy - busy_before - own + own_before) / (now - then))
-            self._before = now, busy, own
+            then, before = self._before
+            self._before = now, busy - own
+            self.others = max(0.0, (busy - own - before) / (now - then))
         return max(1, len(cores) - round(self.others))
 
     @contextmanager
@@ -63,14 +61,14 @@ class Cores:
             x: the network's input, which all threads together divide into equal parts.
         """
         self._threads = threads = torch.get_num_threads()
-        if threads == 1 or next(network.parameters()).device.type != "cpu":
-            yield
-            return
-        free = self.free()
-        self._busy_since = (self._busy_since or time.monotonic()) if free < threads else None
-        fits = x is None or (len(x) % threads == 0 and x.numel() % (threads * VECTORS) == 0)
-        if not fits or not getattr(network, "any_threads", False) or network._compiled_call_impl is not None:
-            free = threads
+        free = threads
+        place = next((p.device.type for p in network.parameters()), None)
+        if threads > 1 and place == "cpu":
+            free = self.free()
+            self._busy_since = (self._busy_since or time.monotonic()) if free < threads else None
+            fits = x is None or (len(x) % threads == 0 and x.numel() % (threads * VECTORS) == 0)
+            if not fits or not getattr(network, "any_threads", False) or network._compiled_call_impl is not None:
+                free = threads
         self._used = next(n for n in range(min(free, threads), 0, -1) if threads % n == 0)
         if self._used == threads:
             yield
@@ -85,13 +83,12 @@ class Cores:
         finally:
             torch.set_num_threads(threads)
 
-    def network(self, network: nn.Module) -> Callable[..., Tensor]:
+    def network(self, network: nn.Module) -> Callable[..., Any]:
         """The network as a function, each call of which is `spared`."""
 
-        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             with self.spared(network, x):
-                out: Tensor = network(x, *args, **kwargs)
-            return out
+                return network(x, *args, **kwargs)
 
         return call
 
@@ -101,50 +98,48 @@ class Cores:
         if self._busy_since is None or now - self._busy_since < LASTING or now - self._said < SAID_EVERY:
             return None
         self._said = now
-        fewer = f"computing on {self._used} of {self._threads} threads" if self._used < self._threads else ""
-        return f"other processes keep {self.others:.1f} of {len(_cores())} cores busy: {fewer or 'it waits for them'}"
+        means = f"computing on {self._used} of {self._threads} threads"
+        means = means if self._used < self._threads else "each step waits for them"
+        return f"other processes keep {self.others:.1f} of {len(_cores())} cores busy: {means}"
 
     def _convolution_backward(self, grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
         """The gradients of input, weight and bias, of which the last of `args` says which are asked for."""
         *options, (of_input, of_weight, of_bias) = args
-        free = torch.get_num_threads()
-        if free >= self._threads or not of_weight:
+        if torch.get_num_threads() >= self._threads or not of_weight:
             return self._call(grad, x, weight, *args)
         layouts = [(t.shape, t.stride(), t.dtype) for t in (grad, x, weight)]
-        key = str((layouts, options, of_bias, free, self._threads))
+        key = str((layouts, options, of_bias, torch.get_num_threads(), self._threads))
+        rest = weight, options, of_bias
         if key not in self._parts:
-            self._parts[key] = self._equal_parts(grad, x, weight, options, of_bias)
+            self._parts[key] = self._equal_parts(grad, x, *rest)
         first = self._call(grad, x, weight, *options, [True, False, False])[0] if of_input else None
-        return first, *self._gradients(self._parts[key], grad, x, weight, options, of_bias)
+        gradients = self._gradients(self._parts[key], grad, x, *rest)
+        return first, gradients[0], gradients[1] if of_bias else None
 
     def _call(self, *args: Any) -> Any:
         return self._kernel.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
 
-    def _equal_parts(self, grad: Tensor, x: Tensor, weight: Tensor, options: Sequence[Any], bias: bool) -> Parts:
+    def _equal_parts(self, grad: Tensor, x: Tensor, *rest: Any) -> Parts:
         """The parts that give the bits of all threads, tried on random numbers."""
         generator = torch.Generator().manual_seed(0)
         divisors = [n for n in range(1, self._threads + 1) if self._threads % n == 0 and n <= len(x)]
         ways = [(weights, biases) for weights in divisors for biases in divisors]
-        for _ in range(max(1, CHANNELS // len(weight))):
+        for _ in range(max(1, CHANNELS // grad.shape[1])):
             grad, x = (torch.empty_like(t).normal_(generator=generator) for t in (grad, x))
-            right = self._gradients(None, grad, x, weight, options, bias)
-            found = {parts: self._gradients(parts, grad, x, weight, options, bias) for parts in ways}
-            ways = [
-                parts
-                for parts in ways
-                if all(a is b or torch.equal(a, b) for a, b in zip(right, found[parts], strict=True))
-            ]
+            right = self._gradients(None, grad, x, *rest)
+            found = {parts: self._gradients(parts, grad, x, *rest) for parts in ways}
+            ways = [parts for parts in ways if all(map(torch.equal, right, found[parts]))]
         return next(iter(ways), None)
 
     def _gradients(
-        self, parts: Parts, grad: Tensor, x: Tensor, weight: Tensor, options: Sequence[Any], bias: bool
-    ) -> list[Any]:
-        """The gradients of weight and bias."""
+        self, parts: Parts, grad: Tensor, x: Tensor, weight: Tensor, options: Any, bias: bool
+    ) -> list[Tensor]:
+        """The gradients of weight and, where asked for, bias."""
 
-        def summed(count: int, which: tuple[bool, bool], x: Tensor, weight: Tensor, *options: Any) -> list[Any]:
-            pairs = zip(grad.tensor_split(count), x.tensor_split(count), strict=True)
-            found = [self._call(*pair, weight, *options, [False, *which])[1:] for pair in pairs]
-            return [sum(terms[1:], terms[0]) if asked else None for asked, *terms in zip(which, *found, strict=True)]
+        def summed(count: int, which: tuple[bool, bool], *others: Any) -> list[Tensor]:
+            pairs = zip(grad.tensor_split(count), others[0].tensor_split(count), strict=True)
+            found = [self._call(*pair, *others[1:], [False, *which])[1:] for pair in pairs]
+            return [sum(terms[1:], terms[0]) for asked, *terms in zip(which, *found, strict=True) if asked]
 
         if parts is None:
             free = torch.get_num_threads()
@@ -158,9 +153,8 @@ class Cores:
         ones = [1] * (x.ndim - 2)
         narrow = x.new_zeros(len(x), 1, *grad.shape[2:]), weight.new_zeros(len(weight), 1, *(3 * n for n in ones))
         same = options[0], ones, ones, ones, False, [0 * n for n in ones], 1
-        [first, _] = summed(parts[0], (True, False), x, weight, *options)
-        [_, second] = summed(parts[1], (False, True), *narrow, *same)
-        return [first, second]
+        of_weight = summed(parts[0], (True, False), x, weight, *options)
+        return of_weight + summed(parts[1], (False, True), *narrow, *same)
 
 
 CORES = Cores()

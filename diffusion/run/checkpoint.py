@@ -55,7 +55,7 @@ class Checkpoint:
     origin: dict[str, Any] | None = None
     """The source of the run's first weights: path, step, file and its SHA-256."""
     environment: Mapping[str, Any] = field(default_factory=dict)
-    """What rounding depends on: device, processes, threads, version of torch."""
+    """What rounding depends on: device, processes, threads, version of torch, kind of processor."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """What a resumed run needs beside tensors."""
     sums: Mapping[str, str] = field(default_factory=dict)

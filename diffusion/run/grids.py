@@ -102,13 +102,6 @@ def captioned(images: Tensor, columns: int, captions: Sequence[str]) -> Image.Im
     return grid(torch.stack(tiles), columns)
 
 
-def save_gif(images: Tensor, path: Path) -> None:
-    """Write images (N, C, *sizes), uint8, one after another, as an animated GIF that rests on the last, atomically."""
-    first, *others = [grid(image[None], 1).convert("RGB") for image in images]
-    durations = [120] * len(others) + [1500]  # milliseconds
-    replace_bytes(path, encode(first, "GIF", save_all=True, append_images=others, duration=durations, loop=0))
-
-
 def grid_columns(n: int, num_classes: int) -> int:
     """The columns of a grid: about a square, or, with few classes in turn, columns of one class each."""
     if not 1 < num_classes <= 20:

@@ -149,7 +149,7 @@ class Run:
             indices: the numbers of the images, in batches. Image i of a seed is the same in any batch.
             labels: class numbers, of which image i takes number i modulo their count.
             low_res: see `sample`.
-            options: seed, progress and watch (see `sample_batch`).
+            options: seed and progress (see `sample_batch`).
 
         Yields each batch and its images (N, C, *sizes) in [-1, 1], on the CPU.
         """
@@ -161,8 +161,7 @@ class Run:
             y = torch.tensor([labels[i % len(labels)] for i in batch]) if labels and self.class_names else None
             small = low_res[batch.start : batch.stop] if isinstance(low_res, Tensor) else None
             if isinstance(low_res, Run):
-                first = {name: value for name, value in options.items() if name != "watch"}
-                [(_, small)] = low_res.generate([batch], labels=labels, **first)
+                [(_, small)] = low_res.generate([batch], labels=labels, **options)
                 small = to_x_start(to_uint8(small)) if config.data.range is None else small
             yield batch, draw(batch, labels=y, low_res=small, **options)
 

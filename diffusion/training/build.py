@@ -38,16 +38,10 @@ def build_step(
     """The training step of a configuration."""
     train = config.train
     network.to(accelerator.device)  # before its weights are given to the optimizer
-    groups = parameter_groups(network, train.scalar_lr_factor)
-    return TrainingStep(
-        network,
-        process,
-        train.component("optimizer")(network, groups, train.lr),
-        loss=config.diffusion.loss,
-        weighting=config.diffusion.component("weighting"),
-        timesteps=train.component("timestep_sampler")(process.num_timesteps),
-        gradient_accumulation=train.gradient_accumulation or 1,
-        accelerator=accelerator,
-        **{name: getattr(train, name) for name in SAME_IN_TRAIN},
-        **{name: getattr(config.data, name) for name in SAME_IN_DATA},
-    )
+    optimizer = train.component("optimizer")(network, parameter_groups(network, train.scalar_lr_factor), train.lr)
+    options: dict[str, Any] = {name: getattr(train, name) for name in SAME_IN_TRAIN}
+    options |= {name: getattr(config.data, name) for name in SAME_IN_DATA}
+    options |= dict(loss=config.diffusion.loss, weighting=config.diffusion.component("weighting"))
+    options |= dict(timesteps=train.component("timestep_sampler")(process.num_timesteps), accelerator=accelerator)
+    options |= dict(gradient_accumulation=train.gradient_accumulation or 1)
+    return TrainingStep(network, process, optimizer, **options)

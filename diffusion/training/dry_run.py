@@ -54,18 +54,13 @@ def dry_run(config: Config) -> list[str]:
 def advice(config: Config, weights: int, images: int, seconds: float) -> list[str]:
     """What looks wrong with the settings of a run of so many weights, images, and seconds a step."""
     train, excess = config.train, weights / (images * math.prod(config.data.shape))
-    adamw, usual = train.optimizer == "adamw", 1e-3 if train.optimizer == "adamw" else 1e-2
-    rate = max(train.ema_rates, default=0.0)
-    horizon = 1 / (1 - rate)
-    small_batch = adamw and train.lr > 2e-4 and train.batch_size < 16
+    horizon = 1 / (1 - max(train.ema_rates, default=0.0))
     too_long = 2 * horizon > train.steps and not train.ema_warmup
-    unsaved = not config.checkpoint.every and seconds * train.steps > 3600
     checks = {
-        f"train.lr {train.lr:g} is high for {train.optimizer} (usually up to {usual:g})": train.lr > usual,
-        f"train.lr {train.lr:g} is high for batches of {train.batch_size}": small_batch,
-        f"an average of rate {rate} remembers {horizon:.0f} steps, and the run has {train.steps}": too_long,
+        f"an average remembers {horizon:.0f} steps, and the run has {train.steps}": too_long,
         f"the network has {excess:.0f} times as many weights as the data have values: it may overfit": excess > 10,
         "the run ends before each image was seen once": train.steps * train.batch_size < images,
-        "checkpoint.every is 0: a crash loses the whole run": unsaved,
+        "checkpoint.every is 0: a crash loses the whole run": not config.checkpoint.every
+        and seconds * train.steps > 3600,
     }
     return [text for text, wrong in checks.items() if wrong]

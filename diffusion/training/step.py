@@ -144,8 +144,8 @@ class TrainingStep:
             inputs = {} if labels is None else {"y": torch.where(draws.unlabelled[part], -1, labels)}
             if self.low_res_size is not None:
                 inputs["low_res"] = shrink(images, self.low_res_size)
-            last = part == slices[-1]
-            with CORES.spared(self.network, images), nullcontext() if last else accelerator.no_sync(self.model):
+            synced = nullcontext() if part == slices[-1] else accelerator.no_sync(self.model)
+            with CORES.spared(self.network, images), synced:
                 t, noise, model = draws.t[part], draws.noise[part], partial(self.model, **inputs)
                 loss = training_losses(self.process, model, images, t, noise, self.loss, self._weights[t])["loss"]
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
@@ -184,12 +184,12 @@ class TrainingStep:
         finite = torch.isfinite(norm) & torch.isfinite(losses).all()
         skipped = (accelerator.reduce((~finite).float()) > 0).float()  # the same in all processes, without a sync
         # A scaler skips such a step by itself, and so do torch's fused optimizers if told, without a sync.
-        fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
+        optimizer = self.optimizer.optimizer
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if accelerator.scaler is None and fused:
-            self.optimizer.optimizer.found_inf = skipped
+            optimizer.found_inf = skipped
         if accelerator.scaler is not None or fused or not skipped:
-            any_threads = isinstance(self.optimizer.optimizer, ANY_THREADS)
-            with CORES.spared(self.network) if any_threads else nullcontext():
+            with CORES.spared(self.network) if isinstance(optimizer, ANY_THREADS) else nullcontext():
                 self.optimizer.step()
         bound_loss_scale(accelerator.scaler)
         self.optimizer.zero_grad()
@@ -216,14 +216,10 @@ class TrainingStep:
         others = {"scaler": self.accelerator.scaler, "importance": self.timesteps}
         states = {name: other.state_dict() for name, other in others.items() if other}
         # Some optimizers count in their groups, where the settings are, which a continued run may change.
-        groups = {
-            i: {
-                name: value
-                for name, value in group.items()
-                if name not in ("lr", "params") and value is not before.get(name)
-            }
-            for i, (group, before) in enumerate(zip(self.optimizer.param_groups, self._groups, strict=True))
-        }
+        groups: dict[int, Any] = {}
+        for i, (group, before) in enumerate(zip(self.optimizer.param_groups, self._groups, strict=True)):
+            counted = [name for name in group if name not in ("lr", "params") and group[name] is not before.get(name)]
+            groups[i] = {name: group[name] for name in counted}
         return {"optimizer": self.optimizer.state_dict()["state"], "groups": groups, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -153,10 +153,9 @@ class Trainer:
     def environment(self) -> dict[str, Any]:
         """What the rounding of a step depends on."""
         device, processes = self.accelerator.device.type, self.accelerator.num_processes
-        environment = {"device": device, "processes": processes, "torch": torch.__version__}
-        if device == "cpu":
-            environment |= {"threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()}
-        return environment
+        kind = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+        environment = {"device": device, "processes": processes, "threads": torch.get_num_threads()}
+        return environment | {"torch": torch.__version__, "processor": kind}
 
     def describe(self, about: Sequence[str]) -> None:
         """Keep lines about the run with it, for its page."""

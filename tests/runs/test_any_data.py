@@ -365,8 +365,6 @@ def test_a_dry_run_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"train__optimizer": "adamw", "train__lr": 0.01}, "train.lr 0.01 is high for adamw"),
-        ({"train__optimizer": "adamw", "train__lr": 5e-4, "train__batch_size": 4}, "high for batches of 4"),
         ({"train__ema_warmup": False, "train__ema_rates": (0.9999,)}, "remembers 10000 steps, and the run has 6"),
         ({"train__steps": 1}, "the run ends before each image was seen once"),
     ],

@@ -354,21 +354,6 @@ def test_a_metric_that_fails_takes_no_others_with_it(run, tmp_path, monkeypatch,
     assert "frechet" in json.loads((tmp_path / "a.json").read_text())
 
 
-def test_the_chain_shows_the_guided_image(run, tmp_path, monkeypatch, capsys):
-    argv = ["--ckpt", run, "--n", 1, "--classes", 3, "--steps", 4, "--sampler", "ddim"]
-    last = {}
-    for guidance in (1, 5):
-        folder = tmp_path / str(guidance)
-        code, _, err = script(sample, monkeypatch, capsys, *argv, "--guidance", guidance, "--out", folder / "a.png",
-                              "--chain", folder / "chain.png")  # fmt: skip
-        assert code == 0, err
-        grid, strip = (np.asarray(Image.open(folder / name)) for name in ("a.png", "chain.png"))
-        side = grid.shape[0]
-        np.testing.assert_array_equal(strip[-side:, -side:], grid)  # the last predicted x_0 is the image
-        last[guidance] = grid
-    assert not np.array_equal(last[1], last[5])
-
-
 def test_a_model_that_ignores_its_class_is_the_same_at_any_guidance(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     trainer = Trainer(small(train__steps=1, train__label_dropout=0.5, train__ema_rates=(0.0,)), out)

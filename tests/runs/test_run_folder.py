@@ -18,7 +18,7 @@ import evaluate
 import sample
 import train
 from diffusion import UsageError
-from diffusion.commands import check_data, convert, report, schema
+from diffusion.commands import check_data, convert, report
 from diffusion.commands.terminal import check_output
 from diffusion.config.files import load_config
 from diffusion.files.atomic import written_by
@@ -79,8 +79,6 @@ WRITES = {
     "sample": (sample, DRAW, [f"run/samples/{STEP}_dpmpp2_seed0.png"]),
     "sample, of a checkpoint alone": (sample, ["--ckpt", "alone", *DRAW[2:]],
                                       ["samples", "samples/alone_dpmpp2_seed0.png"]),
-    "sample, a grid with a chain": (sample, [*DRAW, "--out", "new/a.png", "--chain", "c.png"],
-                                    ["new", "new/a.png", "c.png", "c.gif"]),
     "sample, images": (sample, [*DRAW, "--images", "--out", "new"], ["new", "new/000000.png", "new/samples.json"]),
     "sample, an array": (sample, [*DRAW, "--npz", "--out", "new.npz"], ["new.npz"]),
     "evaluate": (evaluate, SCORE, []),
@@ -90,7 +88,6 @@ WRITES = {
     "report": (report, ["run"], ["run/report.html"]),
     "report, of several": (report, ["run", "run"], ["report.html"]),
     "check-data": (check_data, [], ["check-data.png"]),
-    "schema": (schema, [], []),
     "convert": (convert, ["openai", "run", "--out", "new/x.pt"], ["new", "new/x.pt"]),
 }  # fmt: skip
 
@@ -120,10 +117,6 @@ def test_a_command_writes_what_the_table_says_and_nothing_else(places, tmp_path,
         (sample, [*DRAW, "--images", "--out", "run"]),
         (sample, [*DRAW, "--images", "--out", "notes.txt"]),
         (sample, [*DRAW, "--npz", "--out", "a.npz"]),
-        (sample, [*DRAW, "--out", "new.png", "--chain", "photo.png"]),
-        (sample, [*DRAW, "--out", "new.png", "--chain", "animation.png"]),  # beside which a .gif would be written
-        (sample, [*DRAW, "--out", "new.png", "--chain", "new.png"]),
-        (sample, [*DRAW, "--images", "--out", "new", "--chain", "new/000000.png"]),
         (evaluate, [*SCORE, "--out", "numbers.json"]),
         (evaluate, [*SCORE, "--out", "run/metrics.jsonl"]),
         (evaluate, [*NEAREST, "--sheet", "photo.png"]),

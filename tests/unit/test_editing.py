@@ -1,18 +1,29 @@
-"""Showing a model's steps, and filling in a part of an image."""
+"""Encoding an image, filling in a part of it, and captions."""
+
+import ast
+import itertools
+import re
 
 import numpy as np
-import pytest
 import torch
-from helpers import process, script
-from PIL import Image
-from test_trainer import small
+from helpers import ROOT, process
 
-import sample
-from diffusion import UsageError
-from diffusion.run.grids import captioned, save_gif
+from diffusion.run.grids import captioned
 from diffusion.samplers import ddim, ddim_reverse
-from diffusion.sampling import Recorder, inpaint
-from diffusion.training.trainer import Trainer
+
+
+def of_the_docs(name):
+    """A function that docs/sampling.md defines."""
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), re.DOTALL):
+        for node in ast.parse(block).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                found = {"torch": torch, "count": itertools.count}
+                exec(ast.unparse(node), found)
+                return found[name]
+    raise LookupError(name)
+
+
+inpaint = of_the_docs("inpaint")
 
 
 def noise_of(shape):
@@ -74,21 +85,6 @@ def test_resampling_lets_the_parts_fit():
     assert errors[1] < 0.1
 
 
-def test_a_mask_of_another_size_is_named():
-    with pytest.raises(UsageError, match=r"the mask is \(3, 3\), and the images \(1, 1, 2, 2\)"):
-        inpaint(fixed(2), None, torch.zeros(1, 1, 2, 2), torch.ones(3, 3, dtype=torch.bool), None)
-
-
-def test_the_recorded_steps_are_those_of_the_sampler():
-    gaussian = fixed(5)
-    recorder = Recorder(gaussian)
-    x = torch.randn(2, 3, 4, 4)
-    out = ddim(gaussian, recorder.watch(index_model(gaussian, of_normal(gaussian))), x, noise_of(x.shape))
-    assert len(recorder.steps) == 5
-    assert torch.equal(recorder.steps[0][0], x)
-    torch.testing.assert_close(recorder.steps[-1][1], out, atol=1e-5, rtol=1e-5)
-
-
 def test_captions_stand_under_their_images():
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     sheet = np.asarray(captioned(images, 2, ["cat", "", "dog"]).convert("L"))
@@ -96,29 +92,3 @@ def test_captions_stand_under_their_images():
     strips = [sheet[row * height + height - 12 : (row + 1) * height, col * width : (col + 1) * width]
               for row, col in ((0, 0), (0, 1), (1, 0))]  # fmt: skip
     assert [bool((strip < 128).any()) for strip in strips] == [True, False, True]
-
-
-def test_a_gif_has_a_frame_for_each_image(tmp_path):
-    images = (torch.arange(4) * 60).view(4, 1, 1, 1).expand(4, 3, 8, 8).to(torch.uint8)
-    save_gif(images, tmp_path / "a.gif")
-    with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.n_frames == 4
-
-
-def test_the_command_writes_captions_and_a_chain(tmp_path, monkeypatch, capsys):
-    Trainer(small(train__steps=1), tmp_path / "run").run()
-    argv = ["--ckpt", tmp_path / "run", "--n", 10, "--steps", 4, "--captions", "--chain", tmp_path / "chain.png"]
-    code, out, err = script(sample, monkeypatch, capsys, *argv, "--out", tmp_path / "grid.png")
-    assert code == 0, err
-    assert f"steps of the first image: {tmp_path / 'chain.png'}" in out
-    with Image.open(tmp_path / "chain.gif") as gif, Image.open(tmp_path / "chain.png") as strip:
-        assert gif.n_frames == 4
-        assert strip.width > 1.9 * strip.height
-    code, _, err = script(sample, monkeypatch, capsys, *argv, "--out", tmp_path / "again.png")
-    assert code == 2
-    assert "chain.png is there already" in err
-
-
-def test_a_mask_is_a_mask():
-    with pytest.raises(UsageError, match=r"the mask is torch.float32; it must be torch.bool"):
-        inpaint(fixed(2), None, torch.zeros(1, 1, 2, 2), torch.ones(2, 2), None)

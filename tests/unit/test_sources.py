@@ -7,7 +7,6 @@ import json
 import os
 import struct
 import tarfile
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -756,7 +755,7 @@ def test_celeba_is_its_part_of_a_folder(tmp_path, monkeypatch):
         open_data(config)
 
 
-# --- held out, and the index ------------------------------------------------------------------------------------------
+# --- held out ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_held_out_depends_on_names_and_seed_alone(classes, tmp_path):
@@ -780,44 +779,11 @@ def test_holding_out_nothing_or_everything_is_named(classes):
         hold_out(opened(classes), 1e-9, 0)
 
 
-def test_an_index_is_used_until_the_folder_differs(classes, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("diffusion.data.containers.INDEX_FROM", 5)
-    monkeypatch.setattr("diffusion.data.containers.SETTLED_NS", 5 * 10**8)
-    folders, walked = (classes, *(path for path in classes.iterdir() if path.is_dir())), []
-    works = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: walked.append(path) or works(path))
-
-    def listed():
-        walked.clear()
-        files = Folder(path=str(classes), image_size=8).list_files()
-        return [files.key_of(i) for i in range(len(files))], bool(walked)
-
-    names, read = listed()
-    assert read
-    assert listed() == (names, True), "a folder that has just changed is not indexed"
-    for folder in folders:
-        os.utime(folder, (1, 1))  # as reproducible archives have it
-    time.sleep(0.6)
-    assert listed() == (names, True)
-    assert listed() == (names, False)
-    write(classes / "emu/more.png", pixels(8, 8, 3))
-    os.utime(classes / "emu", (1, 1))
-    assert listed() == (sorted([*names, "emu/more.png"]), True), "the change time tells"
-    time.sleep(0.6)
-    assert listed()[1], "the index of before is not used"
-    assert not listed()[1]
-    [index] = (tmp_path / "cache/diffusion").iterdir()
-    whole = index.read_bytes()
-    rng = np.random.default_rng(0)
-    for _ in range(30):  # read as it was, or made anew
-        flipped = bytearray(whole)
-        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
-        index.write_bytes(rng.choice([bytes(flipped), whole[: rng.integers(len(whole))]]))
-        assert listed()[0] == sorted([*names, "emu/more.png"])
-    write(classes / "cat/0.png", pixels(16, 16, 3))  # in place: the folder's time does not tell
+def test_a_file_that_changed_in_place_is_named(classes):
+    files = Folder(path=str(classes), image_size=8).list_files()
+    write(classes / "cat/0.png", pixels(16, 16, 3))
     with pytest.raises(UsageError, match=r"cat/0\.png cannot be read as an image \(it has changed since"):
-        opened(classes)
+        files.in_memory()
 
 
 # --- everything at once -----------------------------------------------------------------------------------------------
@@ -945,17 +911,6 @@ def test_the_range_that_is_proposed_holds_the_values(tmp_path, values, proposed)
     assert str(caught.value).endswith(f'--data.range "{proposed}"')
     with pytest.raises(UsageError, match=r"is not a folder, a .zip or a .tar: add --data.source arrays"):
         open_data(Folder(path=str(tmp_path / "a.npy"), image_size=8))
-
-
-def test_no_home_means_no_cache(classes, monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("pathlib.Path.home", homeless)
-    monkeypatch.setattr("diffusion.data.containers.INDEX_FROM", 1)
-    monkeypatch.setattr("diffusion.data.containers.SETTLED_NS", 0)
-    assert len(opened(classes)) > 0
 
 
 def test_the_sizes_of_an_array_are_read_from_its_header(tmp_path):
