@@ -1,5 +1,6 @@
 """`diffusion train`: train a model, or continue a run."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from diffusion.parallel.launchers import check_launcher, with_launchers_settings
 if TYPE_CHECKING:
     from diffusion.training.trainer import Trainer
 
+SLOWER = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"
+"""Variables of the environment that may cost speed."""
+
 
 def announce(trainer: "Trainer") -> None:
     """Print where and how a run begins, and what was found in the data."""
@@ -28,6 +32,8 @@ def announce(trainer: "Trainer") -> None:
     precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
     where = f"{trainer.accelerator.num_processes} x {device}"
     where += f" of {torch.get_num_threads()} threads" if device == "cpu" else ""
+    slower = [f"{name}={os.environ[name]}" for name in SLOWER if name in os.environ and device == "cpu"]
+    where += f", with {', '.join(slower)}, which may cost speed" if slower else ""
     print_line(f"run {trainer.out.resolve()} {begins}: {len(trainer.dataset)} images, on {where}{precision}")
     lines = describe_run(config, trainer.data)
     for line in lines:

@@ -134,10 +134,8 @@ def help_texts(cls: type[Any]) -> dict[str, str]:
     return texts
 
 
-@functools.cache
-def json_schema(cls: Any) -> dict[str, Any]:
-    """The JSON schema of a section or configuration."""
-    return TypeAdapter(cls).json_schema()
+json_schema = functools.cache(lambda cls: TypeAdapter(cls).json_schema())
+"""The JSON schema of a section."""
 
 
 def types_of(cls: Any, name: str) -> dict[str, list[str]]:

@@ -60,10 +60,8 @@ class Cores:
             network: on a CPU, with `any_threads`, and not compiled, since that is for one number of threads.
             x: the network's input, which all threads together divide into equal parts.
         """
-        self._threads = threads = torch.get_num_threads()
-        free = threads
-        place = next((p.device.type for p in network.parameters()), None)
-        if threads > 1 and place == "cpu":
+        self._threads = threads = free = torch.get_num_threads()
+        if threads > 1 and next(network.parameters(), torch.empty(0, device="meta")).device.type == "cpu":
             free = self.free()
             self._busy_since = (self._busy_since or time.monotonic()) if free < threads else None
             fits = x is None or (len(x) % threads == 0 and x.numel() % (threads * VECTORS) == 0)
@@ -98,8 +96,7 @@ class Cores:
         if self._busy_since is None or now - self._busy_since < LASTING or now - self._said < SAID_EVERY:
             return None
         self._said = now
-        means = f"computing on {self._used} of {self._threads} threads"
-        means = means if self._used < self._threads else "each step waits for them"
+        means = f"computing on {self._used} of {self._threads} threads" if self._used < self._threads else "it waits"
         return f"other processes keep {self.others:.1f} of {len(_cores())} cores busy: {means}"
 
     def _convolution_backward(self, grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
