@@ -40,8 +40,8 @@ def bits_per_dim(subject: Subject) -> Score:
         if run.config.data.low_res_size is not None:
             inputs["low_res"] = shrink(x_start, run.config.data.low_res_size)
         noise = partial(image_noise, batch, x_start.shape[1:], device, subject.seed)
-        network = partial(CORES.network(run.network), **inputs)
-        bits = likelihood.bits_per_dim(process, network, x_start, noise, progress)
+        with CORES.followed(run.network) as network:
+            bits = likelihood.bits_per_dim(process, partial(network, **inputs), x_start, noise, progress)
         bounds.append(bits.total.double().cpu())
         sums += torch.cat([bits.prior[:, None], bits.vb], 1).double().sum(0).cpu()
     total = torch.cat(gather_object(bounds))

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psutil
@@ -24,8 +24,6 @@ VECTORS = 32
 """Elements that torch computes at once on a CPU, at the most; the rest of a part is computed one by one."""
 CHANNELS = 64
 """Sums over how many random channels have to agree: those of a few agree by chance."""
-Parts = tuple[int, int] | None
-"""In how many parts of the batch a weight's and a bias's gradients are computed; None: on all threads."""
 
 
 class Cores:
@@ -37,7 +35,8 @@ class Cores:
         self._before = -math.inf, 0.0
         self._busy_since: float | None = None
         self._library: torch.library.Library | None = None
-        self._parts: dict[str, Parts] = {}
+        self._parts: dict[str, Any] = {}
+        """in how many parts of the batch a weight's and a bias's gradients are computed; None: on all threads"""
 
     def free(self) -> int:
         """How many cores no other process keeps busy, at least 1; measured every `MEASURED_EVERY` seconds."""
@@ -47,9 +46,8 @@ class Cores:
             low = os.nice(0) > 0  # what gives way to others does not count, unless this process does, too
             used = [core.user + core.system + core.nice * low for core in times]
             busy, own = sum(used[i] for i in cores if i < len(used)), time.process_time()
-            then, before = self._before
+            self.others = max(0.0, (busy - own - self._before[1]) / (now - self._before[0]))
             self._before = now, busy - own
-            self.others = max(0.0, (busy - own - before) / (now - then))
         return max(1, len(cores) - round(self.others))
 
     @contextmanager
@@ -81,14 +79,17 @@ class Cores:
         finally:
             torch.set_num_threads(threads)
 
-    def network(self, network: nn.Module) -> Callable[..., Any]:
-        """The network as a function, each call of which is `spared`."""
+    @contextmanager
+    def followed(self, network: nn.Module) -> Iterator[Callable[..., Any]]:
+        """Within `with`, each call of the network, as a function, begins a part of the work that is `spared`."""
+        with ExitStack() as part:
 
-        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with self.spared(network, x):
+            def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                part.close()
+                part.enter_context(self.spared(network, x))
                 return network(x, *args, **kwargs)
 
-        return call
+            yield call
 
     def news(self) -> str | None:
         """A line, if other processes keep cores busy that this one would use."""
@@ -116,7 +117,7 @@ class Cores:
     def _call(self, *args: Any) -> Any:
         return self._kernel.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
 
-    def _equal_parts(self, grad: Tensor, x: Tensor, *rest: Any) -> Parts:
+    def _equal_parts(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[int, int] | None:
         """The parts that give the bits of all threads, tried on random numbers."""
         generator = torch.Generator().manual_seed(0)
         divisors = [n for n in range(1, self._threads + 1) if self._threads % n == 0 and n <= len(x)]
@@ -128,9 +129,7 @@ class Cores:
             ways = [parts for parts in ways if all(map(torch.equal, right, found[parts]))]
         return next(iter(ways), None)
 
-    def _gradients(
-        self, parts: Parts, grad: Tensor, x: Tensor, weight: Tensor, options: Any, bias: bool
-    ) -> list[Tensor]:
+    def _gradients(self, parts: Any, grad: Tensor, x: Tensor, weight: Tensor, options: Any, bias: bool) -> list[Tensor]:
         """The gradients of weight and, where asked for, bias."""
 
         def summed(count: int, which: tuple[bool, bool], *others: Any) -> list[Tensor]:

@@ -42,10 +42,6 @@ class Run:
     checkpoint: Checkpoint | None = None
     ema: str | None = None
 
-    def __repr__(self) -> str:
-        where = self.checkpoint.path if self.checkpoint else "in training"
-        return f"Run({where}, {type(self.network).__name__}, {len(self.class_names)} classes, ema={self.ema})"
-
     @property
     def process(self) -> GaussianDiffusion:
         """The process that the network was trained in."""
@@ -154,16 +150,17 @@ class Run:
         Yields each batch and its images (N, C, *sizes) in [-1, 1], on the CPU.
         """
         config, settings = self.config, self.config.sample
-        process, network = config.sampling_process(), CORES.network(self.network)
-        draw = partial(sample_batch, process, network, config.data.shape, device=self.device)
-        draw = partial(draw, sampler=settings.sampler, options=settings.options, guidance=settings.guidance)
+        draw = partial(sample_batch, sampler=settings.sampler, options=settings.options, guidance=settings.guidance)
+        process, shape = config.sampling_process(), config.data.shape
         for batch in indices:
             y = torch.tensor([labels[i % len(labels)] for i in batch]) if labels and self.class_names else None
             small = low_res[batch.start : batch.stop] if isinstance(low_res, Tensor) else None
             if isinstance(low_res, Run):
                 [(_, small)] = low_res.generate([batch], labels=labels, **options)
                 small = to_x_start(to_uint8(small)) if config.data.range is None else small
-            yield batch, draw(batch, labels=y, low_res=small, **options)
+            with CORES.followed(self.network) as network:
+                images = draw(process, network, shape, batch, labels=y, low_res=small, device=self.device, **options)
+            yield batch, images
 
 
 def load_run(path: Path | str, ema: str | None = None) -> Run:

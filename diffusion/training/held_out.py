@@ -50,8 +50,9 @@ def held_out_loss(
             inputs["low_res"] = shrink(x_start, config.data.low_res_size)
         t = torch.from_numpy(t_of[chosen]).to(device)
         noise = image_noise(batch, x_start.shape[1:], device, config.train.seed, "held_out")
-        model, loss = partial(CORES.network(network), **inputs), config.diffusion.loss
-        losses = training_losses(process, model, x_start, t, noise, loss, weights[t])["loss"]
+        with CORES.followed(network) as follow:
+            model, loss = partial(follow, **inputs), config.diffusion.loss
+            losses = training_losses(process, model, x_start, t, noise, loss, weights[t])["loss"]
         weight = np.where(np.arange(batch.start, batch.stop) < n, overlaps[chosen], 0.0)
         total += (losses * torch.from_numpy(weight).to(losses)).sum()
     return reduce(total, reduction="sum").item()

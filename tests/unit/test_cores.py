@@ -12,10 +12,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffusion import GaussianDiffusion, Schedule, UNetModel
+from diffusion.likelihood import bits_per_dim
 from diffusion.models.initialisation import initialise
 from diffusion.optimizers import ANY_THREADS, Muon
 from diffusion.parallel import cores
 from diffusion.parallel.cores import CORES, Cores
+from diffusion.sampling import sample_batch
 from diffusion.training.step import TrainingStep
 
 PROCESS = GaussianDiffusion(Schedule.named("cosine", 100))
@@ -159,14 +161,33 @@ def test_a_line_says_so_while_it_lasts(monkeypatch, threads, shared):
     said = []
     network, x = unet(), torch.zeros(4, 1, 16, 16)
     for _ in range(len(busy)):
-        with torch.no_grad():
-            shared.network(network)(x, torch.zeros(4))
+        with torch.no_grad(), shared.followed(network) as call:
+            call(x, torch.zeros(4))
         said.append(shared.news())
         following()
     line = "other processes keep 1.0 of 2 cores busy: computing on 1 of 2 threads"
     assert said == [None, None, None, line, None, line]
-    shared.network(network)(x, torch.zeros(4))
+    with shared.followed(network) as call:
+        call(x, torch.zeros(4))
     assert shared.news() is None
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp"])
+def test_samples_and_their_bound_have_the_same_bits_on_fewer_threads(monkeypatch, threads, sampler):
+    threads(4)
+    network, fast, found = unet().eval(), GaussianDiffusion(Schedule.named("cosine", 100, "4")), []
+    torch.nn.init.normal_(network.out[2].weight, std=0.02)
+    for frees in ([4], [1, 2, 4]):
+        free = iter(frees * 100)
+        monkeypatch.setattr(CORES, "free", lambda free=free: next(free))
+        with CORES.followed(network) as call:
+            x = sample_batch(fast, call, (1, 32, 32), range(32), sampler=sampler)
+        assert torch.get_num_threads() == 4
+        with CORES.followed(network) as call:
+            bits = bits_per_dim(fast, call, x, lambda i, x=x: torch.full_like(x, 0.1 * i)).total
+        found.append((x, bits))
+    for all_threads, fewer in zip(*found, strict=True):
+        assert torch.equal(all_threads, fewer)
 
 
 def test_a_busy_process_is_noticed(shared):
