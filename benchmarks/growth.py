@@ -47,7 +47,7 @@ FILES = 1_000, 10_000, 100_000, 1_000_000
 SAMPLES = 1_000, 10_000, 50_000
 ROOT = Path(__file__).parents[1]
 FIGURES = Path(__file__).parent / "growth.json"
-PANELS = {"seconds a step": ("side", "width", "batch"), "seconds to open": ("files", "files, again"),
+PANELS = {"seconds a step": ("side", "width", "batch"), "seconds to open": ("files",),
           "seconds to sample": ("samples",)}  # fmt: skip
 
 
