@@ -107,17 +107,13 @@ def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
 
 
 def advance(bar: tqdm, steps: Iterable[int]) -> Iterator[int]:
-    """Iterate over steps, advancing the bar after each; with the bar bound, a sampler's `progress`."""
+    """Iterate over steps, advancing the bar after each, and say what slows them down; with the bar bound, a sampler's
+    `progress`."""
     for step in steps:
         yield step
-        update(bar)
-
-
-def update(bar: tqdm) -> None:
-    """Advance the bar by a step, and say what slows it down."""
-    bar.update()
-    if not bar.disable and (news := CORES.news()):
-        print_line(f"{os.path.basename(sys.argv[0])}: {news}", error=True)
+        bar.update()
+        if not bar.disable and (news := CORES.news()):
+            print_line(f"{os.path.basename(sys.argv[0])}: {news}", error=True)
 
 
 def exit_code(main: Callable[[], None]) -> int:

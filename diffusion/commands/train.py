@@ -10,7 +10,7 @@ import torch
 
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.report import write_report
-from diffusion.commands.terminal import print_line, progress_bar, update
+from diffusion.commands.terminal import print_line, progress_bar
 from diffusion.errors import one_line
 from diffusion.parallel.launchers import check_launcher, with_launchers_settings
 
@@ -77,7 +77,7 @@ def train(trainer: "Trainer") -> None:
         if metrics:
             loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
             bar.set_postfix_str(f"loss {loss}, {metrics['images_per_second']:.0f} images/s", refresh=False)
-        update(bar)
+        bar.update()
 
     with bar:
         trainer.run(on_step)

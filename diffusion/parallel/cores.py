@@ -97,7 +97,8 @@ class Cores:
         if self._busy_since is None or now - self._busy_since < LASTING or now - self._said < SAID_EVERY:
             return None
         self._said = now
-        means = f"computing on {self._used} of {self._threads} threads" if self._used < self._threads else "it waits"
+        means = f"computing on {self._used} of {self._threads} threads, with the same results"
+        means = means if self._used < self._threads else "each step waits for them"
         return f"other processes keep {self.others:.1f} of {len(_cores())} cores busy: {means}"
 
     def _convolution_backward(self, grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:

@@ -20,6 +20,7 @@ from diffusion.data.loader import batch_indices, step_batches
 from diffusion.data.values import shrink, to_uint8, to_x_start
 from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, name_some, one_line
 from diffusion.parallel.compilation import compile_network
+from diffusion.parallel.cores import CORES
 from diffusion.parallel.launchers import accelerate_starts, check_known, keep_freed_memory, launcher, on_cpu
 from diffusion.parallel.sharding import shard_like, to_host
 from diffusion.parallel.signals import SamplingInterrupted, StopSignals
@@ -202,6 +203,8 @@ class Trainer:
             meter.update(result.losses, result.weights, result.t * 4 // self.process.num_timesteps)
             meter.count_step(self.step, result.skipped)
             yield from self._after_step(lr, result.grad_norm)
+            if self.accelerator.is_main_process and (news := CORES.news()):
+                self.warn(news)
 
     def _after_step(self, lr: float, grad_norm: Tensor) -> Iterator[tuple[int, Metrics | None]]:
         """Log, save, sample and stop, as far as they are due."""

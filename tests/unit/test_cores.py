@@ -165,7 +165,7 @@ def test_a_line_says_so_while_it_lasts(monkeypatch, threads, shared):
             call(x, torch.zeros(4))
         said.append(shared.news())
         following()
-    line = "other processes keep 1.0 of 2 cores busy: computing on 1 of 2 threads"
+    line = "other processes keep 1.0 of 2 cores busy: computing on 1 of 2 threads, with the same results"
     assert said == [None, None, None, line, None, line]
     with shared.followed(network) as call:
         call(x, torch.zeros(4))
