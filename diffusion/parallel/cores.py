@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -20,10 +20,6 @@ from torch import Tensor, nn
 
 MEASURED_EVERY, LASTING, SAID_EVERY = 0.5, 5.0, 3600.0
 """Seconds between two measurements, from which on busy cores are mentioned, and between two mentions."""
-VECTORS = 32
-"""Elements that torch computes at once on a CPU, at the most; the rest of a part is computed one by one."""
-CHANNELS = 64
-"""Sums over how many random channels have to agree: those of a few agree by chance."""
 
 
 class Cores:
@@ -42,7 +38,9 @@ class Cores:
         """How many cores no other process keeps busy, at least 1; measured every `MEASURED_EVERY` seconds."""
         now, cores = time.monotonic(), _cores()
         if now - self._before[0] >= MEASURED_EVERY:
-            times = psutil.cpu_times(percpu=True)
+            times = []
+            with suppress(OSError, psutil.Error, NotImplementedError):  # of a system that does not tell
+                times = psutil.cpu_times(percpu=True)
             low = os.nice(0) > 0  # what gives way to others does not count, unless this process does, too
             used = [core.user + core.system + core.nice * low for core in times]
             busy, own = sum(used[i] for i in cores if i < len(used)), time.process_time()
@@ -56,13 +54,15 @@ class Cores:
 
         Args:
             network: on a CPU, with `any_threads`, and not compiled, since that is for one number of threads.
-            x: the network's input, which all threads together divide into equal parts.
+            x: the network's input, which up to all threads divide into equal parts, of whole vectors.
         """
         self._threads = threads = free = torch.get_num_threads()
         if threads > 1 and next(network.parameters(), torch.empty(0, device="meta")).device.type == "cpu":
             free = self.free()
             self._busy_since = (self._busy_since or time.monotonic()) if free < threads else None
-            fits = x is None or (len(x) % threads == 0 and x.numel() % (threads * VECTORS) == 0)
+            parts = math.lcm(*range(1, threads + 1))  # smaller tensors are divided into fewer parts
+            # 32 are two vectors. Below 16 images, torch takes other convolutions on one thread.
+            fits = x is None or (len(x) >= 16 and len(x) % parts == 0 and x.numel() % (parts * 32) == 0)
             if not fits or not getattr(network, "any_threads", False) or network._compiled_call_impl is not None:
                 free = threads
         self._used = next(n for n in range(min(free, threads), 0, -1) if threads % n == 0)
@@ -98,7 +98,6 @@ class Cores:
             return None
         self._said = now
         means = f"computing on {self._used} of {self._threads} threads, with the same results"
-        means = means if self._used < self._threads else "each step waits for them"
         return f"other processes keep {self.others:.1f} of {len(_cores())} cores busy: {means}"
 
     def _convolution_backward(self, grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
@@ -110,7 +109,8 @@ class Cores:
         key = str((layouts, options, of_bias, torch.get_num_threads(), self._threads))
         rest = weight, options, of_bias
         if key not in self._parts:
-            self._parts[key] = self._equal_parts(grad, x, *rest)
+            # Of bfloat16, whose rounding hides the order of a sum, no trial tells.
+            self._parts[key] = self._equal_parts(grad, x, *rest) if grad.dtype == torch.float32 else None
         first = self._call(grad, x, weight, *options, [True, False, False])[0] if of_input else None
         gradients = self._gradients(self._parts[key], grad, x, *rest)
         return first, gradients[0], gradients[1] if of_bias else None
@@ -123,7 +123,7 @@ class Cores:
         generator = torch.Generator().manual_seed(0)
         divisors = [n for n in range(1, self._threads + 1) if self._threads % n == 0 and n <= len(x)]
         ways = [(weights, biases) for weights in divisors for biases in divisors]
-        for _ in range(max(1, CHANNELS // grad.shape[1])):
+        for _ in range(max(1, 64 // grad.shape[1])):  # sums over a few channels agree by chance
             grad, x = (torch.empty_like(t).normal_(generator=generator) for t in (grad, x))
             right = self._gradients(None, grad, x, *rest)
             found = {parts: self._gradients(parts, grad, x, *rest) for parts in ways}

@@ -44,14 +44,15 @@ def unet(dims=2, **options):
     return UNetModel(1, 32, 2, 1, (1,), channel_mult=(1, 2), dims=dims, **options)
 
 
-def weights_after(steps, frees, monkeypatch, network, optimizer, sizes, used=None, **options):
+def weights_after(steps, frees, monkeypatch, network, optimizer, sizes, used=None, batch=24, precision=None, **options):
     """The weights after a number of steps in which `frees` cores are free in turn, and the threads that were used."""
     free = iter(frees * 100)
     monkeypatch.setattr(CORES, "free", lambda: next(free))
     if used is not None:
         network.register_forward_pre_hook(lambda *_: used.add(torch.get_num_threads()))
-    step = TrainingStep(network, PROCESS, optimizer, accelerator=Accelerator(cpu=True), ema_rates=[0.5], **options)
-    x = torch.rand(16, 1, *sizes, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    step = TrainingStep(network, PROCESS, optimizer, accelerator=accelerator, ema_rates=[0.5], **options)
+    x = torch.rand(batch, 1, *sizes, generator=torch.Generator().manual_seed(1)) * 2 - 1
     for _ in range(steps):
         step(x)
     averages = step.ema.averages.values()
@@ -64,17 +65,24 @@ def weights_after(steps, frees, monkeypatch, network, optimizer, sizes, used=Non
         (2, [1], 2, (16, 16), {"dropout": 0.3}),
         (4, [1, 2, 3, 4, 1], 2, (16, 16), {}),
         (2, [1], 1, (256,), {}),
+        (2, [1], 1, (64,), {"batch": 16}),
+        (2, [1], 2, (8, 24), {"batch": 22, "resblock_updown": True}),
+        (2, [1], 2, (16, 16), {"precision": "bf16"}),
         (2, [1], 3, (2, 8, 16), {}),
     ],
     ids=str,
 )
 def test_a_step_has_the_same_bits_on_fewer_threads(monkeypatch, threads, threads_before, frees, dims, sizes, options):
+    options = dict(options)
     threads(threads_before)
+    batch, precision = options.pop("batch", 24), options.pop("precision", "no")
     used, found = set(), []
     for these in ([threads_before], frees):
         network = unet(dims, **options)
         optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=True)
-        found.append(weights_after(3, these, monkeypatch, network, optimizer, sizes, used, grad_clip=0.1))
+        found.append(
+            weights_after(3, these, monkeypatch, network, optimizer, sizes, used, batch, precision, grad_clip=0.1)
+        )
         assert torch.get_num_threads() == threads_before
     assert used >= {threads_before, min(frees)}
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -110,7 +118,9 @@ def test_what_would_have_other_bits_keeps_all_threads(monkeypatch, threads):
     fixup = unet(use_norm=False)
     initialise(fixup, "fixup")
     assert used_by(fixup) == {2}  # the gradient of a scalar is a sum over all of a tensor
-    assert used_by(unet(), (2, 2), gradient_accumulation=8) == {2}  # 8 elements do not divide into two vectors
+    assert used_by(unet(), batch=14) == {2}  # torch has other convolutions for one thread
+    assert used_by(unet(), (2, 2), batch=22) == {2}  # 88 elements do not divide into vectors
+    assert used_by(unet(), batch=17) == {2}
     compiled = unet()
     compiled.compile(backend="eager")
     assert used_by(compiled) == {2}
@@ -159,16 +169,16 @@ def test_a_line_says_so_while_it_lasts(monkeypatch, threads, shared):
     quiet = (3701.0, (3700.5, 3700.5), (0.0, 0.0), 3701.0)
     following = fake(monkeypatch, *busy, quiet)
     said = []
-    network, x = unet(), torch.zeros(4, 1, 16, 16)
+    network, x = unet(), torch.zeros(16, 1, 16, 16)
     for _ in range(len(busy)):
         with torch.no_grad(), shared.followed(network) as call:
-            call(x, torch.zeros(4))
+            call(x, torch.zeros(16))
         said.append(shared.news())
         following()
     line = "other processes keep 1.0 of 2 cores busy: computing on 1 of 2 threads, with the same results"
     assert said == [None, None, None, line, None, line]
     with shared.followed(network) as call:
-        call(x, torch.zeros(4))
+        call(x, torch.zeros(16))
     assert shared.news() is None
 
 
@@ -181,7 +191,7 @@ def test_samples_and_their_bound_have_the_same_bits_on_fewer_threads(monkeypatch
         free = iter(frees * 100)
         monkeypatch.setattr(CORES, "free", lambda free=free: next(free))
         with CORES.followed(network) as call:
-            x = sample_batch(fast, call, (1, 32, 32), range(32), sampler=sampler)
+            x = sample_batch(fast, call, (1, 32, 32), range(24), sampler=sampler)
         assert torch.get_num_threads() == 4
         with CORES.followed(network) as call:
             bits = bits_per_dim(fast, call, x, lambda i, x=x: torch.full_like(x, 0.1 * i)).total
@@ -198,3 +208,11 @@ def test_a_busy_process_is_noticed(shared):
         shared.free()
         busy.kill()
     assert shared.others > 0.3
+
+
+def test_a_system_that_does_not_tell_keeps_all_threads(monkeypatch, shared):
+    def refused(percpu):
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr(cores.psutil, "cpu_times", refused)
+    assert shared.free() == len(cores._cores())

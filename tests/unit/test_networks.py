@@ -108,7 +108,7 @@ def test_it_compiles_without_a_break(name):
 
 @EACH
 def test_it_has_the_same_bits_on_fewer_threads_if_it_claims_to(name, monkeypatch):
-    network, x = moved(built(name, (1, 16, 16))), torch.randn(16, 1, 16, 16)
+    network, x = moved(built(name, (1, 16, 16))), torch.randn(24, 1, 16, 16)
     if not getattr(network, "any_threads", False):
         pytest.skip("it does not claim to")
     before, found = torch.get_num_threads(), []
@@ -118,7 +118,7 @@ def test_it_has_the_same_bits_on_fewer_threads_if_it_claims_to(name, monkeypatch
         network.zero_grad()
         with CORES.spared(network, x):
             assert torch.get_num_threads() == free
-            out = network(x, torch.arange(16.0), y=torch.arange(16) % 3)
+            out = network(x, torch.arange(24.0), y=torch.arange(24) % 3)
             out.square().mean().backward()
         found.append([out.detach(), *(p.grad.clone() for p in network.parameters())])
     torch.set_num_threads(before)
