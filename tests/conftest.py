@@ -15,6 +15,12 @@ sys.path[:0] = [str(ROOT / name) for name in ("tests", "tests/unit", "tests/runs
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_said_of_other_tests(monkeypatch):
+    """Tests run beside others, which keep cores busy."""
+    monkeypatch.setattr("diffusion.parallel.cores.LASTING", float("inf"))
+
+
+@pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
     """accelerate keeps the process's precision and launcher for ever; a test starts without."""
     yield

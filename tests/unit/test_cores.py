@@ -165,6 +165,7 @@ def test_others_are_what_is_not_ours_and_gives_way(monkeypatch, shared):
 
 def test_a_line_says_so_while_it_lasts(monkeypatch, threads, shared):
     threads(2)
+    monkeypatch.setattr(cores, "LASTING", 5.0)
     busy = [(t, (t, t), (0.0, 0.0), t) for t in (0.0, 1.0, 3.0, 7.0, 8.0, 3700.0)]
     quiet = (3701.0, (3700.5, 3700.5), (0.0, 0.0), 3701.0)
     following = fake(monkeypatch, *busy, quiet)
