@@ -23,7 +23,7 @@ def compile_network(network: nn.Module, device: torch.device) -> str | None:
     for module in network.modules():
         if isinstance(module, nn.Embedding):
             module.forward = MethodType(_look_up, module)  # type: ignore[method-assign]
-    network.compile()
+    network.compile(dynamic=False)
     compiled: Any = network._compiled_call_impl
     sizes: dict[bool, int] = {}
 

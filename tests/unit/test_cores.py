@@ -122,7 +122,7 @@ def test_what_would_have_other_bits_keeps_all_threads(monkeypatch, threads):
     assert used_by(unet(), (2, 2), batch=22) == {2}  # 88 elements do not divide into vectors
     assert used_by(unet(), batch=17) == {2}
     compiled = unet()
-    compiled.compile(backend="eager")
+    compiled.compile(backend="eager", dynamic=False)
     assert used_by(compiled) == {2}
     unknown = unet()
     unknown.any_threads = False
