@@ -30,7 +30,7 @@ class Cores:
         self._threads = self._used = 1
         self._before = -math.inf, 0.0
         self._busy_since: float | None = None
-        self._library: torch.library.Library | None = None
+        self._override: torch.library.Library | None = None
         self._parts: dict[str, Any] = {}
         """in how many parts of the batch a weight's and a bias's gradients are computed; None: on all threads"""
 
@@ -69,10 +69,10 @@ class Cores:
         if self._used == threads:
             yield
             return
-        if self._library is None:
+        if self._override is None:
             self._kernel = torch.library.get_kernel("aten::convolution_backward", "CPU")
-            self._library = torch.library.Library("aten", "IMPL")
-            self._library.impl("convolution_backward", self._convolution_backward, "CPU")
+            self._override = torch.library.Library("aten", "IMPL")
+            self._override.impl("convolution_backward", self._convolution_backward, "CPU")
         torch.set_num_threads(self._used)
         try:
             yield
