@@ -1,4 +1,4 @@
-"""Initialisation of the U-Net: the paper's, Fixup's, and two that show why these work.
+"""Initialisation: the papers', Fixup's for the U-Net, and two that show why these work.
 
 Fixup (Zhang, Dauphin & Ma 2019, "Fixup Initialization: Residual Learning Without Normalization", section 3) has three
 rules. In this U-Net:
@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from diffusion.errors import UsageError
+from diffusion.models.dit import DiT
 from diffusion.models.layers import Layer, add_scalars
 from diffusion.models.unet import AttentionBlock, ResBlock, UNetModel
 
@@ -40,24 +41,24 @@ def check_init(init: str, use_norm: bool) -> None:
         raise UsageError("init is fixup, which is for networks without normalisation: set model.use_norm to false")
 
 
-def initialise(model: UNetModel, init: InitName) -> None:
+def initialise(model: UNetModel | DiT, init: InitName) -> None:
     """Give a newly built model the weights, and with fixup the scalars, that `init` names.
 
-    zero: as built, last layers zero (the paper). default: last layers as torch initialises any layer. small: the same
-    times 1e-5, without bias. fixup: see above; the model must be without normalisation. Raises UsageError for another
-    `init`, fixup with normalisation, and a model that has scalars already.
+    zero: as built, last layers zero (the papers). default: last layers as any other layer is drawn. small: the same
+    times 1e-5, without bias. fixup: see above; the model must be a U-Net without normalisation. Raises UsageError for
+    another `init`, fixup with normalisation, and a model that has scalars already.
     """
-    check_init(init, any(isinstance(module, nn.GroupNorm) for module in model.modules()))
+    check_init(init, any(isinstance(module, nn.GroupNorm | nn.LayerNorm) for module in model.modules()))
     if scalars(model):
         raise UsageError(f"init {init} is for a new model, and this one has Fixup's scalars: build another")
     if init in ("default", "small"):
-        for layer in last_layers(model):
+        for layer in model.last_layers():
             layer.reset_parameters()
             if init == "small":
                 with torch.no_grad():
                     layer.weight.mul_(SMALL)
                     layer.bias.zero_()  # type: ignore[union-attr]
-    elif init == "fixup":
+    elif isinstance(model, UNetModel) and init == "fixup":
         _fixup(model)
 
 
@@ -71,19 +72,13 @@ def branches(model: UNetModel) -> list[ResBlock | AttentionBlock]:
     return [module for module in model.modules() if isinstance(module, ResBlock | AttentionBlock)]
 
 
-def last_layers(model: UNetModel) -> list[Layer]:
-    """The layers that the paper sets to zero: the output's, and the last one of every branch."""
-    ends = [block.out_layers[-1] if isinstance(block, ResBlock) else block.proj_out for block in branches(model)]
-    return [*ends, model.out[-1]]  # type: ignore[list-item]
-
-
 def scalars(model: nn.Module) -> list[nn.Parameter]:
     """Fixup's scalar multipliers and biases."""
     return [p for name, p in model.named_parameters() if name.endswith(("multiplier", "bias_before"))]
 
 
 def _fixup(model: UNetModel) -> None:
-    found, last = branches(model), last_layers(model)
+    found, last = branches(model), model.last_layers()
     residual = [block for block in found if isinstance(block, ResBlock)]
     first = [layer for block in residual for layer in (block.in_layers[2], block.emb_layers[1])]
     activated = [model.time_embed[2], *first]  # layers behind an activation, except the last

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from diffusion.config.fields import Finite, Positive, section, settings_of
-from diffusion.errors import prefixed
+from diffusion.errors import UsageError, prefixed
 from diffusion.models.base import ModelConfig
+from diffusion.models.dit import DiT
 from diffusion.models.initialisation import InitName, check_init, initialise
-from diffusion.models.rules import check_sizes, check_widths
+from diffusion.models.rules import check_patches, check_sizes, check_transformer, check_widths
 from diffusion.models.unet import SuperResModel, UNetModel
 
 
@@ -71,4 +72,44 @@ class UNet(ModelConfig):
         return network
 
 
-NETWORKS: dict[str, type[ModelConfig]] = {"unet": UNet}
+@section("model")
+class Transformer(ModelConfig):
+    """The diffusion transformer, DiT."""
+
+    network: Literal["dit"] = "dit"
+    patch_size: Positive = 2
+    """side of the square patches, each of which is one position"""
+    hidden_size: Annotated[int, Field(ge=4, le=8192)] = 96
+    """width, a multiple of 4"""
+    depth: Annotated[int, Field(ge=1, le=1000)] = 6
+    """blocks, each attention and an MLP"""
+    num_heads: Positive = 3
+    """attention heads"""
+    mlp_ratio: Annotated[Finite, Field(gt=0, le=64)] = 4.0
+    """width inside the MLPs, in multiples of hidden_size"""
+    init: Literal["zero", "default", "small"] = "zero"
+    """initial weights of the layers that begin at zero: zero (the paper), default (as any other layer), small (1e-5 times
+    the default)"""
+
+    identity_at_start = True
+    compute_only = frozenset({"init"})
+
+    def __post_init__(self) -> None:
+        with prefixed("model."):
+            check_transformer(self.hidden_size, self.num_heads)
+
+    def check_sizes(self, sizes: Sequence[int]) -> None:
+        check_patches(sizes, self.patch_size)
+
+    def build(self, shape: Sequence[int], outputs: int, num_classes: int, upsampler: bool) -> DiT:
+        if upsampler:
+            raise UsageError("data.low_res_size is for model.network unet; a dit is not given a smaller image")
+        options = settings_of(self)
+        del options["network"], options["class_cond"], options["init"]
+        learn_sigma = outputs != shape[0]
+        network = DiT(shape[1:], in_channels=shape[0], num_classes=num_classes, learn_sigma=learn_sigma, **options)
+        initialise(network, self.init)
+        return network
+
+
+NETWORKS: dict[str, type[ModelConfig]] = {"unet": UNet, "dit": Transformer}

@@ -1,6 +1,8 @@
-"""Which widths, heads and sizes the U-Net can have."""
+"""Which widths, heads and sizes the networks can have, and what they can be called with."""
 
 from collections.abc import Sequence
+
+from torch import Tensor
 
 from diffusion.errors import UsageError
 
@@ -44,3 +46,30 @@ def check_sizes(sizes: Sequence[int], levels: int) -> None:
         nearest = [max(divisor, round(size / divisor) * divisor) for size in sizes[-2:]]
         size, right = ("x".join(map(str, values)) for values in (sizes, [*sizes[:-2], *nearest]))
         raise UsageError(f"size is {size}, which {levels} levels do not divide: the nearest that they do is {right}")
+
+
+def check_transformer(hidden_size: int, num_heads: int) -> None:
+    """Raise UsageError, which begins with the argument's name, where `DiT` cannot have this width or these heads."""
+    if hidden_size % 4:
+        nearest = max(4, round(hidden_size / 4) * 4)
+        raise UsageError(f"hidden_size is {hidden_size}; it must be a multiple of 4, such as {nearest}")
+    if hidden_size % num_heads:
+        raise UsageError(f"num_heads is {num_heads}, which does not divide hidden_size {hidden_size}")
+
+
+def check_patches(sizes: Sequence[int], patch_size: int) -> None:
+    """Raise UsageError if `sizes` are not two that patches divide."""
+    if len(sizes) != 2 or any(size % patch_size for size in sizes):
+        size = "x".join(map(str, sizes))
+        raise UsageError(f"size is {size}; a transformer needs two sizes, which patch_size {patch_size} divides")
+
+
+def check_input(x: Tensor, y: Tensor | None, channels: int, num_classes: int) -> None:
+    """Raise UsageError if a network of so many channels and classes (0: none) cannot be called with x and y."""
+    if (y is not None) != bool(num_classes):
+        has = f"{num_classes} classes" if num_classes else "no classes"
+        raise UsageError(f"the model has {has}, and the call gives {'no ' if y is None else ''}labels y")
+    if y is not None and (y.shape != x.shape[:1] or y.is_floating_point()):
+        raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x)},)")
+    if x.shape[1] != channels:
+        raise UsageError(f"the input has {x.shape[1]} channels, and the model {channels}")

@@ -12,7 +12,7 @@ from torch import nn
 from diffusion import UNetModel, UsageError
 from diffusion.commands.command_line import parse_command_line
 from diffusion.config.schema import Config
-from diffusion.models.initialisation import branches, initialise, last_layers, layers, scalars
+from diffusion.models.initialisation import branches, initialise, layers, scalars
 from diffusion.models.layers import Conv2d, Linear, SiLU, add_scalars
 from diffusion.models.unet import AttentionBlock, ResBlock
 
@@ -168,7 +168,7 @@ def test_the_other_choices():
     torch.manual_seed(3)
     built = UNetModel(1, 32, 2, 1, (2,), channel_mult=(1, 2), num_heads=2, use_scale_shift_norm=True, num_classes=10)
     assert_same_bits(dict(zero.state_dict()), dict(built.state_dict()))
-    ends = [{id(layer) for layer in last_layers(model)} for model in (zero, default, little)]
+    ends = [{id(layer) for layer in model.last_layers()} for model in (zero, default, little)]
     for a, b, c in zip(*map(layers, (zero, default, little)), strict=True):
         if id(a) in ends[0]:
             assert not a.weight.any()
@@ -206,7 +206,7 @@ def test_branches_wake_up_from_the_output_inwards(init, optimizer):
     all that is left."""
     model = unet(init)
     names = {id(module): name for name, module in model.named_modules()}
-    ends = {f"{names[id(layer)]}.weight" for layer in last_layers(model)}
+    ends = {f"{names[id(layer)]}.weight" for layer in model.last_layers()}
     inside = {f"{names[id(block)]}.{name}" for block in branches(model) for name, _ in block.named_parameters()
               if not name.startswith(("skip_connection", "out_layers.3", "proj_out"))}  # fmt: skip
     everything = {name for name, _ in model.named_parameters()}
