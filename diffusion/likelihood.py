@@ -44,7 +44,7 @@ def bits_per_dim(
         z = noise(step)
         x_t = process.q_sample(x_start, t, z)
         output = model(x_t, process.network_t(t))
-        pred_xstart = process.p_mean_variance(output, x_t, t, clip_denoised).pred_xstart
+        pred_xstart = process.predict_xstart(output, x_t, t, clip_denoised)
         eps = process.predict_eps(x_t, t, pred_xstart)
         vb = variational_bound(process, output, x_start, x_t, t, clip_denoised)
         terms.append((vb, mean_flat((pred_xstart - x_start) ** 2), mean_flat((eps - z) ** 2)))

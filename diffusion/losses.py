@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.errors import check_name
-from diffusion.process import PREDICTIONS, GaussianDiffusion
+from diffusion.process import GaussianDiffusion
 
 LossType = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -104,8 +104,26 @@ def unweighted(process: GaussianDiffusion) -> NDArray[np.float64]:
 
 def min_snr(process: GaussianDiffusion, *, gamma: Annotated[float, (1e-9, 1e9)] = 5.0) -> NDArray[np.float64]:
     """Errors of the predicted x_0 by min(signal-to-noise ratio, `gamma`) (Hang et al. 2023, section 3.4)."""
-    return np.minimum(process.tables["snr"], gamma) / PREDICTIONS[process.prediction].error(process)
+    return np.minimum(process.tables["snr"], gamma) / process.squared_error(process.prediction)
 
 
-WEIGHTINGS: dict[str, Callable[..., NDArray[np.float64]]] = {"none": unweighted, "min_snr": min_snr}
+def as_velocity(process: GaussianDiffusion) -> NDArray[np.float64]:
+    """Errors of the predicted velocity, whatever the network predicts."""
+    return process.squared_error("velocity") / process.squared_error(process.prediction)
+
+
+def likelihood(process: GaussianDiffusion) -> NDArray[np.float64]:
+    """Errors of the predicted noise by -d log(alpha / sigma) / ds, as in a continuous variational bound (Kingma et al.
+    2021, eq. 17; SiT)."""
+    of_noise = process.squared_error("epsilon")
+    slope = np.sqrt(process.squared_error("velocity") / of_noise) / process.tables["sigma"]
+    return slope * of_noise / process.squared_error(process.prediction)
+
+
+WEIGHTINGS: dict[str, Callable[..., NDArray[np.float64]]] = {
+    "none": unweighted,
+    "min_snr": min_snr,
+    "velocity": as_velocity,
+    "likelihood": likelihood,
+}
 """process -> (T,), factors of the simple loss of each timestep."""

@@ -27,16 +27,17 @@ class PMeanVariance(NamedTuple):
 
 
 class GaussianDiffusion:
-    """A Gaussian diffusion process and the meaning of a network's output in it.
+    """A Gaussian process x_t = alpha x_0 + sigma epsilon, and the meaning of a network's output in it.
 
     Args:
-        schedule: the betas.
-        prediction: what the network predicts: the noise (epsilon), x_0 (x_start), the mean of x_{t-1} (previous_x), or
-            v = alpha epsilon - sigma x_0 (Salimans & Ho 2022, section 4), with x_t = alpha x_0 + sigma epsilon.
+        schedule: alpha and sigma at each step. Those of a diffusion come from betas; a flow has none, and so no
+            posterior, no ancestral sampling and no variational bound.
+        prediction: what the network predicts (see `PREDICTIONS`).
         variance_type: where the variance of p comes from. `fixed_small` is the posterior's, `fixed_large` is beta;
             `learned` reads its logarithm from a second half of the output's channels, `learned_range` reads there
-            how far it lies between the two fixed ones (eq. 15).
-        rescale_timesteps: give the network t as if the original process had 1000 steps.
+            how far it lies between the two fixed ones (eq. 15). A flow does not use it.
+        rescale_timesteps: give the network t as if the original process had 1000 steps. Of a flow, it is given 1000 s,
+            or else 1 - s, the time of SiT, which goes from 0 (noise) to 1 (data).
 
     Attributes:
         tables: the coefficients of the equations by name: float64 arrays (T,), looked up in float32.
@@ -49,49 +50,26 @@ class GaussianDiffusion:
         check_name("prediction", prediction, PREDICTIONS)
         check_name("variance_type", variance_type, get_args(VarianceType))
         self.schedule, self.prediction, self.variance_type = schedule, prediction, variance_type
-        betas = schedule.betas
-        alphas_cumprod = np.cumprod(1 - betas)
-        if alphas_cumprod[-1] == 0 and prediction not in ("v", "x_start"):
-            right = "where the schedule ends in pure noise, it must be v or x_start"
+        self.tables = _path_tables(schedule, rescale_timesteps)
+        if schedule.betas is not None:
+            self.tables |= _diffusion_tables(schedule.betas)
+        elif self.learns_variance:
+            raise UsageError(f"variance is {variance_type}, and a flow has none to learn: it must be fixed_small")
+        # x_t and the output are two equations for x_0 and epsilon; this is what they give for x_0.
+        alpha, sigma = self.tables["alpha"], self.tables["sigma"]
+        of_x_start, of_noise = PREDICTIONS[prediction](self)
+        determinant = alpha * of_noise - sigma * of_x_start
+        if determinant[-1] == 0:
+            right = "where the path ends in pure noise, it must be v, velocity or x_start, or a flow's s_max be below 1"
             raise UsageError(f"prediction is {prediction}, which does not determine x_0 in pure noise: {right}")
-        alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
-        # q(x_{t-1} | x_t, x_0), eqs. 10 and 11. Its variance is 0 at t = 0, so its logarithm uses that of t = 1.
-        posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
-        first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
-        coef1 = betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod)
-        coef2 = (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod)
-        with np.errstate(divide="ignore"):  # infinite in pure noise, and read there by no prediction that is allowed
-            recip_alphas_cumprod, recip_coef1 = 1 / alphas_cumprod, 1 / coef1
-        network_t = np.array(schedule.timestep_map, dtype=np.float32)
-        if rescale_timesteps:  # float32 as in the published code: the embedding's fastest sinusoid sees the difference
-            network_t = network_t * np.float32(1000 / schedule.original_steps)
-        self.tables: dict[str, NDArray[Any]] = {
-            "betas": betas,
-            "log_betas": np.log(betas),
-            "alphas_cumprod": alphas_cumprod,
-            "alphas_cumprod_prev": alphas_cumprod_prev,
-            "alphas_cumprod_next": np.append(alphas_cumprod[1:], 0.0),
-            "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_cumprod),
-            "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
-            "sqrt_recip_alphas_cumprod": np.sqrt(recip_alphas_cumprod),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(recip_alphas_cumprod - 1),
-            "posterior_variance": posterior_variance,
-            "posterior_log_variance_clipped": np.log(np.append(first_variance, posterior_variance[1:])),
-            "posterior_mean_coef1": coef1,
-            "posterior_mean_coef2": coef2,
-            "recip_posterior_mean_coef1": recip_coef1,
-            "posterior_mean_coef2_over_coef1": coef2 / coef1,
-            "fixed_large_log_variance": np.log(np.append(first_variance, betas[1:])),
-            "network_t": network_t,
-            "snr": alphas_cumprod / (1 - alphas_cumprod),
-        }
+        self.tables |= {"target_x_start": of_x_start, "target_noise": of_noise}
+        self.tables |= {"x_start_from_x_t": of_noise / determinant, "x_start_from_output": -sigma / determinant}
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
     def num_timesteps(self) -> int:
         """T, the number of steps left after respacing."""
-        return len(self.schedule.betas)
+        return len(self.schedule.timestep_map)
 
     @property
     def learns_variance(self) -> bool:
@@ -104,47 +82,71 @@ class GaussianDiffusion:
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t given x_0 and the noise (eq. 9)."""
-        signal = self.at("sqrt_alphas_cumprod", t, x_start)
-        return signal * x_start + self.at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+        return self.at("alpha", t, x_start) * x_start + self.at("sigma", t, x_start) * noise
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(x_t | x_0) (eq. 8)."""
-        log_variance = self.at("log_one_minus_alphas_cumprod", t, x_start)
-        return self.at("sqrt_alphas_cumprod", t, x_start) * x_start, log_variance
+        return self.at("alpha", t, x_start) * x_start, self.at("log_one_minus_alphas_cumprod", t, x_start)
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance (clipped at t = 0) of q(x_{t-1} | x_t, x_0) (eqs. 10 to 12)."""
+        self.check_diffusion("q(x_{t-1} | x_t, x_0)")
         mean = self.at("posterior_mean_coef1", t, x_t) * x_start + self.at("posterior_mean_coef2", t, x_t) * x_t
         return mean, self.at("posterior_log_variance_clipped", t, x_t)
 
-    def p_mean_variance(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> PMeanVariance:
-        """p(x_{t-1} | x_t) from the network's output at x_t.
+    def predict_xstart(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> Tensor:
+        """The x_0 that the network's output at x_t says.
 
         Args:
             output: (B, C, ...), or (B, 2C, ...) where the variance is learned.
             clip_denoised: keep the predicted x_0 in [-1, 1].
         """
-        mean_output, log_variance = self._split(output, x_t, t)
-        pred_xstart = PREDICTIONS[self.prediction].x_start(self, mean_output, x_t, t)
-        if clip_denoised:
-            pred_xstart = pred_xstart.clamp(-1, 1)
+        self.check_output(output, x_t)
+        part = self.at("x_start_from_output", t, x_t) * output[:, : x_t.shape[1]]
+        pred_xstart = self.at("x_start_from_x_t", t, x_t) * x_t + part
+        return pred_xstart.clamp(-1, 1) if clip_denoised else pred_xstart
+
+    def p_mean_variance(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> PMeanVariance:
+        """p(x_{t-1} | x_t) from the network's output at x_t. The arguments are those of `predict_xstart`."""
+        pred_xstart = self.predict_xstart(output, x_t, t, clip_denoised)
+        posterior_mean, posterior_log_variance = self.q_posterior(pred_xstart, x_t, t)
+        mean_output, variance_output = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
+        if self.variance_type == "fixed_small":
+            log_variance = posterior_log_variance
+        elif self.variance_type == "fixed_large":
+            log_variance = self.at("fixed_large_log_variance", t, x_t)
+        elif self.variance_type == "learned":
+            log_variance = variance_output
+        else:
+            fraction = (variance_output + 1) / 2
+            log_variance = fraction * self.at("log_betas", t, x_t) + (1 - fraction) * posterior_log_variance
         # The mean follows from the predicted x_0, except where the network predicts the mean itself.
-        mean = mean_output if self.prediction == "previous_x" else self.q_posterior(pred_xstart, x_t, t)[0]
+        mean = mean_output if self.prediction == "previous_x" else posterior_mean
         return PMeanVariance(mean, log_variance.expand_as(x_t), pred_xstart)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         """The noise that leads from `pred_xstart` to x_t: eq. 9 solved for epsilon."""
-        noise = x_t - self.at("sqrt_alphas_cumprod", t, x_t) * pred_xstart
-        return noise / self.at("sqrt_one_minus_alphas_cumprod", t, x_t)
+        return (x_t - self.at("alpha", t, x_t) * pred_xstart) / self.at("sigma", t, x_t)
 
     def mean_target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The target of the network's mean channels at x_t."""
-        return PREDICTIONS[self.prediction].target(self, x_start, x_t, t, noise)
+        return self.at("target_x_start", t, x_t) * x_start + self.at("target_noise", t, x_t) * noise
 
-    def ddim_alphas(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """alphas_cumprod at t, one step towards the data, and one step towards the noise, to multiply with `like`."""
-        now, before, after = (self.at(f"alphas_cumprod{suffix}", t, like) for suffix in ("", "_prev", "_next"))
-        return now, before, after
+    def path(self, i: int) -> tuple[float, float]:
+        """alpha and sigma at step i: 1 and 0 at -1, beyond the first step, and 0 and 1 at T, beyond the last."""
+        if i in (-1, self.num_timesteps):
+            return float(i == -1), float(i != -1)
+        return float(self.tables["alpha"][i]), float(self.tables["sigma"][i])
+
+    def squared_error(self, prediction: str) -> NDArray[np.float64]:
+        """The squared error of a prediction where that of the predicted x_0 is 1: (T,)."""
+        of_x_start, of_noise = PREDICTIONS[prediction](self)
+        return (of_x_start - of_noise * self.tables["alpha"] / self.tables["sigma"]) ** 2
+
+    def check_diffusion(self, what: str) -> None:
+        """Raise UsageError if this is a flow, which has no `what`."""
+        if self.schedule.betas is None:
+            raise UsageError(f"{what} is of a diffusion, and a flow, which has no betas, has none")
 
     def check_output(self, output: Tensor, x_t: Tensor) -> None:
         """Raise UsageError if the network's output does not have the channels of this process."""
@@ -152,20 +154,6 @@ class GaussianDiffusion:
         if output.shape[1] != wanted:
             right = f"variance_type {self.variance_type} needs {wanted} for images of {x_t.shape[1]}"
             raise UsageError(f"the network's output has {output.shape[1]} channels; {right}")
-
-    def _split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean's part of the output, and the log variance."""
-        self.check_output(output, x_t)
-        if self.variance_type == "fixed_small":
-            return output, self.at("posterior_log_variance_clipped", t, x_t)
-        if self.variance_type == "fixed_large":
-            return output, self.at("fixed_large_log_variance", t, x_t)
-        mean_output, variance_output = output.chunk(2, dim=1)
-        if self.variance_type == "learned":
-            return mean_output, variance_output
-        smallest, largest = (self.at(name, t, x_t) for name in ("posterior_log_variance_clipped", "log_betas"))
-        fraction = (variance_output + 1) / 2
-        return mean_output, fraction * largest + (1 - fraction) * smallest
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """The table `name` at `t`, shaped (B, 1, ...) to multiply with `like`."""
@@ -178,53 +166,83 @@ class GaussianDiffusion:
         return self._on_device[name, device]
 
 
-class Prediction(NamedTuple):
-    """What the network's mean channels stand for."""
-
-    target: Callable[[GaussianDiffusion, Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(process, x_start, x_t, t, noise) -> what they are trained to be."""
-    x_start: Callable[[GaussianDiffusion, Tensor, Tensor, Tensor], Tensor]
-    """(process, mean channels, x_t, t) -> the predicted x_0."""
-    error: Callable[[GaussianDiffusion], NDArray[np.float64]]
-    """process -> (T,), the squared error of these channels where that of the predicted x_0 is 1."""
-
-
-def _x_start_from_epsilon(process: GaussianDiffusion, epsilon: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Eq. 9 solved for x_0."""
-    noise = process.at("sqrt_recipm1_alphas_cumprod", t, x_t) * epsilon
-    return process.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - noise
+def _path_tables(schedule: Schedule, rescale_timesteps: bool) -> dict[str, NDArray[Any]]:
+    path, steps = schedule.path, schedule.original_steps
+    tables = {"alpha": path.alphas, "sigma": path.sigmas, "snr": (path.alphas / path.sigmas) ** 2}
+    tables |= {"alpha_slope": path.alpha_slopes, "sigma_slope": path.sigma_slopes}
+    if schedule.betas is None:  # and, as number -1, at the data
+        s = np.append(path.s, 0.0)
+        return tables | {"network_t": 1000 * s if rescale_timesteps else 1 - s}
+    network_t = np.array(schedule.timestep_map, dtype=np.float32)
+    if rescale_timesteps:  # float32 as in the published code: the embedding's fastest sinusoid sees the difference
+        network_t = network_t * np.float32(1000 / steps)
+    return tables | {"network_t": network_t}
 
 
-def _x_start_from_previous_x(process: GaussianDiffusion, mean: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Eq. 11 solved for x_0."""
-    share_of_x_t = process.at("posterior_mean_coef2_over_coef1", t, x_t) * x_t
-    return process.at("recip_posterior_mean_coef1", t, x_t) * mean - share_of_x_t
+def _diffusion_tables(betas: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
+    alphas_cumprod = np.cumprod(1 - betas)
+    alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+    # q(x_{t-1} | x_t, x_0), eqs. 10 and 11. Its variance is 0 at t = 0, so its logarithm uses that of t = 1.
+    posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+    first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
+    with np.errstate(divide="ignore"):  # infinite in pure noise
+        recip_alphas_cumprod = 1 / alphas_cumprod
+    return {
+        "betas": betas,
+        "log_betas": np.log(betas),
+        "alphas_cumprod": alphas_cumprod,
+        "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": np.sqrt(recip_alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip_alphas_cumprod - 1),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance_clipped": np.log(np.append(first_variance, posterior_variance[1:])),
+        "posterior_mean_coef1": betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
+        "fixed_large_log_variance": np.log(np.append(first_variance, betas[1:])),
+    }
 
 
-def _v(process: GaussianDiffusion, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Salimans & Ho (2022), section 4."""
-    signal = process.at("sqrt_alphas_cumprod", t, x_t)
-    return signal * noise - process.at("sqrt_one_minus_alphas_cumprod", t, x_t) * x_start
+Coefficients = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def _x_start_from_v(process: GaussianDiffusion, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    noise = process.at("sqrt_one_minus_alphas_cumprod", t, x_t) * v
-    return process.at("sqrt_alphas_cumprod", t, x_t) * x_t - noise
+def epsilon(process: GaussianDiffusion) -> Coefficients:
+    """The noise (Ho et al. 2020)."""
+    return np.zeros(process.num_timesteps), np.ones(process.num_timesteps)
 
 
-PREDICTIONS = {
-    "epsilon": Prediction(
-        lambda process, x_start, x_t, t, noise: noise, _x_start_from_epsilon, lambda process: process.tables["snr"]
-    ),
-    "x_start": Prediction(
-        lambda process, x_start, x_t, t, noise: x_start,
-        lambda process, x_start, x_t, t: x_start,
-        lambda process: np.ones(process.num_timesteps),
-    ),
-    "previous_x": Prediction(
-        lambda process, x_start, x_t, t, noise: process.q_posterior(x_start, x_t, t)[0],
-        _x_start_from_previous_x,
-        lambda process: process.tables["posterior_mean_coef1"] ** 2,
-    ),
-    "v": Prediction(_v, _x_start_from_v, lambda process: process.tables["snr"] + 1),
+def x_start(process: GaussianDiffusion) -> Coefficients:
+    """x_0."""
+    return np.ones(process.num_timesteps), np.zeros(process.num_timesteps)
+
+
+def previous_x(process: GaussianDiffusion) -> Coefficients:
+    """The mean of x_{t-1} (eq. 11, with x_t written out)."""
+    process.check_diffusion("prediction previous_x")
+    of_x_start, of_x_t = process.tables["posterior_mean_coef1"], process.tables["posterior_mean_coef2"]
+    return of_x_start + of_x_t * process.tables["alpha"], of_x_t * process.tables["sigma"]
+
+
+def v(process: GaussianDiffusion) -> Coefficients:
+    """alpha epsilon - sigma x_0 (Salimans & Ho 2022, section 4)."""
+    return -process.tables["sigma"], process.tables["alpha"]
+
+
+def velocity(process: GaussianDiffusion) -> Coefficients:
+    """d x_t / ds, which flow matching predicts (Lipman et al. 2022): on the straight path, epsilon - x_0."""
+    return process.tables["alpha_slope"], process.tables["sigma_slope"]
+
+
+def score(process: GaussianDiffusion) -> Coefficients:
+    """The gradient of log q(x_t) (Song et al. 2020), -epsilon / sigma."""
+    return np.zeros(process.num_timesteps), -1 / process.tables["sigma"]
+
+
+PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Coefficients]] = {
+    "epsilon": epsilon,
+    "x_start": x_start,
+    "previous_x": previous_x,
+    "v": v,
+    "velocity": velocity,
+    "score": score,
 }
+"""process -> (T,) and (T,): how much of x_0 and of epsilon the network's mean channels are the sum of."""

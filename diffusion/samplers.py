@@ -46,14 +46,20 @@ def ddim(
     eta: Annotated[float, (0, 1)] = 0.0, clip_denoised: bool = True,
 ) -> Tensor:  # fmt: skip
     """DDIM (Song et al. 2020, eq. 12): x_T (B, C, ...) -> x_0. `eta` 0 is deterministic, 1 adds DDPM's noise."""
+    is_flow, squares = process.schedule.betas is None, ((process.tables[name] ** 2) for name in ("alpha", "sigma"))
+    alphas2, sigmas2 = (
+        torch.tensor([*square, end], dtype=x.dtype) for square, end in zip(squares, (1, 0), strict=True)
+    )
+    if not is_flow:
+        sigmas2 = 1 - alphas2  # rounded as in the published code, which shows in the samples
     for step in progress(range(process.num_timesteps)):
-        t = _timestep(process.num_timesteps - 1 - step, x)
-        pred_xstart, eps = _predict(process, model, x, t, clip_denoised)
-        alpha_bar, alpha_bar_prev, _ = process.ddim_alphas(t, x)
-        sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
-        rest = torch.sqrt((1 - alpha_bar_prev - sigma**2).clamp(min=0))  # rounding can take it below 0
-        mean = pred_xstart * torch.sqrt(alpha_bar_prev) + rest * eps
-        x = mean + sigma * noise(step)  # sigma is 0 at the last step
+        i = process.num_timesteps - 1 - step  # the step after 0 is -1, the data
+        pred_xstart, eps = _predict(process, model, x, _timestep(i, x), clip_denoised)
+        ratio = alphas2[i] / alphas2[i - 1]
+        between = sigmas2[i] - ratio * sigmas2[i - 1] if is_flow else 1 - ratio  # the variance of q(x_t | x_{t-1})
+        spread = eta * torch.sqrt(sigmas2[i - 1] / sigmas2[i]) * torch.sqrt(between)
+        rest = torch.sqrt((sigmas2[i - 1] - spread**2).clamp(min=0))  # rounding can take it below 0
+        x = torch.sqrt(alphas2[i - 1]) * pred_xstart + rest * eps + spread * noise(step)  # spread is 0 at the last step
     return x
 
 
@@ -65,8 +71,8 @@ def ddim_reverse(
     for step in progress(range(process.num_timesteps)):
         t = _timestep(step, x)
         pred_xstart, eps = _predict(process, model, x, t, clip_denoised)
-        _, _, alpha_bar_next = process.ddim_alphas(t, x)
-        x = pred_xstart * torch.sqrt(alpha_bar_next) + torch.sqrt(1 - alpha_bar_next) * eps
+        next_alpha, next_sigma = process.path(step + 1)
+        x = next_alpha * pred_xstart + next_sigma * eps
     return x
 
 
@@ -81,7 +87,7 @@ def dpmpp(
     lambda = log(alpha / sigma). The last `order` predictions are interpolated by a polynomial, whose integral is exact.
     Order 1 is DDIM.
     """
-    alphas, sigmas = process.tables["sqrt_alphas_cumprod"], process.tables["sqrt_one_minus_alphas_cumprod"]
+    alphas, sigmas = process.tables["alpha"], process.tables["sigma"]
     with np.errstate(divide="ignore"):
         lambdas = np.log(alphas / sigmas)
     history: list[Tensor] = []
@@ -129,9 +135,38 @@ def heun(
     for i in progress(range(process.num_timesteps)[::-1]):
         pred_xstart, eps = _predict(process, model, x, _timestep(i, x), clip_denoised)
         x = _follow(process, i, pred_xstart, eps, eps)
-        if i and process.tables["alphas_cumprod"][i]:
+        if i and process.path(i)[0]:
             eps_next = _predict(process, model, x, _timestep(i - 1, x), clip_denoised)[1]
             x = _follow(process, i, pred_xstart, eps, (eps + eps_next) / 2)
+    return x
+
+
+@torch.no_grad()
+def ode(
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, noise: Noise, progress: Progress = iter, *,
+    order: Annotated[int, (1, 2)] = 2, clip_denoised: bool = True,
+) -> Tensor:  # fmt: skip
+    """Euler's (order 1) or Heun's method (2) for dx / ds = velocity, as flow matching samples (Ma et al. 2024, SiT):
+    x_T (B, C, ...) -> x_0, deterministic.
+
+    Of order 2, T steps take 2 T evaluations where the network predicts the velocity of a flow, else 2 T - 1.
+    """
+    s = np.append(process.schedule.path.s, 0.0)  # of step -1, the data
+    at_the_data = process.schedule.betas is None and process.prediction == "velocity"
+
+    def velocity(x: Tensor, i: int) -> Tensor:
+        t = _timestep(i, x)
+        if i < 0:
+            return model(x, process.network_t(t))[:, : x.shape[1]]
+        pred_xstart, eps = _predict(process, model, x, t, clip_denoised)
+        alpha_slope, sigma_slope = (float(process.tables[f"{name}_slope"][i]) for name in ("alpha", "sigma"))
+        return alpha_slope * pred_xstart + sigma_slope * eps
+
+    for i in progress(range(process.num_timesteps)[::-1]):
+        step, slope = float(s[i - 1] - s[i]), velocity(x, i)
+        if order == 2 and (i or at_the_data):
+            slope = (slope + velocity(x + step * slope, i - 1)) / 2
+        x = x + step * slope
     return x
 
 
@@ -141,10 +176,9 @@ ADAMS_BASHFORTH = (1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24
 def _follow(process: GaussianDiffusion, i: int, pred_xstart: Tensor, eps: Tensor, slope: Tensor) -> Tensor:
     """From step i to the next cleaner one, in y = x / alpha and s = sigma / alpha, where dy / ds = epsilon: DDIM's step
     along `eps`, and what `slope` adds to it."""
-    alphas, sigmas = process.tables["sqrt_alphas_cumprod"], process.tables["sqrt_one_minus_alphas_cumprod"]
-    alpha, sigma = (float(values[i - 1]) if i else last for values, last in ((alphas, 1.0), (sigmas, 0.0)))
-    x = alpha * pred_xstart + sigma * eps
-    return x if slope is eps else x + (sigma - alpha * float(sigmas[i] / alphas[i])) * (slope - eps)
+    (alpha, sigma), (next_alpha, next_sigma) = process.path(i), process.path(i - 1)
+    x = next_alpha * pred_xstart + next_sigma * eps
+    return x if slope is eps else x + (next_sigma - next_alpha * (sigma / alpha)) * (slope - eps)
 
 
 def _exponential_weights(nodes: NDArray[np.float64], end: float) -> NDArray[np.float64]:
@@ -163,7 +197,7 @@ def _predict(
     process: GaussianDiffusion, model: Denoiser, x: Tensor, t: Tensor, clip_denoised: bool
 ) -> tuple[Tensor, Tensor]:
     """The predicted x_0, and the noise that leads from it to x."""
-    pred_xstart = process.p_mean_variance(model(x, process.network_t(t)), x, t, clip_denoised).pred_xstart
+    pred_xstart = process.predict_xstart(model(x, process.network_t(t)), x, t, clip_denoised)
     return pred_xstart, process.predict_eps(x, t, pred_xstart)
 
 
@@ -183,14 +217,17 @@ class Sampler(NamedTuple):
     """the steps if none are given (see `place_timesteps`)"""
     solver: bool = False
     """whether it needs to begin with almost pure noise"""
+    ancestral: bool = False
+    """whether it draws from p(x_{t-1} | x_t), which a flow does not have"""
 
 
 SAMPLERS = {
-    "ddpm": Sampler(ddpm),
+    "ddpm": Sampler(ddpm, ancestral=True),
     "ddim": Sampler(ddim, "50"),
     "dpmpp": Sampler(dpmpp, "logsnr12", solver=True),
     "ipndm": Sampler(ipndm, "logsnr12", solver=True),
     "heun": Sampler(heun, "logsnr10", solver=True),
+    "ode": Sampler(ode, "25", solver=True),
 }
 
 
@@ -201,13 +238,15 @@ def usual_steps(name: str, num_timesteps: int) -> str:
 
 
 def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffusion) -> None:
-    """Raise UsageError where a sampler cannot work in a process: with fewer steps than its order, or, for a solver,
-    from a last step that is far from the pure noise it begins with."""
+    """Raise UsageError where a sampler cannot work in a process: with fewer steps than its order, in a flow, or, for a
+    solver, from a last step that is far from the pure noise it begins with."""
     sampler = SAMPLERS[name]
+    if sampler.ancestral:
+        process.check_diffusion(f"sampler {name}")
     order, steps = {**options_of(sampler.run), **options}.get("order", 1), process.num_timesteps
     if steps < order:
         raise UsageError(f"{name} of order {order} needs at least {order} steps, and is given {steps}")
-    signal = process.tables["sqrt_alphas_cumprod"][-1]
+    signal = process.path(steps - 1)[0]
     if sampler.solver and signal > LARGEST_SIGNAL:
         step = f"the noisiest step, {process.schedule.timestep_map[-1]} of {process.schedule.original_steps}"
         right = f"it may hold {LARGEST_SIGNAL:.0%}, as that of logsnr10 does"

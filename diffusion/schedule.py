@@ -1,13 +1,14 @@
-"""Noise schedules: betas, and the timesteps that are kept. All in float64.
+"""Noise schedules: the path x_t = alpha x_0 + sigma epsilon, and the timesteps that are kept. All in float64.
 
-Nichol & Dhariwal (2021), sections 3.2 (cosine schedule) and 4 (respacing).
+Nichol & Dhariwal (2021), sections 3.2 (cosine schedule) and 4 (respacing). A diffusion's schedule is its betas, which
+give alpha^2 + sigma^2 = 1. Flow matching (Lipman et al. 2022; Ma et al. 2024, "SiT") takes other paths, without betas.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,18 @@ Respacing = str | int | Sequence[int]
 """Which timesteps of a schedule are kept (see `place_timesteps`)."""
 LOWEST_LOG_SNR = -5.1
 """log(alpha / sigma) below which no timestep is placed by signal-to-noise ratio."""
+
+
+class Path(NamedTuple):
+    """The path of each timestep, (T,), over s, which goes from 0 (the data) to 1 (the noise)."""
+
+    s: NDArray[np.float64]
+    alphas: NDArray[np.float64]
+    sigmas: NDArray[np.float64]
+    alpha_slopes: NDArray[np.float64]
+    """d alpha / ds"""
+    sigma_slopes: NDArray[np.float64]
+    """d sigma / ds"""
 
 
 def linear_betas(steps: int) -> NDArray[np.float64]:
@@ -42,8 +55,29 @@ def cosine_betas(steps: int, max_beta: float = 0.999) -> NDArray[np.float64]:
     return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)])
 
 
-SCHEDULES: dict[str, Callable[..., NDArray[np.float64]]] = {"linear": linear_betas, "cosine": cosine_betas}
-"""steps -> betas (steps,)."""
+EndOfPath = Annotated[float, (0.5, 1)]
+
+
+def flow(steps: int, *, s_max: EndOfPath = 1.0) -> Path:
+    """The straight path of flow matching: alpha = 1 - s, sigma = s, with s up to `s_max`, evenly spaced."""
+    s = np.arange(1, steps + 1) / steps * s_max
+    return Path(s, 1 - s, s, -np.ones(steps), np.ones(steps))
+
+
+def gvp(steps: int, *, s_max: EndOfPath = 1.0) -> Path:
+    """The trigonometric path of SiT, its "generalised VP": alpha = cos(pi s / 2), sigma = sin(pi s / 2)."""
+    s = np.arange(1, steps + 1) / steps * s_max
+    alphas, sigmas = np.sin(math.pi / 2 * (1 - s)), np.sin(math.pi / 2 * s)  # this way alpha is 0 where s is 1
+    return Path(s, alphas, sigmas, -math.pi / 2 * sigmas, math.pi / 2 * alphas)
+
+
+SCHEDULES: dict[str, Callable[..., NDArray[np.float64] | Path]] = {
+    "linear": linear_betas,
+    "cosine": cosine_betas,
+    "flow": flow,
+    "gvp": gvp,
+}
+"""steps -> betas (steps,), or the path of a flow."""
 
 
 def space_timesteps(steps: int, respacing: str) -> list[int]:
@@ -82,8 +116,8 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
     return kept
 
 
-def place_timesteps(alphas_cumprod: NDArray[np.float64], respacing: Respacing) -> list[int]:
-    """The timesteps that a respacing keeps of a schedule, in ascending order.
+def place_timesteps(log_snr: NDArray[np.float64], respacing: Respacing) -> list[int]:
+    """The timesteps that a respacing keeps of a schedule with these log(alpha / sigma), in ascending order.
 
     Beside the strings of `space_timesteps`: `"logsnrN"` keeps N, evenly spaced in log(alpha / sigma) (Lu et al. 2022),
     `"karrasN"` keeps N, evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5), and a sequence keeps the
@@ -92,7 +126,7 @@ def place_timesteps(alphas_cumprod: NDArray[np.float64], respacing: Respacing) -
 
     Raises UsageError if it is none of these, asks for too many steps, or lists some out of order or range.
     """
-    steps = len(alphas_cumprod)
+    steps = len(log_snr)
     if not isinstance(respacing, str | int):
         kept = list(respacing)
         if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= steps:
@@ -103,10 +137,9 @@ def place_timesteps(alphas_cumprod: NDArray[np.float64], respacing: Respacing) -
     if not placed:
         return space_timesteps(steps, respacing)
     wanted = _counts(placed[2], respacing)
-    pure_noise = [steps - 1] if alphas_cumprod[-1] == 0 else []
-    reached = alphas_cumprod[: steps - len(pure_noise)]
-    log_snr = 0.5 * np.log(reached / (1 - reached))
-    last = min(int((log_snr >= LOWEST_LOG_SNR).sum()), len(reached) - 1)
+    pure_noise = [] if np.isfinite(log_snr[-1]) else [steps - 1]
+    log_snr = log_snr[: steps - len(pure_noise)]
+    last = min(int((log_snr >= LOWEST_LOG_SNR).sum()), len(log_snr) - 1)
     count = wanted[0] - len(pure_noise)
     if len(wanted) > 1 or not 1 <= count <= last + 1:
         least, most = 1 + len(pure_noise), last + 1 + len(pure_noise)
@@ -132,17 +165,23 @@ def _counts(text: str, respacing: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The betas of a process, each with its step in the original process.
+    """The path of a process, each of its steps with its number in the original process.
 
     Attributes:
-        betas: (T,), float64, each above 0, and below 1 but for the last of a zero-terminal-SNR schedule.
+        betas: (T,), each above 0, and below 1 but for the last of a zero-terminal-SNR schedule; None for a flow.
         timestep_map: the original step of each of the T steps.
         original_steps: how many steps the process had before respacing.
+        path: the path at the T steps (default: that of the betas).
     """
 
-    betas: NDArray[np.float64]
+    betas: NDArray[np.float64] | None
     timestep_map: tuple[int, ...]
     original_steps: int
+    path: Path = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.path is None and self.betas is not None:
+            object.__setattr__(self, "path", _path_of(self.betas))
 
     @staticmethod
     def named(
@@ -156,14 +195,25 @@ class Schedule:
         if steps < 1:
             raise UsageError(f"steps is {steps}; it must be at least 1")
         check_name("schedule", name, SCHEDULES)
-        betas = SCHEDULES[name](steps, **options)
-        if zero_terminal_snr:
-            betas = with_zero_terminal_snr(betas)
-        alphas_cumprod: NDArray[np.float64] = np.cumprod(1 - betas, dtype=np.float64)
-        kept = place_timesteps(alphas_cumprod, respacing)
-        if len(kept) == steps:
-            return Schedule(betas, tuple(range(steps)), steps)
-        return Schedule(_betas_of(alphas_cumprod[kept]), tuple(kept), steps)
+        made = SCHEDULES[name](steps, **options)
+        if isinstance(made, Path):
+            if zero_terminal_snr:
+                raise UsageError(
+                    f"zero_terminal_snr rescales betas, and schedule {name} has none: it ends in pure noise"
+                )
+            betas, path = None, made
+        else:
+            betas = with_zero_terminal_snr(made) if zero_terminal_snr else made
+            path = _path_of(betas)
+        with np.errstate(divide="ignore"):  # infinite in pure noise
+            kept = place_timesteps(np.log(path.alphas / path.sigmas), respacing)
+        path = Path(*(values[kept] for values in path))
+        if betas is not None and len(kept) < steps:
+            betas = _betas_of(np.cumprod(1 - betas, dtype=np.float64)[kept])
+            # By way of the betas, as in the published code: near pure noise, float32 sees the difference.
+            again = _path_of(betas)
+            path = path._replace(alphas=again.alphas, sigmas=again.sigmas)
+        return Schedule(betas, tuple(kept), steps, path)
 
 
 def with_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -173,6 +223,15 @@ def with_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]:
         raise UsageError("a zero-terminal-SNR schedule needs at least 2 steps")
     roots = np.sqrt(np.cumprod(1 - betas))
     return _betas_of(((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2)
+
+
+def _path_of(betas: NDArray[np.float64]) -> Path:
+    """The path of a diffusion's betas, with the slopes of a parabola through each point and its neighbours."""
+    alphas_cumprod = np.cumprod(1 - betas)
+    alphas, sigmas, s = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod), np.arange(len(betas) + 1) / len(betas)
+    edge: Any = min(2, len(betas))
+    slopes = (np.gradient(np.append(*ends), s, edge_order=edge)[1:] for ends in ((1.0, alphas), (0.0, sigmas)))
+    return Path(s[1:], alphas, sigmas, *slopes)
 
 
 def _betas_of(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Which timesteps to train on: uniformly, or by importance (Nichol & Dhariwal 2021, section 3.3)."""
+"""Which timesteps to train on: uniformly, by importance (Nichol & Dhariwal 2021, section 3.3), or often in the middle."""
 
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -63,12 +63,34 @@ class LossSecondMoment:
         self._losses, self._counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
 
 
+class LogitNormal:
+    """Draws t so that logit(s) is normal, with s = (t + 1) / T (Esser et al. 2024, section 3.1): often from the middle.
+
+    Losses are not weighted back, so this is also a weighting of timesteps.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int,
+        *,
+        location: Annotated[float, (-10, 10)] = 0.0,
+        scale: Annotated[float, (0.1, 10)] = 1.0,
+    ):
+        ends = (torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64).logit() - location) / scale
+        self._probabilities = torch.special.ndtr(ends).diff()
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`n` timesteps (n,), int64, and 1 for each."""
+        return torch.multinomial(self._probabilities, n, replacement=True, generator=generator), torch.ones(n)
+
+
 def uniform(num_timesteps: int) -> None:
     """Every t is equally likely."""
 
 
-TIMESTEP_SAMPLERS: dict[str, Callable[..., LossSecondMoment | None]] = {
+TIMESTEP_SAMPLERS: dict[str, Callable[..., LossSecondMoment | LogitNormal | None]] = {
     "uniform": uniform,
     "loss_second_moment": LossSecondMoment,
+    "logit_normal": LogitNormal,
 }
-"""num_timesteps -> what draws by importance, or None."""
+"""num_timesteps -> what draws them, or None where all are equally likely."""

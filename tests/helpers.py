@@ -38,7 +38,7 @@ def fill(model, seed):
     """Give every parameter the known value of the golden figures' guide, in alphabetical order."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
+        for name, p in sorted((name, p) for name, p in model.named_parameters() if p.requires_grad):
             z = torch.randn(p.shape, generator=generator)
             if p.ndim > 1:
                 p.copy_(z / math.sqrt(p[0].numel()))

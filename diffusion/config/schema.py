@@ -34,22 +34,20 @@ from diffusion.timesteps import TIMESTEP_SAMPLERS
 class DiffusionConfig(Section):
     """The diffusion process and the loss."""
 
-    choices: ClassVar = {
-        "schedule": SCHEDULES,
-        "prediction": {name: prediction.target for name, prediction in PREDICTIONS.items()},
-        "weighting": WEIGHTINGS,
-    }
+    choices: ClassVar = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "weighting": WEIGHTINGS}
 
     steps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     """T, the number of steps"""
     schedule: str = "cosine"
-    """noise schedule"""
+    """noise schedule: linear and cosine are diffusions; flow (the straight path) and gvp are paths of flow matching,
+    with variance fixed_small, which they do not use"""
     zero_terminal_snr: bool = False
     """rescale the schedule so that its last step is pure noise, for prediction v or x_start"""
     respacing: int | str = ""
     """train on some of the steps only: a count, sections like 10,15,20, or ddim50; empty: all"""
     prediction: str = "v"
-    """output of the network: v and the schedules below train fastest; the paper predicts epsilon"""
+    """output of the network: v and the schedules below train fastest; the paper predicts epsilon, flow matching
+    velocity"""
     variance: VarianceType = "learned_range"
     """variance of the reverse process"""
     loss: LossType = "rescaled_mse"
@@ -57,10 +55,12 @@ class DiffusionConfig(Section):
     weighting: str = "none"
     """weights of the simple loss by timestep; min_snr: min(signal-to-noise ratio, gamma) in terms of x_0"""
     rescale_timesteps: bool = True
-    """give the network the timestep on a scale of 0 to 1000 for any T"""
+    """give the network the timestep on a scale of 0 to 1000 for any T; of a flow, else from 0 (noise) to 1 (data)"""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if "kl" in self.loss:
+            self.process().check_diffusion(f"loss {self.loss}")
         self.process()
         if self.weighting != "none" and "mse" not in self.loss:
             raise UsageError(f"diffusion.weighting is {self.weighting}, which is for mse losses, not for {self.loss}")
@@ -119,7 +119,8 @@ class TrainConfig(Section):
     ema_warmup: bool = True
     """start the averages at a low rate, (1 + step) / (10 + step), so that short runs forget the initial weights"""
     timestep_sampler: str = "uniform"
-    """timesteps to train on: uniform, or by importance (for the kl losses)"""
+    """timesteps to train on: uniform, by importance (for the kl losses), or logit_normal: often from the middle (for
+    flows)"""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of images trained on without their class, for guidance in sampling (usually 0.1)"""
     init_from: PathText | None = None

@@ -3,12 +3,13 @@ parameter names.
 
     x ─ patches ─ + positions ─ block ─ ... ─ block ─ norm, scale and shift ─ linear ─ out
 
-A block adds attention and an MLP to its input. The embedding of timestep and class scales and shifts what each is given,
-and multiplies what each adds by a gate (adaLN-Zero). Gates, scales and shifts come from one linear layer that starts at
-zero, as the output's does, so at first each block is the identity and the network's output is 0.
+A block adds attention and an MLP to its input. The embedding of timestep and class scales and shifts what each is
+given, and multiplies what each adds by a gate (adaLN-Zero). Gates, scales and shifts come from one linear layer that
+starts at zero, as the output's does, so at first each block is the identity and the network's output is 0.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +104,8 @@ class DiT(nn.Module):
         depth: blocks.
         num_heads: attention heads.
         mlp_ratio: width inside the MLPs, in multiples of `hidden_size`.
-        class_dropout_prob: above 0, the table of classes has a last row for no class. Nothing is dropped here: who trains
-            gives the label -1.
+        class_dropout_prob: above 0, the table of classes has a last row for no class. Nothing is dropped here: who
+            trains gives the label -1.
         num_classes: condition on this many classes; None or 0 for none.
         learn_sigma: give twice as many channels, the second half for the variance.
 
@@ -157,18 +158,16 @@ class DiT(nn.Module):
         check_input(x, y, self.in_channels, self.num_classes)
         with prefixed("the input's "):
             check_patches(x.shape[2:], self.patch_size)
-        emb = self.t_embedder["mlp"](timestep_embedding(t, 256))  # type: ignore[operator]
+        emb = self.t_embedder["mlp"](timestep_embedding(t, 256))
         if y is not None:
             emb = emb + self._class_embedding(y)
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        h = rearrange(self.x_embedder["proj"](x), "b c h w -> b (h w) c")  # type: ignore[operator]
+        h = rearrange(self.x_embedder["proj"](x), "b c h w -> b (h w) c")
         h = h + (self.pos_embed if grid == self.grid else positions(grid, self.hidden_size).to(h)[None])
         for block in self.blocks:
             h = block(h, emb)
-        return rearrange(
-            self.final_layer(h, emb), "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], p=self.patch_size,
-            q=self.patch_size,
-        )  # fmt: skip
+        sizes = dict(h=grid[0], p=self.patch_size, q=self.patch_size)
+        return rearrange(self.final_layer(h, emb), "b (h w) (p q c) -> b c (h p) (w q)", **sizes)
 
     def _class_embedding(self, y: Tensor) -> Tensor:
         """Rows of the table; of no class, its last row or, without one, zero."""
@@ -177,7 +176,7 @@ class DiT(nn.Module):
             return table(torch.where(y < 0, self.num_classes, y))
         return table(y.clamp(min=0)) * (y >= 0)[:, None]
 
-    def last_layers(self) -> list[nn.Module]:
+    def last_layers(self) -> list[Any]:
         """The layers that start at zero."""
         modulated = [module for module in self.modules() if isinstance(module, Modulated)]
         return [*(module.adaLN_modulation[-1] for module in modulated), self.final_layer.linear]

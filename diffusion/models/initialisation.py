@@ -57,7 +57,7 @@ def initialise(model: UNetModel | DiT, init: InitName) -> None:
             if init == "small":
                 with torch.no_grad():
                     layer.weight.mul_(SMALL)
-                    layer.bias.zero_()  # type: ignore[union-attr]
+                    layer.bias.zero_()
     elif isinstance(model, UNetModel) and init == "fixup":
         _fixup(model)
 

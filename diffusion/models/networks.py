@@ -88,8 +88,8 @@ class Transformer(ModelConfig):
     mlp_ratio: Annotated[Finite, Field(gt=0, le=64)] = 4.0
     """width inside the MLPs, in multiples of hidden_size"""
     init: Literal["zero", "default", "small"] = "zero"
-    """initial weights of the layers that begin at zero: zero (the paper), default (as any other layer), small (1e-5 times
-    the default)"""
+    """initial weights of the layers that begin at zero: zero (the paper), default (as any other layer), small (1e-5
+    times the default)"""
 
     identity_at_start = True
     compute_only = frozenset({"init"})

@@ -24,7 +24,6 @@ from diffusion.errors import UsageError, prefixed
 from diffusion.models.layers import (
     Conv1d,
     Downsample,
-    Layer,
     Linear,
     SiLU,
     Upsample,
@@ -264,11 +263,11 @@ class UNetModel(nn.Module):
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h)
 
-    def last_layers(self) -> list[Layer]:
+    def last_layers(self) -> list[Any]:
         """The layers that the paper sets to zero: the output's, and the last one of every branch."""
         blocks = [module for module in self.modules() if isinstance(module, ResBlock | AttentionBlock)]
         ends = [block.out_layers[-1] if isinstance(block, ResBlock) else block.proj_out for block in blocks]
-        return [*ends, self.out[-1]]  # type: ignore[list-item]
+        return [*ends, self.out[-1]]
 
 
 class SuperResModel(UNetModel):

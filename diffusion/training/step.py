@@ -27,7 +27,7 @@ from diffusion.parallel.launchers import on_cpu
 from diffusion.parallel.sharding import shard_like, to_full
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, seed_for
-from diffusion.timesteps import LossSecondMoment
+from diffusion.timesteps import LogitNormal, LossSecondMoment
 
 LOSS_SCALES = 1.0, 2.0**24
 """Bounds of fp16's loss scale. Below, gradients vanish unnoticed; above, torch loses steps to it."""
@@ -51,7 +51,7 @@ class StepResult(NamedTuple):
     t: Tensor
     """(B,), their timesteps."""
     weights: Tensor
-    """(B,), 1 where t is drawn uniformly: the mean of losses * weights is an estimate of the loss over uniform t."""
+    """(B,), 1 but where t is drawn by importance: there, the mean of losses * weights estimates that over uniform t."""
     grad_norm: Tensor
     skipped: Tensor
     """1.0 where a loss or gradient was not finite, and no weight was changed; else 0.0."""
@@ -68,7 +68,7 @@ class TrainingStep:
         ema_rates: moving averages to keep, in `ema`, such as [0.9999]; `ema_warmup`, `ema_lengths`: see `EMA`.
         loss: see `training_losses`.
         weighting: see `diffusion.losses.WEIGHTINGS`.
-        timesteps: what draws them by importance (see `diffusion.timesteps`); None: all are equally likely.
+        timesteps: what draws them (see `diffusion.timesteps`); None: all are equally likely.
         seed: of timesteps, noise, flips, dropout and dropped labels.
         gradient_accumulation: micro-batches that each process's share of a batch is split into.
         grad_clip: the largest norm of the gradient.
@@ -90,7 +90,7 @@ class TrainingStep:
     ema_lengths: Sequence[float] = ()
     loss: LossType = "rescaled_mse"
     weighting: Callable[[GaussianDiffusion], NDArray[np.float64]] = unweighted
-    timesteps: LossSecondMoment | None = None
+    timesteps: LossSecondMoment | LogitNormal | None = None
     seed: int = 0
     gradient_accumulation: int = 1
     grad_clip: float | None = None
@@ -150,7 +150,7 @@ class TrainingStep:
                 loss = training_losses(self.process, model, images, t, noise, self.loss, self._weights[t])["loss"]
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
             losses[part] = loss.detach()
-        if self.timesteps:
+        if isinstance(self.timesteps, LossSecondMoment):
             self.timesteps.update(draws.t, accelerator.reduce(losses))  # every process learns of the whole batch
         grad_norm, skipped = self._update(losses)
         self.step += 1
@@ -213,7 +213,8 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, Any]:
         """The state beside weights and averages: the optimizer's, the loss scale and the history of losses."""
-        others = {"scaler": self.accelerator.scaler, "importance": self.timesteps}
+        importance = self.timesteps if isinstance(self.timesteps, LossSecondMoment) else None
+        others = {"scaler": self.accelerator.scaler, "importance": importance}
         states = {name: other.state_dict() for name, other in others.items() if other}
         # Some optimizers count in their groups, where the settings are, which a continued run may change.
         groups: dict[int, Any] = {}
@@ -232,7 +233,7 @@ class TrainingStep:
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for i, values in state.get("groups", {}).items():
             self.optimizer.param_groups[int(i)].update(values)
-        if self.timesteps:
+        if isinstance(self.timesteps, LossSecondMoment):
             self.timesteps.load_state_dict(state["importance"])
         if self.accelerator.scaler and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -139,7 +139,7 @@ class Known(nn.Module):
 
     def __init__(self, process, loss):
         super().__init__()
-        self.sigma = torch.from_numpy(process.tables["sqrt_one_minus_alphas_cumprod"]).float()
+        self.sigma = torch.from_numpy(process.tables["sigma"]).float()
         self.loss, self.unused = torch.from_numpy(loss).float(), nn.Parameter(torch.zeros(1))
 
     def forward(self, x, t, y=None):
@@ -279,7 +279,7 @@ def test_evaluations_are_counted_around_the_network(sampler, guidance):
     network = subject.run.network
     subject.run.network = Function(lambda x, t, y: network(x, t, y.clamp(min=0)))
     assert len(subject.samples) == 6
-    assert subject.evaluations == {"heun": 9}.get(sampler, 5) * (2 if guidance != 1 else 1)
+    assert subject.evaluations == {"heun": 9, "ode": 9}.get(sampler, 5) * (2 if guidance != 1 else 1)
 
 
 @pytest.mark.parametrize("sets", [2, 3, 10])

@@ -36,7 +36,8 @@ names = st.sampled_from(["digits", "mnist", "folder", "linear", "cosine", "epsil
                          "learned_range", "fixed_small", "fixed_large", "mse", "rescaled_mse", "kl", "rescaled_kl",
                          "uniform", "loss_second_moment", "ddpm", "ddim", "bf16", "fp16", "no", "stop", "continue",
                          "skip", "fail", "constant", "zero", "fixup", "all_zero", "muon", "adamw", "wsd", "min_snr",
-                         "v", "dpmpp", "heun", "arrays", "none", "prefix", "unet",
+                         "v", "dpmpp", "heun", "ode", "flow", "gvp", "velocity", "score", "dit",
+                         "logit_normal", "arrays", "none", "prefix", "unet",
                          "memory"])  # fmt: skip
 rates = st.sampled_from([0.0, 0.1, 0.5, 0.999, 1.0, -0.1, 1e-3, 1e30])
 fitting: dict = {
@@ -58,7 +59,11 @@ fitting: dict = {
     "checkpoint.keep_last": sizes, "checkpoint.keep_every": sizes, "data.path": st.sampled_from([".", "/nowhere", ""]),
     "train.init_from": st.sampled_from([".", "/nowhere", ""]),
     "train.log_with": st.lists(st.sampled_from(["tensorbord", "aim", ""]), max_size=2),
-    "train.history": sizes, "sample.order": sizes, "sample.clip_denoised": st.booleans(),
+    "train.location": rates, "train.scale": rates,
+    "diffusion.s_max": st.sampled_from([1.0, 0.9, 2.0]),
+    "model.patch_size": sizes, "model.hidden_size": st.sampled_from([4, 6, 32]),
+    "model.depth": st.sampled_from([1, 2, 0]),
+    "model.mlp_ratio": rates, "train.history": sizes, "sample.order": sizes, "sample.clip_denoised": st.booleans(),
 }  # fmt: skip
 fitting |= dict.fromkeys(
     ["data.random_flip", "data.allow_change", "model.use_new_attention_order", "model.conv_resample",
@@ -79,7 +84,10 @@ OWNERS = {
     "train.history": {"timestep_sampler": "loss_second_moment"}, "train.decay_share": {"lr_schedule": "wsd"},
     "train.uniform_prob": {"timestep_sampler": "loss_second_moment"}, "train.momentum": {"optimizer": "muon"},
     "diffusion.gamma": {"weighting": "min_snr", "loss": "mse"}, "sample.eta": {"sampler": "ddim"},
-    "sample.order": {"sampler": "ipndm"},
+    "sample.order": {"sampler": "ipndm"}, "train.location": {"timestep_sampler": "logit_normal"},
+    "train.scale": {"timestep_sampler": "logit_normal"},
+    "diffusion.s_max": {"schedule": "flow", "variance": "fixed_small", "prediction": "velocity"},
+    **{f"model.{name}": {"network": "dit"} for name in ("patch_size", "hidden_size", "depth", "mlp_ratio")},
 }  # fmt: skip
 """The components that settings belong to, which are mostly chosen with them."""
 COSTLY = {

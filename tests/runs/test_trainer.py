@@ -538,7 +538,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
 def test_a_signal_cuts_a_grid_off(tmp_path, monkeypatch):
     trainer = Trainer(small(sample__every=2, sample__steps=1000), tmp_path / "run")
     drawn = []
-    works = GaussianDiffusion.p_mean_variance
+    works = GaussianDiffusion.predict_xstart
 
     def interrupted(*args):
         drawn.append(args)
@@ -546,7 +546,7 @@ def test_a_signal_cuts_a_grid_off(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return works(*args)
 
-    monkeypatch.setattr("diffusion.samplers.GaussianDiffusion.p_mean_variance", interrupted)
+    monkeypatch.setattr("diffusion.samplers.GaussianDiffusion.predict_xstart", interrupted)
     with pytest.raises(Stopped, match="after step 2, which is saved"):
         trainer.run()
     assert len(drawn) == 5

@@ -12,6 +12,7 @@ from helpers import process, small_unet
 from diffusion import GaussianDiffusion, Schedule
 from diffusion.config.schema import config_of
 from diffusion.errors import UsageError
+from diffusion.process import PREDICTIONS
 from diffusion.samplers import SAMPLERS, check_process, ddim, dpmpp, guided, heun, ipndm
 from diffusion.sampling import sample_batch
 
@@ -89,8 +90,7 @@ def test_ipndm_is_that_of_diffusers(respacing):
     """Its scheduler has a schedule of its own; given ours, all steps but the last agree, which is of order 1 here."""
     p, model = process("cosine", 1000, respacing), toy
     ours = inputs_of(ipndm, p, model)
-    sigmas = p.tables["sqrt_one_minus_alphas_cumprod"][::-1]
-    alphas = p.tables["sqrt_alphas_cumprod"][::-1]
+    sigmas, alphas = p.tables["sigma"][::-1], p.tables["alpha"][::-1]
     scheduler = IPNDMScheduler(trained_betas=[*sigmas.tolist(), 0.0])
     scheduler.set_timesteps(len(sigmas))
     scheduler.set_begin_index(0)
@@ -108,7 +108,7 @@ def test_heun_is_that_of_diffusers(respacing):
     ours = inputs_of(heun, p, model)
     scheduler = HeunDiscreteScheduler(trained_betas=process("cosine").schedule.betas)
     scheduler.set_timesteps(timesteps=list(p.schedule.timestep_map[::-1]))
-    y = X_T / float(p.tables["sqrt_alphas_cumprod"][-1])
+    y = X_T / float(p.tables["alpha"][-1])
     evaluated = [p.num_timesteps - 1, *np.repeat(np.arange(p.num_timesteps - 1)[::-1], 2)]
     for step, (i, t) in enumerate(zip(evaluated, scheduler.timesteps, strict=True)):
         scheduler._step_index = step  # its own search finds the wrong one of two equal timesteps
@@ -194,7 +194,7 @@ def test_a_solver_has_its_order(exact, sampler, options, lowest, highest):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "previous_x", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
 def test_every_prediction_and_variance_gives_the_same_samples(sampler, prediction, variance):
     """The network of a perfect prediction of one image, told in each way: all samplers end at that image."""
@@ -208,7 +208,9 @@ def test_every_prediction_and_variance_gives_the_same_samples(sampler, predictio
         return torch.cat([mean, torch.zeros_like(mean)], dim=1) if p.learns_variance else mean
 
     samples = sample_batch(p, model, (3, 8, 8), range(2), sampler=sampler)
-    torch.testing.assert_close(samples, image.expand_as(samples), atol=0.05 if sampler == "ddpm" else 2e-3, rtol=0)
+    # Of ddpm noise is left; of ode the last step is a straight line, which the path of a diffusion is not.
+    atol = {"ddpm": 0.05, "ode": 5e-3}.get(sampler, 2e-3)
+    torch.testing.assert_close(samples, image.expand_as(samples), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "ipndm", "heun"])
@@ -270,7 +272,7 @@ def test_published_samplers_begin_where_they_are_told():
 
 
 def test_epsilon_cannot_be_predicted_in_pure_noise():
-    for prediction in ("epsilon", "previous_x"):
+    for prediction in ("epsilon", "score"):
         with pytest.raises(UsageError, match=f"prediction is {prediction}, which does not determine x_0"):
             config_of({"diffusion": {"zero_terminal_snr": True, "prediction": prediction}})
     config_of({"diffusion": {"zero_terminal_snr": True, "prediction": "v"}})
