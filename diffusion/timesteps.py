@@ -1,4 +1,4 @@
-"""Which timesteps to train on: uniformly, by importance (Nichol & Dhariwal 2021, section 3.3), or often in the middle."""
+"""Timesteps to train on: uniform, by importance (Nichol & Dhariwal 2021, section 3.3), or often in the middle."""
 
 from collections.abc import Callable
 from typing import Annotated, Any

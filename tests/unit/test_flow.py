@@ -218,8 +218,8 @@ def samples_of_the_mixture(sampler, steps, **options):
 
 @pytest.mark.parametrize(
     ("sampler", "options", "order"),
-    [(ddim, {}, 1), (ode, {"order": 1}, 1), (ode, {"order": 2}, 2), (heun, {}, 2), (dpmpp, {}, 2), (ipndm, {"order": 2}, 2)],
-)  # fmt: skip
+    [(ddim, {}, 1), (ode, {"order": 1}, 1), (ode, {}, 2), (heun, {}, 2), (dpmpp, {}, 2), (ipndm, {"order": 2}, 2)],
+)
 def test_a_solver_keeps_its_order_on_a_flow(sampler, options, order):
     exact = samples_of_the_mixture(ode, 1009)
     errors = [(samples_of_the_mixture(sampler, steps, **options) - exact).abs().mean().item() for steps in (64, 127)]
