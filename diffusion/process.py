@@ -146,7 +146,7 @@ class GaussianDiffusion:
     def check_diffusion(self, what: str) -> None:
         """Raise UsageError if this is a flow, which has no `what`."""
         if self.schedule.betas is None:
-            raise UsageError(f"{what} is of a diffusion, and a flow, which has no betas, has none")
+            raise UsageError(f"{what} needs a diffusion's betas, which a flow does not have")
 
     def check_output(self, output: Tensor, x_t: Tensor) -> None:
         """Raise UsageError if the network's output does not have the channels of this process."""

@@ -1,8 +1,8 @@
-"""Weights of other codebases, in and out: `diffusion convert openai|diffusers SOURCE --out TARGET`.
+"""Weights of other codebases, in and out: `diffusion convert openai|dit|sit|diffusers SOURCE --out TARGET`.
 
 A run becomes the other's format; anything else becomes a run, whose step is 0 and which `sample.py`, `evaluate.py` and
-`train.py` (fine-tuning) take as their own. `openai` is the format of improved-diffusion and guided-diffusion;
-`diffusers` a pipeline's folder of the library of that name.
+`train.py` (fine-tuning) take as their own. `openai` is the format of improved-diffusion and guided-diffusion,
+`dit` and `sit` (which goes one way) of the codes of those names, `diffusers` a pipeline's folder of the library.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from diffusion.commands.terminal import Parser, check_writable, non_empty_path, 
 from diffusion.config.files import save_config
 from diffusion.errors import UsageError, one_line
 from diffusion.interop.diffusers import pipeline_writer, read_pipeline
+from diffusion.interop.dit import check_published, from_dit
 from diffusion.interop.openai import from_openai, unet_of
 from diffusion.run import checkpoint
 from diffusion.run.folder import is_checkpoint, is_run, mark_run
@@ -26,10 +27,14 @@ from diffusion.run.folder import is_checkpoint, is_run, mark_run
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(allow_abbrev=False, description="A run becomes the other's format; anything else becomes a run.")
-    parser.add_argument("format", choices=["openai", "diffusers"])
-    parser.add_argument("source", type=non_empty_path, help="a run, a .pt file (openai), or a pipeline (diffusers)")
+    parser.add_argument("format", choices=["openai", "dit", "sit", "diffusers"])
+    parser.add_argument(
+        "source", type=non_empty_path, help="a run, a .pt file (openai, dit, sit), or a pipeline (diffusers)"
+    )
     parser.add_argument("--out", type=non_empty_path, required=True, help="a new folder, or a new .pt file")
-    parser.add_argument("--flags", help="openai, to a run: the flags of their README for this checkpoint")
+    parser.add_argument(
+        "--flags", help="to a run: the flags of their README for this checkpoint (openai), --num_heads (dit, sit)"
+    )
     parser.add_argument("--ema", help="from a run: which moving average, or none for the weights in training")
     return parser.parse_args(argv)
 
@@ -42,7 +47,7 @@ def main() -> None:
         raise UsageError(f"--out {args.out} exists: name a new one")
     check_writable(args.out.parent, f"--out {args.out}")
     from_run = is_run(args.source) or is_checkpoint(args.source)
-    meant = {"flags": args.format == "openai" and not from_run, "ema": from_run}
+    meant = {"flags": args.format != "diffusers" and not from_run, "ema": from_run}
     if odd := [name for name in meant if getattr(args, name) and not meant[name]]:
         raise UsageError(f"--{odd[0]} has no meaning for {args.format} from {'a run' if from_run else args.source}")
     write, summary = export(args) if from_run else take_in(args)
@@ -68,6 +73,11 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
                 f"{args.source} is a network without normalisation, which the published code does not have"
             )
         return lambda out: torch.save(weights, out), "a state dict of the published UNetModel"
+    if args.format == "dit":
+        check_published(saved.config)
+        return lambda out: torch.save(weights, out), "a state dict of the published DiT"
+    if args.format == "sit":
+        raise UsageError("sit goes one way: its weights become a run")
     classes = "; it passes no classes: call its unet with class_labels (docs/formats.md)" if saved.class_names else ""
     return pipeline_writer(saved, weights), f"DDPMPipeline{classes}"
 
@@ -76,6 +86,10 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     """Import a model: a function that writes a run, and a summary."""
     if args.format == "diffusers":
         config, names, weights = read_pipeline(args.source)
+    elif args.format in ("dit", "sit"):
+        heads = parse_heads(args.flags)
+        config, num_classes, weights = from_dit(args.source, heads, flow=args.format == "sit")
+        names = tuple(map(str, range(num_classes)))
     elif args.flags is None:
         raise UsageError("--flags is missing: the flags of their README for this checkpoint, or '' for none")
     else:
@@ -96,6 +110,16 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     process = config.diffusion
     scale = "rescaled to 1000" if process.rescale_timesteps else "as they are"
     return write, f"a run of {process.steps} {process.schedule} steps, variance {process.variance}, timesteps {scale}"
+
+
+def parse_heads(flags: str | None) -> int | None:
+    """The number of attention heads that `--flags` gives for weights of DiT or SiT, if any."""
+    if flags is None:
+        return None
+    name, _, value = flags.replace("=", " ").partition(" ")
+    if name != "--num_heads" or not value.strip().isdecimal():
+        raise UsageError(f"--flags is {flags!r}; of dit and sit it can be --num_heads and a number")
+    return int(value)
 
 
 def _check_finite(weights: checkpoint.Weights, source: Path) -> None:

@@ -129,7 +129,9 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
     """Raise UsageError for flags that do not fit the model or each other."""
     samples = set(args.metric) != {"bits_per_dim"}
     with prefixed("--steps: "):
-        run.config.diffusion.process(args.steps)
+        process = run.config.diffusion.process(args.steps)
+    if "bits_per_dim" in args.metric:
+        process.check_diffusion("--metric bits_per_dim")
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")
     if args.sets > 1 and not samples:

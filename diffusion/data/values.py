@@ -25,14 +25,14 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def to_stored(images: Tensor, declared: tuple[float, float] | None) -> Array:
     """Images in [-1, 1] to the values of the data: uint8; or, of a declared range, uint16 where its ends are whole
-    numbers of 16 bits, else float32."""
+    numbers of 16 bits, else float32, which also holds what lies beyond the range."""
     low, high = declared or (0, 255)
     whole = isinstance(low, int) and isinstance(high, int)
     if whole and (low, high) == (0, 255):
         return to_uint8(images).cpu().numpy()
-    values = ((images.cpu().double().clamp(-1, 1) + 1) * ((high - low) / 2) + low).numpy()
+    values = ((images.cpu().double() + 1) * ((high - low) / 2) + low).numpy()
     if whole and low >= 0 and high - low >= 255 and high <= 65535:
-        return values.round().astype(np.uint16)
+        return values.clip(low, high).round().astype(np.uint16)
     return values.astype(np.float32)
 
 

@@ -1,4 +1,5 @@
-"""Weights and settings of the library diffusers: `UNet2DModel` with `DDPMScheduler`, both ways."""
+"""Weights and settings of the library diffusers, both ways: `UNet2DModel` with `DDPMScheduler` or, of flow matching,
+with `FlowMatchEulerDiscreteScheduler`."""
 
 import inspect
 import json
@@ -22,6 +23,7 @@ from diffusion.models.networks import UNet
 from diffusion.run.checkpoint import Checkpoint, Weights
 
 Settings = Mapping[str, Any]
+DIFFUSION, FLOW = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler"
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}
 MODULES = {
@@ -52,9 +54,12 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
         "data.image_size": len(data.sizes) != 2,
         "data.range": data.range is not None,
         "data.low_res_size": data.low_res_size is not None,
-        "diffusion.prediction": diffusion.prediction not in PREDICTIONS,
+        "diffusion.schedule": diffusion.schedule not in (*SCHEDULES, "flow"),
+        "diffusion.prediction": diffusion.prediction not in (["velocity"] if _is_flow(config) else PREDICTIONS),
         "diffusion.variance": diffusion.variance == "learned",
         "diffusion.respacing": diffusion.respacing != "",
+        "diffusion.rescale_timesteps": _is_flow(config) and not diffusion.rescale_timesteps,
+        "diffusion.s_max": diffusion.options.get("s_max", 1.0) != 1.0,
     }
     if refused := [name for name, it_is in inexpressible.items() if it_is]:
         raise UsageError(f"diffusers cannot express {refused[0]} {config.flat()[refused[0]]}")
@@ -73,9 +78,15 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
     return settings | dict(num_class_embeds=num_classes if model.class_cond else None) | table
 
 
+def _is_flow(config: Config) -> bool:
+    return config.diffusion.schedule == "flow"
+
+
 def scheduler_config(config: Config) -> dict[str, Any]:
-    """The arguments of diffusers' `DDPMScheduler`, where they are not its defaults, for the process of `config`."""
+    """The arguments of diffusers' scheduler, where they are not its defaults, for the process of `config`."""
     diffusion, steps = config.diffusion, config.diffusion.steps
+    if _is_flow(config):
+        return {}  # 1000 steps, whatever ours are: the network is given 1000 s
     betas = dict(beta_schedule=SCHEDULES[diffusion.schedule], beta_start=0.1 / steps, beta_end=20 / steps)
     types = dict(variance_type=diffusion.variance, prediction_type=PREDICTIONS[diffusion.prediction])
     zero_snr, spacing = diffusion.zero_terminal_snr, "linspace"  # as a count of steps is spaced here
@@ -86,9 +97,12 @@ def config_from_diffusers(unet: Settings, scheduler: Settings, classes: int, con
     """The configuration of a pipeline's network and process, or `config` if the pipeline is of that one. Raises
     UsageError, with the first setting that has no counterpart."""
     try:
-        settings = _settings(unet, scheduler)
-        config = config or _translate(settings)
-        written = _settings(unet_config(config, classes), scheduler_config(config))
+        kind = scheduler.get("_class_name", DIFFUSION)
+        settings = _settings(unet, scheduler, kind)
+        config = config or _translate(settings, kind)
+        written = _settings(
+            unet_config(config, classes), scheduler_config(config), FLOW if _is_flow(config) else DIFFUSION
+        )
         for name, value in settings.items():
             if not (math.isclose(value, written[name]) if isinstance(value, float) else value == written[name]):
                 raise UsageError(f"{name} is {value}, where only {written[name]} can be honoured")
@@ -98,22 +112,22 @@ def config_from_diffusers(unet: Settings, scheduler: Settings, classes: int, con
     return config
 
 
-def _settings(unet: Settings, scheduler: Settings) -> dict[str, Any]:
+def _settings(unet: Settings, scheduler: Settings, kind: str) -> dict[str, Any]:
     """The settings of a pipeline that have an effect, with diffusers' defaults. (Of num_train_timesteps, the
     scheduler's: the unet's is the length of its table, whose values are compared.)"""
     diffusers, settings = _import_diffusers(), dict[str, Any]()
-    for kind, given in (diffusers.UNet2DModel, unet), (diffusers.DDPMScheduler, scheduler):
-        defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    for cls, given in (diffusers.UNet2DModel, unet), (getattr(diffusers, kind), scheduler):
+        defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
         settings |= json.loads(json.dumps(defaults | dict(given)))  # tuples become lists
     if settings["resnet_time_scale_shift"] == "default" and settings["attn_norm_num_groups"] is None:
         settings["attn_norm_num_groups"] = settings["norm_num_groups"]
     # Choices for sampling, and options of a thresholding that is off.
     unused = ["timestep_spacing", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value"]
-    unused += ["beta_start", "beta_end"] if settings["beta_schedule"] != "linear" else []
+    unused += ["beta_start", "beta_end"] if settings.get("beta_schedule") != "linear" else []
     return {name: value for name, value in settings.items() if name not in unused and not name.startswith("_")}
 
 
-def _translate(settings: Settings) -> Config:
+def _translate(settings: Settings, kind: str) -> Config:
     """The nearest configuration to the settings of a pipeline."""
     widths, head_width = settings["block_out_channels"], settings["attention_head_dim"]
     mult = tuple(width / widths[0] if width % widths[0] else width // widths[0] for width in widths)
@@ -126,10 +140,13 @@ def _translate(settings: Settings) -> Config:
     model |= dict(num_res_blocks=settings["layers_per_block"], resblock_updown=settings["downsample_type"] == "resnet")
     model |= dict(use_scale_shift_norm=settings["resnet_time_scale_shift"] == "scale_shift")
     model |= dict(class_cond=settings["num_class_embeds"] is not None)
-    process = dict(steps=steps, rescale_timesteps=settings["time_embedding_type"] == "learned" or steps == 1000)
-    process |= dict(schedule=schedules[settings["beta_schedule"]], variance=settings["variance_type"])
-    process |= dict(prediction=predictions[settings["prediction_type"]])
-    process |= dict(zero_terminal_snr=settings["rescale_betas_zero_snr"])
+    if kind == FLOW:
+        process = dict(steps=steps, schedule="flow", prediction="velocity", variance="fixed_small")
+    else:
+        process = dict(steps=steps, rescale_timesteps=settings["time_embedding_type"] == "learned" or steps == 1000)
+        process |= dict(schedule=schedules[settings["beta_schedule"]], variance=settings["variance_type"])
+        process |= dict(prediction=predictions[settings["prediction_type"]])
+        process |= dict(zero_terminal_snr=settings["rescale_betas_zero_snr"])
     train, sample = TRAIN | dict(lr=1e-4, batch_size=128, ema_rates=(0.9999,)), EVERY | dict(n=16)
     return config_of(dict(data=data, model=model, diffusion=process, train=train, sample=sample, checkpoint=EVERY))
 
@@ -174,7 +191,7 @@ def to_diffusers(weights: Weights, model: UNet) -> dict[str, Tensor]:
 
 def _timestep_table(config: Config) -> dict[str, Tensor]:
     """The sinusoids as a weight, which alone gives diffusers' network another number than the scheduler's timestep."""
-    if not config.diffusion.rescale_timesteps or config.diffusion.steps == 1000:
+    if not config.diffusion.rescale_timesteps or config.diffusion.steps == 1000 or _is_flow(config):
         return {}
     network_t = torch.from_numpy(config.diffusion.process().tables["network_t"])
     return {"time_proj.weight": timestep_embedding(network_t, unet_of(config).model_channels)}
@@ -207,7 +224,8 @@ def pipeline_writer(saved: Checkpoint, weights: Weights) -> Callable[[Path], Non
     config = saved.config
     settings = unet_config(config, len(saved.class_names))
     diffusers = _import_diffusers()
-    unet, scheduler = diffusers.UNet2DModel(**settings), diffusers.DDPMScheduler(**scheduler_config(config))
+    kind = getattr(diffusers, FLOW if _is_flow(config) else DIFFUSION)
+    unet, scheduler = diffusers.UNet2DModel(**settings), kind(**scheduler_config(config))
     unet.load_state_dict(to_diffusers(weights, unet_of(config)) | _timestep_table(config))
 
     def write(out: Path) -> None:
@@ -233,8 +251,9 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
             config = load_config(path / "run.yaml")
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise UsageError(f"{path} is not a pipeline folder of diffusers: {one_line(error)}") from None
-    if kinds != ("UNet2DModel", "DDPMScheduler"):
-        raise UsageError(f"{path} holds {kinds[0]} and {kinds[1]}; only UNet2DModel and DDPMScheduler can be read")
+    if kinds[0] != "UNet2DModel" or kinds[1] not in (DIFFUSION, FLOW):
+        right = f"only UNet2DModel and {DIFFUSION} or {FLOW} can be read"
+        raise UsageError(f"{path} holds {kinds[0]} and {kinds[1]}; {right}")
     state = load_tensors(path / "unet/diffusion_pytorch_model.safetensors")
     if config is None:
         embedding = state.get("class_embedding.weight", torch.empty(0))

@@ -104,13 +104,11 @@ def _of_section(section: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if has_field(section, name)}
 
 
-def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tensor]]:
-    """Read their checkpoint and flags: the configuration, the number of classes, and the weights as stored.
-
-    No code in the file is run. Raises UsageError if it holds no weights by name.
-    """
-    flags = parse_flags(flag_text)
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """The weights by name in a file of `torch.save`: its average, if the file is a checkpoint of more. No code in it is
+    run. Raises UsageError if it holds none."""
     weights = load_plain(path)
+    weights = weights.get("ema", weights) if isinstance(weights, dict) else weights
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch does not look at the checksums
@@ -118,6 +116,12 @@ def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tens
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     if not named or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UsageError(f"{path} holds no weights by name: take their model*.pt or ema_*.pt, not opt*.pt")
+    return weights
+
+
+def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tensor]]:
+    """Read their checkpoint and flags: the configuration, the number of classes, and the weights as stored."""
+    flags, weights = parse_flags(flag_text), load_state_dict(path)
     upsampler = weights.get("input_blocks.0.0.weight", torch.empty(0)).shape[1:2] == (6,)
     label_emb = weights.get("label_emb.weight", torch.empty(1000))
     num_classes = min(label_emb.shape[:1].numel(), label_emb.numel())  # rows without columns take no room in a file

@@ -7,18 +7,21 @@ import resource
 import shutil
 import signal
 import sys
+from functools import partial
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, Trap, fill, golden, tensor
 from safetensors.torch import load_file, save_file
 
-from diffusion import UNetModel, UsageError
+from diffusion import UNetModel, UsageError, load
 from diffusion.commands import convert
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
 from diffusion.config.files import load_config
+from diffusion.data.values import to_stored
 from diffusion.interop.diffusers import (
     config_from_diffusers,
     pipeline_writer,
@@ -27,12 +30,13 @@ from diffusion.interop.diffusers import (
     unet_config,
 )
 from diffusion.interop.openai import config_from_flags, parse_flags
+from diffusion.models.dit import DiT
 from diffusion.models.unet import SuperResModel
 from diffusion.randomness import image_noise
 from diffusion.run import checkpoint
 from diffusion.run.checkpoint import Checkpoint, newest
 from diffusion.run.folder import mark_run
-from diffusion.samplers import ddpm
+from diffusion.samplers import ddim, ddpm, ode
 from diffusion.training.trainer import Trainer
 
 BASE = "--num_channels 32 --num_res_blocks 1 --learn_sigma True "
@@ -333,6 +337,111 @@ def test_a_full_disk_leaves_nothing_half_written(target, pipeline, tmp_path, mon
     assert sorted(tmp_path.rglob("*")) == before
 
 
+# --- DiT and SiT ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory):
+    """Checkpoints of the golden transformers: of DiT its weights, of SiT as its training saves them."""
+    folder, case = tmp_path_factory.mktemp("transformers"), golden("heirs/dit.json")["dit_s"]
+    torch.save(fill(DiT(**case["kwargs"]), case["seed"]).state_dict(), folder / "dit.pt")
+    case = golden("heirs/flow.json")
+    weights = fill(DiT(**case["network"]), case["seed"]).state_dict()
+    torch.save({"model": {}, "ema": weights, "opt": {"step": 1}}, folder / "sit.pt")
+    return folder
+
+
+def test_weights_of_dit_become_a_run_with_the_published_output_and_come_back(
+    transformers, tmp_path, monkeypatch, capsys
+):
+    argv = "dit", transformers / "dit.pt", "--flags", "--num_heads 4", "--out", tmp_path / "run"
+    code, _, err = run_convert(monkeypatch, capsys, *argv)
+    assert (code, err) == (0, "")
+    run, arrays = load(tmp_path / "run"), golden("heirs/dit_s.npz")
+    assert len(run.class_names) == 10
+    y = tensor(arrays["y"])
+    with torch.no_grad():
+        out = run.network(tensor(arrays["x"]), tensor(arrays["t"]), torch.where(y == 10, -1, y))  # row 10 is no class
+    torch.testing.assert_close(out, tensor(arrays["out"]), atol=1e-4, rtol=0)
+    assert run.process.network_t(torch.tensor([0, 999])).tolist() == [0, 999]
+    assert run.sample(2, steps="3").shape == (2, 3, 16, 16)
+    assert run_convert(monkeypatch, capsys, "dit", tmp_path / "run", "--out", tmp_path / "back.pt")[0] == 0
+    assert_same(*(torch.load(path, weights_only=True) for path in (tmp_path / "back.pt", transformers / "dit.pt")))
+
+
+def test_weights_of_sit_draw_the_published_samples(transformers, tmp_path, monkeypatch, capsys):
+    argv = "sit", transformers / "sit.pt", "--flags", "--num_heads 2", "--out", tmp_path / "run"
+    code, _, err = run_convert(monkeypatch, capsys, *argv)
+    assert (code, err) == (0, "")
+    run, arrays = load(tmp_path / "run"), golden("heirs/flow.npz")
+    process = run.config.diffusion.process([100 * i - 1 for i in range(1, 11)])
+    samples = ode(process, partial(run.network, y=tensor(arrays["y"])), tensor(arrays["x0"]), None, order=1,
+                  clip_denoised=False)  # fmt: skip
+    torch.testing.assert_close(samples, tensor(arrays["ode|Linear|velocity|euler|10"]), atol=1e-3, rtol=0)
+
+
+def test_the_half_of_sits_output_that_it_does_not_use_is_left_out(tmp_path, monkeypatch, capsys):
+    theirs = fill(DiT(8, 2, 4, 384, 1, 6, num_classes=3), 1)
+    torch.save(theirs.state_dict(), tmp_path / "a.pt")
+    assert run_convert(monkeypatch, capsys, "sit", tmp_path / "a.pt", "--out", tmp_path / "run")[0] == 0
+    run, x, t, y = load(tmp_path / "run"), torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([0, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(run.network(x, t, y), -theirs(x, t, y)[:, :4])
+
+
+def test_latents_are_written_as_the_autoencoder_takes_them(tmp_path, monkeypatch, capsys):
+    """Beyond the range of images, and without the factor with which the network sees them."""
+    torch.save(fill(DiT(8, 2, 4, 384, 1, 6, num_classes=3), 1).state_dict(), tmp_path / "a.pt")
+    assert run_convert(monkeypatch, capsys, "dit", tmp_path / "a.pt", "--out", tmp_path / "run")[0] == 0
+    run = load(tmp_path / "run")
+    images = run.sample(2, steps="3")
+    assert images.abs().max() > 1.5
+    np.testing.assert_allclose(to_stored(images, run.config.data.range), images.numpy() / 0.18215, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "says"),
+    [
+        ({}, None, "--flags is missing: weights do not say the heads of a width of 64"),
+        ({}, "--num_heads 5", "num_heads is 5, which does not divide hidden_size 64"),
+        ({}, "--heads 4", "it can be --num_heads and a number"),
+        ({"pos_embed": torch.zeros(1, 63, 64)}, "--num_heads 4", "pos_embed is (1, 63, 64), and (1, 49, 64) in the"),
+        ({"y_embedder.embedding_table.weight": torch.zeros(1, 64)}, "--num_heads 4", "there are no classes"),
+        ({"x_embedder.proj.weight": None}, "--num_heads 4", "does not hold the weights of a DiT: 'x_embedder"),
+        ({"blocks.1.attn.qkv.weight": None}, "--num_heads 4", "blocks.1.attn.qkv.weight is missing, and"),
+        ({"blocks.999999999.x": torch.zeros(1)}, "--num_heads 4", "model.depth is 1000000000; it must be less than"),
+        ({"y_embedder.embedding_table.weight": torch.empty(10**12, 0)}, "--num_heads 4", "is of another architecture"),
+    ],
+)
+def test_weights_that_are_no_transformers(change, flags, says, transformers, tmp_path, monkeypatch, capsys):
+    weights = torch.load(transformers / "dit.pt", weights_only=True) | change
+    torch.save({name: value for name, value in weights.items() if value is not None}, tmp_path / "a.pt")
+    given = ("--flags", flags) if flags else ()
+    code, out, err = run_convert(monkeypatch, capsys, "dit", tmp_path / "a.pt", *given, "--out", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "overrides", "says"),
+    [
+        ("dit", (), "model.network is unet; only a dit can be converted"),
+        ("openai", ("--model.network", "dit"), "model.network is dit; only a unet can be converted"),
+        ("diffusers", ("--model.network", "dit"), "model.network is dit; only a unet can be converted"),
+        ("dit", ("--model.network", "dit", "--model.class_cond", "false"), "the published DiT has classes"),
+        ("sit", ("--model.network", "dit"), "sit goes one way"),
+    ],
+)
+def test_runs_that_have_no_such_form(format, overrides, says, tmp_path, monkeypatch, capsys):
+    run_of(tmp_path / "run", *overrides, classes=("a", "b") if "false" not in overrides else ())
+    code, _, err = run_convert(monkeypatch, capsys, format, tmp_path / "run", "--out", tmp_path / "out")
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+
+
 # --- diffusers --------------------------------------------------------------------------------------------------------
 
 SMALL = ("--data.image_size", "16", "--model.class_cond", "false", "--model.channel_mult", "[1,2]")
@@ -344,6 +453,8 @@ EXPRESSIBLE = {
     "added embedding": (*SMALL, "--model.use_scale_shift_norm", "false"),
     "x_start": (*SMALL, "--diffusion.prediction", "x_start", "--diffusion.loss", "mse"),
     "v": (*SMALL, "--diffusion.prediction", "v"),
+    "flow": (*SMALL, "--diffusion.schedule", "flow", "--diffusion.prediction", "velocity", "--diffusion.variance",
+             "fixed_small"),
     "v, from pure noise": (*SMALL, "--diffusion.prediction", "v", "--diffusion.zero_terminal_snr", "true",
                            "--diffusion.variance", "fixed_small", "--diffusion.schedule", "linear"),
     "one head at two widths": (*SMALL, "--model.attention_resolutions", "[1,2]", "--model.num_heads", "1"),
@@ -389,16 +500,18 @@ def test_diffusers_computes_what_we_compute(exported):
     process = config.diffusion.process()
     x = torch.randn(3, config.data.channels, 16, 16, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0, 17, config.diffusion.steps - 1])
+    theirs = t + 1 if config.diffusion.schedule == "flow" else t  # there, the timestep is 1000 s
     y = torch.tensor([2, 0, 1]) if classes else None
     ours = network(x, process.network_t(t), y)
     assert ours.abs().max() > 0.1
-    torch.testing.assert_close(unet(x, t, class_labels=y).sample, ours, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(unet(x, theirs, class_labels=y).sample, ours, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_their_scheduler_reaches_our_pictures(exported):
-    """10 steps of DDPMScheduler with our noise: the loop that the README shows."""
+    """10 steps of their scheduler with our noise: the loop that docs/formats.md shows."""
     path, config, network, classes = exported
+    sampler = partial(ddim, clip_denoised=False) if config.diffusion.schedule == "flow" else ddpm
     pipeline = diffusers.DDPMPipeline.from_pretrained(path)
     y = torch.tensor([2, 0]) if classes else None
     shape = (config.data.channels, 16, 16)
@@ -406,7 +519,7 @@ def test_their_scheduler_reaches_our_pictures(exported):
     def noise(step):
         return image_noise(range(2), shape, torch.device("cpu"), 0, step)
 
-    ours = ddpm(config.diffusion.process("10"), lambda x, t: network(x, t, y), noise("x_T"), noise)
+    ours = sampler(config.diffusion.process("10"), lambda x, t: network(x, t, y), noise("x_T"), noise)
     scheduler, x, draws = pipeline.scheduler, noise("x_T"), iter(range(10))
     diffusers.schedulers.scheduling_ddpm.randn_tensor, kept = (
         lambda *args, **kwargs: noise(next(draws)), diffusers.schedulers.scheduling_ddpm.randn_tensor)  # fmt: skip
@@ -436,7 +549,7 @@ def test_a_pipeline_without_our_files_becomes_a_run_too(exported):
         (path / "hidden").rename(path / "run.yaml")
     assert len(names) == len(classes)
     process, again = config.diffusion.process(), read.diffusion.process()
-    assert again.tables["betas"] == pytest.approx(process.tables["betas"])
+    assert again.tables["sigma"] == pytest.approx(process.tables["sigma"])
     assert_network(read, names, weights, network, process)
 
 

@@ -240,8 +240,8 @@ def settings(**diffusion):
     ("diffusion", "says"),
     [
         ({"variance": "learned_range"}, "variance is learned_range, and a flow has none to learn"),
-        ({"loss": "kl"}, "loss kl is of a diffusion"),
-        ({"prediction": "previous_x"}, "prediction previous_x is of a diffusion"),
+        ({"loss": "kl"}, "loss kl needs a diffusion's betas"),
+        ({"prediction": "previous_x"}, "prediction previous_x needs a diffusion's betas"),
         ({"prediction": "epsilon"}, "does not determine x_0 in pure noise: .* s_max be below 1"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr rescales betas"),
         ({"s_max": 2.0}, "diffusion.s_max is 2.0; it must be from 0.5 to 1"),
@@ -254,7 +254,7 @@ def test_what_is_no_flow_is_refused(diffusion, says):
 
 
 def test_a_flow_has_neither_ancestral_samples_nor_a_likelihood():
-    with pytest.raises(UsageError, match="sampler ddpm is of a diffusion"):
+    with pytest.raises(UsageError, match="sampler ddpm needs a diffusion's betas"):
         config_of(
             {
                 "diffusion": {"schedule": "flow", "prediction": "v", "variance": "fixed_small"},
@@ -266,7 +266,7 @@ def test_a_flow_has_neither_ancestral_samples_nor_a_likelihood():
         lambda: ddpm(p, model, NOISE, lambda i: NOISE),
         lambda: bits_per_dim(p, model, NOISE, lambda i: NOISE),
     ):
-        with pytest.raises(UsageError, match="is of a diffusion, and a flow"):
+        with pytest.raises(UsageError, match="needs a diffusion's betas"):
             call()
 
 
