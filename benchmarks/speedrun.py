@@ -32,10 +32,11 @@ from accelerate import Accelerator
 from quality import Judge
 from scipy.stats import ttest_ind
 
-from diffusion.config.schema import Config, config_of
+from diffusion.config.schema import Config, by_section, config_of
 from diffusion.data.loader import batch_indices
 from diffusion.parallel.launchers import keep_freed_memory
 from diffusion.training.build import build_step, learning_rate
+from diffusion.training.step import TrainingStep
 
 sys.path.append(str(Path(__file__).parents[1] / "studies"))
 from tables import keep, table
@@ -90,18 +91,14 @@ def judge_of(track: str, path: str | None) -> Judge:
 
 
 def configuration(track: str, name: str, path: str | None) -> Config:
-    sections: dict[str, dict[str, Any]] = {"data": {"source": track} | ({"path": path} if path else {})}
-    for key, value in RECIPES[track][name].settings.items():
-        section, field = key.split(".")
-        sections.setdefault(section, {})[field] = value
-    return config_of(sections)
+    data = {"data.source": track} | ({"data.path": path} if path else {})
+    return config_of(by_section(data | RECIPES[track][name].settings))
 
 
-def run(track: str, name: str, seed: int, path: str | None) -> dict[str, float]:
-    """Train a recipe and score its first average."""
+def fit(config: Config, judge: Judge, seed: int) -> tuple[TrainingStep, float]:
+    """Train a network on the images of a judge, by one thread: the step that holds it, and the CPU seconds."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    judge, config, recipe = judge_of(track, path), configuration(track, name, path), RECIPES[track][name]
     (x, y), train = judge.train, config.train
     torch.manual_seed(seed)
     network = config.network(judge.classes)
@@ -113,8 +110,15 @@ def run(track: str, name: str, seed: int, path: str | None) -> dict[str, float]:
             group["lr"] = learning_rate(train, i)
         indices = batch_indices(len(x), train.batch_size, seed, i)
         step(x[indices], y[indices] if config.model.class_cond else None)
-    seconds = time.process_time() - began
     network.eval()
+    return step, time.process_time() - began
+
+
+def run(track: str, name: str, seed: int, path: str | None) -> dict[str, float]:
+    """Train a recipe and score its first average."""
+    judge, config, recipe = judge_of(track, path), configuration(track, name, path), RECIPES[track][name]
+    step, seconds = fit(config, judge, seed)
+    network, train = step.network, config.train
     with step.ema.in_place(train.averages[0]):
         found = {
             "cpu seconds": seconds,
