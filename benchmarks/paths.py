@@ -23,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from quality import Judge
 from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_rel
@@ -79,6 +80,7 @@ def run(data: str, path: str | None, network: str, arm: str, seed: int, evaluati
     todo = [count for count in evaluations if str(count) not in found]
     if not todo:
         return
+    torch.set_num_threads(1)
     judge, config, weights = judge_of(data, path), configuration(data, path, network, arm), file.with_suffix(".weights")
     if not weights.exists():
         step, found["cpu seconds"] = fit(config, judge, seed)
