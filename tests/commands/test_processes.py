@@ -80,6 +80,22 @@ def test_one_process_and_two_with_accumulation_agree_after_50_steps_and_continue
     assert (theirs["training.safetensors step/importance/counts"] == 10).all()  # the last steps drew by importance
 
 
+def test_a_transformer_on_a_flow_resumes_to_the_bit_and_agrees_on_one_process_and_two(tmp_path):
+    flags = ["--config", "dit_small", "--diffusion.schedule", "flow", "--diffusion.prediction", "velocity",
+             "--diffusion.variance", "fixed_small", "--train.timestep_sampler", "logit_normal",
+             "--train.batch_size", 16,
+             "--train.steps", 12, "--checkpoint.every", 6, "--sample.every", 0, "--sample.n", 4, "--train.log_every", 1,
+             "--train.optimizer", "adamw", "--train.lr", "1e-4", "--train.warmup_steps", 0]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out, processes in ((one, 1), (two, 2)):
+        together("train.py", "--out", out, *flags, processes=processes)
+        again = go_back(out, 6, tmp_path / f"{out.name} again")
+        together("train.py", "--out", again, *flags, processes=processes)
+        assert_same_bits(tensors(again), tensors(out))
+    assert_same_predictions(two, one)
+    assert (one / "samples/step_00000012.png").exists()
+
+
 # --- processes that die -----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusion import GaussianDiffusion, Schedule, UNetModel
 from diffusion.config.schema import Config
+from diffusion.models.dit import DiT
 from diffusion.parallel.compilation import compile_network
 from diffusion.run import checkpoint
 from diffusion.sampling import sample_batch
@@ -78,7 +79,12 @@ def test_compiling_is_off_by_default():
     assert not Config().train.compile
 
 
-def test_a_step_is_one_graph_and_is_compiled_once(monkeypatch):
+@pytest.mark.parametrize(
+    "build",
+    [lambda: UNetModel(1, 32, 2, 1, (2,), 0.1, (1, 2), num_classes=3), lambda: DiT(8, 2, 1, 32, 2, 2, num_classes=3)],
+    ids=["unet", "dit"],
+)
+def test_a_step_is_one_graph_and_is_compiled_once(build, monkeypatch):
     """Over steps, micro-batches, evaluations in between, and a last batch that is smaller."""
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
@@ -86,7 +92,7 @@ def test_a_step_is_one_graph_and_is_compiled_once(monkeypatch):
 
     def compiled():
         torch.manual_seed(0)
-        network = UNetModel(1, 32, 2, 1, (2,), 0.1, (1, 2), num_classes=3)
+        network = build()
         assert compile_network(network, torch.device("cpu")) is None
         counter.clear()
         return network

@@ -12,6 +12,7 @@ from torch import nn
 from diffusion import UNetModel, UsageError
 from diffusion.commands.command_line import parse_command_line
 from diffusion.config.schema import Config
+from diffusion.models.dit import DiT
 from diffusion.models.initialisation import branches, initialise, layers, scalars
 from diffusion.models.layers import Conv2d, Linear, SiLU, add_scalars
 from diffusion.models.unet import AttentionBlock, ResBlock
@@ -41,9 +42,21 @@ def unet(init="zero", seed=0, kind=UNetModel, **options):
     return model
 
 
+def dit(init="zero", seed=0, **options):
+    torch.manual_seed(seed)
+    defaults = dict(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=10)
+    model = DiT(**(defaults | options))
+    initialise(model, init)
+    return model
+
+
+NETWORKS = {"unet": unet, "dit": dit}
+EACH = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+
+
 def inputs(model, batch=4):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, 1, *[8] * model.dims, generator=generator)
+    x = torch.randn(batch, 1, *[8] * getattr(model, "dims", 2), generator=generator)
     return x, torch.arange(batch) * 200, torch.arange(batch) % 10
 
 
@@ -104,6 +117,17 @@ def test_every_block_begins_as_the_identity_on_its_skip_path(init, options):
         assert torch.equal(out, given)
 
 
+@pytest.mark.parametrize("options", [{}, {"input_size": (8, 16)}, {"class_dropout_prob": 0.0}, {"learn_sigma": False}])
+def test_every_block_of_a_transformer_begins_as_the_identity(options):
+    model, seen = dit(**options), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, given, out: seen.append(torch.equal(given[0], out)))
+    out = model(*inputs(model))
+    assert out.shape == (4, model.out_channels, 8, 8)
+    assert not out.any()
+    assert seen == [True] * 3
+
+
 def test_scalars_do_what_they_are_for():
     """Against the formula written out: a bias on everything that a layer sees, a multiplier on what it gives."""
     torch.manual_seed(0)
@@ -145,6 +169,7 @@ def test_the_attention_block_uses_its_scalars():
 
 def test_initialise_refuses_what_it_cannot_do_before_it_touches_a_weight():
     for model, init, says in (
+        (dit("zero"), "fixup", "set model.use_norm to false"),
         (unet("zero"), "Fixup", "init is 'Fixup'; it must be one of zero, default, small, fixup"),
         (unet("zero"), "fixup", "set model.use_norm to false"),
         (unet("fixup"), "fixup", "this one has Fixup's scalars"),
@@ -163,22 +188,23 @@ def test_scalars_are_where_the_weights_are():
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float64, "meta")}
 
 
-def test_the_other_choices():
-    zero, default, little = (unet(name, seed=3) for name in ("zero", "default", "small"))
-    torch.manual_seed(3)
-    built = UNetModel(1, 32, 2, 1, (2,), channel_mult=(1, 2), num_heads=2, use_scale_shift_norm=True, num_classes=10)
-    assert_same_bits(dict(zero.state_dict()), dict(built.state_dict()))
-    ends = [{id(layer) for layer in model.last_layers()} for model in (zero, default, little)]
-    for a, b, c in zip(*map(layers, (zero, default, little)), strict=True):
-        if id(a) in ends[0]:
-            assert not a.weight.any()
-            assert b.weight.any()
-            assert b.bias.any()
-            torch.testing.assert_close(c.weight, 1e-5 * b.weight)
-            assert not c.bias.any()
+@EACH
+def test_the_other_choices(network):
+    zero, default, little = (network(name, seed=3) for name in ("zero", "default", "small"))
+    ends = {f"{name}.{leaf}" for name, module in zero.named_modules() for leaf in ("weight", "bias")
+            if any(module is layer for layer in zero.last_layers())}  # fmt: skip
+    assert ends
+    for (name, a), b, c in zip(zero.named_parameters(), default.parameters(), little.parameters(), strict=True):
+        if name not in ends:
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+        elif name.endswith("weight"):
+            assert not a.any()
+            assert b.std() > 0.01
+            torch.testing.assert_close(c, 1e-5 * b)
         else:
-            assert torch.equal(a.weight, b.weight)
-            assert torch.equal(a.weight, c.weight)
+            assert not a.any()
+            assert not c.any()
     for model in (zero, default, little):
         assert not scalars(model)
 
@@ -246,6 +272,65 @@ def test_the_gradient_of_a_zeroed_layer_is_a_product_of_two_that_differ():
         assert len(middle.unique(dim=0)) == len(middle)
         assert len(middle.T.unique(dim=0)) == len(middle.T)
         assert torch.linalg.matrix_rank(layer.weight.grad.flatten(1)) > 8
+
+
+def test_a_transformer_wakes_up_from_the_output_inwards():
+    """Step 0 moves the output's layer alone; step 1 the path through the blocks, the output's scale and shift, and the
+    gates of every block; step 2 all that is left: what is inside the branches, their scales and shifts, embeddings."""
+    model = dit()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    rows = {"shift_attn": 0, "scale_attn": 1, "gate_attn": 2, "shift_mlp": 3, "scale_mlp": 4, "gate_mlp": 5}
+    x, t, y = inputs(model, 16)
+    target = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+    moved = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x, t, y) - target).square().mean().backward()
+        names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        for i, block in enumerate(model.blocks):
+            parts = block.adaLN_modulation[1].weight.grad.chunk(6)
+            names |= {f"{i} {name}" for name, row in rows.items() if parts[row].any()}
+        moved.append(names)
+        optimizer.step()
+    first, second, third = moved
+    assert first == {"final_layer.linear.weight", "final_layer.linear.bias"}
+    gates = {f"{i} {name}" for i in range(3) for name in rows if "gate" in name}
+    modulations = {f"blocks.{i}.adaLN_modulation.1.{leaf}" for i in range(3) for leaf in ("weight", "bias")}
+    path = {"x_embedder.proj.weight", "x_embedder.proj.bias"}
+    of_output = {"final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"}
+    assert second == first | path | of_output | modulations | gates
+    everything = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert third == everything | {f"{i} {name}" for i in range(3) for name in rows}
+
+
+def test_the_gradient_of_a_gate_is_a_product_of_two_that_differ():
+    """At step 1, for both gates of every block: what the branch gives times the error that comes back, summed over
+    positions, times the embedding. It differs from channel to channel, although all gates begin alike."""
+    model = dit()
+    x, t, y = inputs(model, 16)
+    target = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    (model(x, t, y) - target).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    given, errors, embeddings = {}, {}, []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, out: embeddings.append(args[1].detach()))
+        block.register_full_backward_hook(lambda block, to_input, of_output: errors.update({block: of_output[0]}))
+        for name in ("attn", "mlp"):
+            branch = getattr(block, name)
+            branch.register_forward_hook(lambda branch, args, out: given.update({branch: out.detach()}))
+    (model(x, t, y) - target).square().mean().backward()
+    embedding = torch.nn.functional.silu(embeddings[0])
+    for block in model.blocks:
+        weight = block.adaLN_modulation[1].weight
+        assert not weight.any()
+        for gate, branch in ((2, block.attn), (5, block.mlp)):
+            gradient = weight.grad.chunk(6)[gate]
+            product = torch.einsum("bnc,bnc,be->ce", errors[block], given[branch], embedding)
+            torch.testing.assert_close(gradient, product, rtol=1e-3, atol=1e-7)
+            assert len(gradient.unique(dim=0)) == len(gradient)
+            assert torch.linalg.matrix_rank(gradient) > 8
 
 
 def distinct_rows(weight):

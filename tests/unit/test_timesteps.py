@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import golden
+from scipy.stats import norm
 
-from diffusion.timesteps import LossSecondMoment
+from diffusion.timesteps import LogitNormal, LossSecondMoment
 
 FIGURES = golden("loss_second_moment.npz")
 
@@ -47,3 +48,19 @@ def test_a_loss_that_is_not_finite_is_not_remembered():
     sampler = LossSecondMoment(2, history=1)
     sampler.update(torch.tensor([0, 1, 1]), torch.tensor([1.0, 3.0, float("nan")]))
     assert sampler.probabilities() == pytest.approx([0.25, 0.75], abs=1e-3)
+
+
+@pytest.mark.parametrize(("location", "scale"), [(0.0, 1.0), (-1.2, 0.5)])
+def test_logits_of_s_are_normal(location, scale):
+    """The share of timesteps up to each s, (t + 1) / T, is the normal distribution of its logit."""
+    sampler = LogitNormal(100, location=location, scale=scale)
+    t, weights = sampler.draw(50_000, torch.Generator().manual_seed(0))
+    assert (weights == 1).all()
+    s = np.arange(1, 100) / 100
+    wanted = norm.cdf((np.log(s / (1 - s)) - location) / scale)
+    np.testing.assert_allclose([(t + 1 <= 100 * value + 0.5).float().mean().item() for value in s], wanted, atol=0.01)
+
+
+def test_few_steps_are_drawn_too():
+    assert (LogitNormal(1).draw(5, torch.Generator())[0] == 0).all()
+    assert set(LogitNormal(2).draw(99, torch.Generator())[0].tolist()) == {0, 1}
