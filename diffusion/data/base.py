@@ -93,6 +93,7 @@ class DataConfig:
     random_flip = False
     on_error = "fail"
     range = cast(Range, None)
+    unbounded = False
 
     def __post_init__(self) -> None:
         if self.range is not None and self.range[0] >= self.range[1]:

@@ -31,6 +31,7 @@ class Target:
 
     Attributes:
         range: the values that become -1 and 1; None: all that 8 or 16 bits can hold.
+        unbounded: whether values may lie beyond the range.
         background: the grey level, 0 to 255, under transparent pixels, if there is no channel for alpha.
         max_pixels: larger images are refused.
     """
@@ -38,6 +39,7 @@ class Target:
     sizes: tuple[int, ...]
     channels: int
     range: tuple[float, float] | None = None
+    unbounded: bool = False
     background: int = 255
     max_pixels: int = MAX_PIXELS
 
@@ -241,7 +243,7 @@ def fit(array: Array, target: Target) -> Array:
     if array.ndim != len(sizes) + 1 or array.shape[-1] != channels or 0 in shape:
         axes = ("length", "height, width", "depth, height, width")[len(sizes) - 1]
         raise ValueError(f"{shape} {array.dtype}, not ({axes}, {channels}) as data.channels says")
-    bands = np.moveaxis(scale(array, target.range), -1, 0)
+    bands = np.moveaxis(scale(array, target.range, target.unbounded), -1, 0)
     if bands.shape[1:] == sizes:
         return bands
     if len(sizes) != 2:
@@ -250,10 +252,10 @@ def fit(array: Array, target: Target) -> Array:
     return fitted.clip(-1, 1) if fitted.dtype == np.float32 else fitted
 
 
-def scale(array: Array, declared: tuple[float, float] | None) -> Array:
+def scale(array: Array, declared: tuple[float, float] | None, unbounded: bool = False) -> Array:
     """Scale values from `declared` to [-1, 1] in float32; 8 bits stay as they are. Without, 16 bits are scaled whole.
 
-    Raises ValueError if the range is not known, or does not hold all values.
+    Raises ValueError if the range is not known, or does not hold all values and is not `unbounded`.
     """
     if array.dtype == np.uint8 and declared in (None, (0, 255)):
         return array
@@ -266,7 +268,7 @@ def scale(array: Array, declared: tuple[float, float] | None) -> Array:
         span = f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known"
         raise ValueError(f'{span}: declare it, such as with --data.range "[{low}, {high}]"')
     low, high = declared or (0, 65535)
-    if not (low <= lowest and highest <= high):
+    if not (low <= lowest and highest <= high or (unbounded and np.isfinite(highest - lowest))):
         raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
     return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)
 

@@ -33,6 +33,8 @@ class ImageFiles(DataConfig):
     range: Range = None
     """the values that become -1 and 1, such as [0, 4095] or [0.0, 1.0]; images are written with these values, too;
     null: all that 8 or 16 bits can hold, written with 8"""
+    unbounded: bool = False
+    """values may lie beyond the range, as an autoencoder's latents do; for sample.clip_denoised false"""
     random_flip: bool = False
     """mirror half of the images left to right"""
     on_error: OnError = "fail"
@@ -46,7 +48,7 @@ class ImageFiles(DataConfig):
 
     @property
     def target(self) -> Target:
-        return Target(self.sizes, self.channels, self.range, self.background, self.max_pixels)
+        return Target(self.sizes, self.channels, self.range, self.unbounded, self.background, self.max_pixels)
 
     def open(self, split: str = "train") -> DataSet:
         dataset = self.list_files(split)

@@ -43,7 +43,7 @@ def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, int
             f"--flags is missing: weights do not say the heads of a width of {width}, as --num_heads 4 does"
         )
     data: dict[str, object] = dict(source="folder", image_size=size, channels=channels, random_flip=True)
-    data |= dict(range=(-1 / LATENT_SCALE, 1 / LATENT_SCALE)) if channels == 4 else {}
+    data |= dict(range=(-1 / LATENT_SCALE, 1 / LATENT_SCALE), unbounded=True) if channels == 4 else {}
     model = dict(network="dit", patch_size=patch, hidden_size=width, depth=depth, mlp_ratio=mlp_ratio)
     model |= dict(num_heads=num_heads or HEADS[width], class_cond=rows > 0)
     if flow:

@@ -75,6 +75,7 @@ class TrainingStep:
         label_dropout: share of the images that are trained on without their class.
         random_flip: mirror half of the images along their last axis.
         low_res_size: for an upsampler, the size of the smaller image that the network is given.
+        unbounded: images may have values beyond [-1, 1].
         accelerator: of several processes or mixed precision; by default a plain one.
 
     Attributes:
@@ -97,6 +98,7 @@ class TrainingStep:
     label_dropout: float = 0.0
     random_flip: bool = False
     low_res_size: int | Sequence[int] | None = None
+    unbounded: bool = False
     accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=on_cpu()))
     step: int = field(default=0, init=False)
 
@@ -163,7 +165,7 @@ class TrainingStep:
             raise UsageError(f"x_start is {x_start.dtype} {tuple(x_start.shape)}; it must be float images in [-1, 1]")
         if not self._checked:  # once, since it waits for the device
             low, high = (end.item() for end in torch.aminmax(x_start))
-            if not -1.001 <= low <= high <= 1.001:
+            if not -1.001 <= low <= high <= 1.001 and not self.unbounded:
                 raise UsageError(f"x_start has values from {low:g} to {high:g}; images must be scaled to [-1, 1]")
             self._checked = True
         if y is not None and y.shape != x_start.shape[:1]:

@@ -66,7 +66,7 @@ fitting: dict = {
     "model.mlp_ratio": rates, "train.history": sizes, "sample.order": sizes, "sample.clip_denoised": st.booleans(),
 }  # fmt: skip
 fitting |= dict.fromkeys(
-    ["data.random_flip", "data.allow_change", "model.use_new_attention_order", "model.conv_resample",
+    ["data.random_flip", "data.unbounded", "data.allow_change", "model.use_new_attention_order", "model.conv_resample",
      "model.resblock_updown", "model.use_scale_shift_norm", "model.use_checkpoint", "model.class_cond",
      "diffusion.rescale_timesteps", "diffusion.zero_terminal_snr", "train.ema_warmup",
      "model.use_norm"], st.booleans())  # fmt: skip

@@ -54,6 +54,11 @@ PUBLISHED = {  # millions of parameters, as the papers round them, and the golde
     "published/adm_lsun": (553, "adm_lsun_256"),
     "published/adm_upsample_64_256": (312, None),
     "published/adm_upsample_128_512": (309, None),
+    "published/dit_s2_imagenet256": (33, None),
+    "published/dit_b2_imagenet256": (130, None),
+    "published/dit_l2_imagenet256": (458, None),
+    "published/dit_xl2_imagenet256": (675, None),
+    "published/dit_xl2_imagenet512": (675, None),
 }
 
 
