@@ -57,7 +57,7 @@ class GaussianDiffusion:
             raise UsageError(f"variance is {variance_type}, and a flow has none to learn: it must be fixed_small")
         # x_t and the output are two equations for x_0 and epsilon; this is what they give for x_0.
         alpha, sigma = self.tables["alpha"], self.tables["sigma"]
-        of_x_start, of_noise = PREDICTIONS[prediction](self)
+        of_x_start, of_noise = (part + np.zeros(len(alpha)) for part in PREDICTIONS[prediction](self))
         determinant = alpha * of_noise - sigma * of_x_start
         if determinant[-1] == 0:
             right = "where the path ends in pure noise, it must be v, velocity or x_start, or a flow's s_max be below 1"
@@ -202,47 +202,22 @@ def _diffusion_tables(betas: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
     }
 
 
-Coefficients = tuple[NDArray[np.float64], NDArray[np.float64]]
-
-
-def epsilon(process: GaussianDiffusion) -> Coefficients:
-    """The noise (Ho et al. 2020)."""
-    return np.zeros(process.num_timesteps), np.ones(process.num_timesteps)
-
-
-def x_start(process: GaussianDiffusion) -> Coefficients:
-    """x_0."""
-    return np.ones(process.num_timesteps), np.zeros(process.num_timesteps)
-
-
-def previous_x(process: GaussianDiffusion) -> Coefficients:
-    """The mean of x_{t-1} (eq. 11, with x_t written out)."""
+def previous_x(process: GaussianDiffusion) -> tuple[Any, Any]:
+    """The mean of x_{t-1} (eq. 11), with x_t written out."""
     process.check_diffusion("prediction previous_x")
     of_x_start, of_x_t = process.tables["posterior_mean_coef1"], process.tables["posterior_mean_coef2"]
     return of_x_start + of_x_t * process.tables["alpha"], of_x_t * process.tables["sigma"]
 
 
-def v(process: GaussianDiffusion) -> Coefficients:
-    """alpha epsilon - sigma x_0 (Salimans & Ho 2022, section 4)."""
-    return -process.tables["sigma"], process.tables["alpha"]
-
-
-def velocity(process: GaussianDiffusion) -> Coefficients:
-    """d x_t / ds, which flow matching predicts (Lipman et al. 2022): on the straight path, epsilon - x_0."""
-    return process.tables["alpha_slope"], process.tables["sigma_slope"]
-
-
-def score(process: GaussianDiffusion) -> Coefficients:
-    """The gradient of log q(x_t) (Song et al. 2020), -epsilon / sigma."""
-    return np.zeros(process.num_timesteps), -1 / process.tables["sigma"]
-
-
-PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Coefficients]] = {
-    "epsilon": epsilon,
-    "x_start": x_start,
+PREDICTIONS: dict[str, Callable[[GaussianDiffusion], tuple[Any, Any]]] = {
+    "epsilon": lambda process: (0.0, 1.0),
+    "x_start": lambda process: (1.0, 0.0),
     "previous_x": previous_x,
-    "v": v,
-    "velocity": velocity,
-    "score": score,
+    # Salimans & Ho (2022), section 4.
+    "v": lambda process: (-process.tables["sigma"], process.tables["alpha"]),
+    # d x_t / ds (Lipman et al. 2022).
+    "velocity": lambda process: (process.tables["alpha_slope"], process.tables["sigma_slope"]),
+    # The gradient of log q(x_t) (Song et al. 2020).
+    "score": lambda process: (0.0, -1 / process.tables["sigma"]),
 }
-"""process -> (T,) and (T,): how much of x_0 and of epsilon the network's mean channels are the sum of."""
+"""process -> how much of x_0, and how much of epsilon, the network's mean channels are the sum of: numbers, or (T,)."""

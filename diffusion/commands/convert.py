@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from diffusion.commands.terminal import Parser, check_writable, non_empty_path, open_run, print_line
+from diffusion.commands.terminal import Parser, check_writable, non_empty_path, number_from, open_run, print_line
 from diffusion.config.files import save_config
 from diffusion.errors import UsageError, one_line
 from diffusion.interop.diffusers import pipeline_writer, read_pipeline
-from diffusion.interop.dit import check_published, from_dit
-from diffusion.interop.openai import from_openai, unet_of
+from diffusion.interop.dit import check_dit, from_dit
+from diffusion.interop.openai import check_unet, from_openai
 from diffusion.run import checkpoint
 from diffusion.run.folder import is_checkpoint, is_run, mark_run
 
@@ -28,13 +28,12 @@ from diffusion.run.folder import is_checkpoint, is_run, mark_run
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(allow_abbrev=False, description="A run becomes the other's format; anything else becomes a run.")
     parser.add_argument("format", choices=["openai", "dit", "sit", "diffusers"])
-    parser.add_argument(
-        "source", type=non_empty_path, help="a run, a .pt file (openai, dit, sit), or a pipeline (diffusers)"
-    )
+    text = "a run, a .pt file (openai, dit, sit), or a pipeline (diffusers)"
+    parser.add_argument("source", type=non_empty_path, help=text)
     parser.add_argument("--out", type=non_empty_path, required=True, help="a new folder, or a new .pt file")
-    parser.add_argument(
-        "--flags", help="to a run: the flags of their README for this checkpoint (openai), --num_heads (dit, sit)"
-    )
+    parser.add_argument("--flags", help="openai, to a run: the flags of their README for this checkpoint")
+    text = "dit and sit, to a run: attention heads (default: those of the published width)"
+    parser.add_argument("--num_heads", type=number_from(1), help=text)
     parser.add_argument("--ema", help="from a run: which moving average, or none for the weights in training")
     return parser.parse_args(argv)
 
@@ -47,7 +46,8 @@ def main() -> None:
         raise UsageError(f"--out {args.out} exists: name a new one")
     check_writable(args.out.parent, f"--out {args.out}")
     from_run = is_run(args.source) or is_checkpoint(args.source)
-    meant = {"flags": args.format != "diffusers" and not from_run, "ema": from_run}
+    meant = {"flags": args.format == "openai" and not from_run, "ema": from_run}
+    meant["num_heads"] = args.format in ("dit", "sit") and not from_run
     if odd := [name for name in meant if getattr(args, name) and not meant[name]]:
         raise UsageError(f"--{odd[0]} has no meaning for {args.format} from {'a run' if from_run else args.source}")
     write, summary = export(args) if from_run else take_in(args)
@@ -67,17 +67,12 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     run = open_run(args.source, args.ema)
     saved, weights = run.saved, run.network.state_dict()
     _check_finite(weights, args.source)
-    if args.format == "openai":
-        if not unet_of(saved.config).use_norm:
-            raise UsageError(
-                f"{args.source} is a network without normalisation, which the published code does not have"
-            )
-        return lambda out: torch.save(weights, out), "a state dict of the published UNetModel"
-    if args.format == "dit":
-        check_published(saved.config)
-        return lambda out: torch.save(weights, out), "a state dict of the published DiT"
     if args.format == "sit":
         raise UsageError("sit goes one way: its weights become a run")
+    if args.format in ("openai", "dit"):
+        check = check_unet if args.format == "openai" else check_dit
+        name = check(saved.config)
+        return lambda out: torch.save(weights, out), f"a state dict of the published {name}"
     classes = "; it passes no classes: call its unet with class_labels (docs/formats.md)" if saved.class_names else ""
     return pipeline_writer(saved, weights), f"DDPMPipeline{classes}"
 
@@ -87,8 +82,7 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     if args.format == "diffusers":
         config, names, weights = read_pipeline(args.source)
     elif args.format in ("dit", "sit"):
-        heads = parse_heads(args.flags)
-        config, num_classes, weights = from_dit(args.source, heads, flow=args.format == "sit")
+        config, num_classes, weights = from_dit(args.source, args.num_heads, flow=args.format == "sit")
         names = tuple(map(str, range(num_classes)))
     elif args.flags is None:
         raise UsageError("--flags is missing: the flags of their README for this checkpoint, or '' for none")
@@ -110,16 +104,6 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     process = config.diffusion
     scale = "rescaled to 1000" if process.rescale_timesteps else "as they are"
     return write, f"a run of {process.steps} {process.schedule} steps, variance {process.variance}, timesteps {scale}"
-
-
-def parse_heads(flags: str | None) -> int | None:
-    """The number of attention heads that `--flags` gives for weights of DiT or SiT, if any."""
-    if flags is None:
-        return None
-    name, _, value = flags.replace("=", " ").partition(" ")
-    if name != "--num_heads" or not value.strip().isdecimal():
-        raise UsageError(f"--flags is {flags!r}; of dit and sit it can be --num_heads and a number")
-    return int(value)
 
 
 def _check_finite(weights: checkpoint.Weights, source: Path) -> None:

@@ -214,7 +214,9 @@ class Config:
         if factor != 1 and getattr(self.model, "init", None) != "fixup":
             raise UsageError(f"train.scalar_lr_factor is {factor}, but only model.init fixup has scalars")
         if self.data.unbounded and self.sample.options["clip_denoised"]:
-            raise UsageError("sample.clip_denoised is true, and data.unbounded too, whose values it cuts: set it to false")
+            raise UsageError(
+                "sample.clip_denoised is true, and data.unbounded too, whose values it cuts: set it to false"
+            )
         if guidance != 1 and not share:
             raise UsageError(f"sample.guidance is {guidance}; without train.label_dropout, it can only be 1")
         with prefixed("sample.steps: "):

@@ -268,7 +268,7 @@ def scale(array: Array, declared: tuple[float, float] | None, unbounded: bool = 
         span = f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known"
         raise ValueError(f'{span}: declare it, such as with --data.range "[{low}, {high}]"')
     low, high = declared or (0, 65535)
-    if not (low <= lowest and highest <= high or (unbounded and np.isfinite(highest - lowest))):
+    if not ((low <= lowest and highest <= high) or (unbounded and np.isfinite(highest - lowest))):
         raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
     return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)
 

@@ -1,16 +1,10 @@
-"""Atomic file replacement, caches, and locks."""
+"""Atomic file replacement, and locks."""
 
 import errno
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 try:
     import fcntl
@@ -70,29 +64,6 @@ def replace_text(path: Path, text: str) -> None:
 def written_by(mark: str) -> Callable[[Path], bool]:
     """A function that tells whether a file carries the mark of the command that writes it near its beginning."""
     return lambda path: mark.encode() in path.read_bytes()[:4096]
-
-
-def cached_file(name: str) -> Path:
-    """The path of what can be made again, in the user's cache. Raises RuntimeError where the user has no home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "diffusion", f"{name}.npz")
-
-
-def read_cache(name: str) -> NDArray[Any] | None:
-    """The array of finite floats that `write_cache` wrote, if there is one."""
-    try:
-        array: NDArray[Any] = np.load(cached_file(name), allow_pickle=False)["arr_0"]
-        return array if array.dtype.kind == "f" and np.isfinite(array).all() else None
-    except Exception:  # missing or damaged: zipfile, zlib, struct and numpy have many types
-        return None
-
-
-def write_cache(name: str, array: NDArray[Any]) -> None:
-    """Write an array to the cache, if there is one."""
-    with suppress(OSError, RuntimeError):
-        buffer, path = BytesIO(), cached_file(name)
-        np.savez(buffer, array)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(path, buffer.getvalue())
 
 
 _held: set[int] = set()

@@ -39,9 +39,7 @@ def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, int
             f"{path} does not hold the weights of a DiT: {error} is missing or has another shape"
         ) from None
     if num_heads is None and width not in HEADS:
-        raise UsageError(
-            f"--flags is missing: weights do not say the heads of a width of {width}, as --num_heads 4 does"
-        )
+        raise UsageError(f"--num_heads is missing: the weights do not say it, and {width} is no published width")
     data: dict[str, object] = dict(source="folder", image_size=size, channels=channels, random_flip=True)
     data |= dict(range=(-1 / LATENT_SCALE, 1 / LATENT_SCALE), unbounded=True) if channels == 4 else {}
     model = dict(network="dit", patch_size=patch, hidden_size=width, depth=depth, mlp_ratio=mlp_ratio)
@@ -70,9 +68,10 @@ def _mean_rows(value: Tensor, patch: int) -> Tensor:
     return rows[0]
 
 
-def check_published(config: Config) -> None:
-    """Raise UsageError if the published class has no network like that of `config`."""
+def check_dit(config: Config) -> str:
+    """The published class with the network of `config`. Raises UsageError if there is none."""
     if not isinstance(config.model, Transformer):
         raise UsageError(f"model.network is {config.model.network}; only a dit can be converted")
     if not config.model.class_cond or config.data.sizes[0] != config.data.sizes[1]:
         raise UsageError("the published DiT has classes and square images, and this run has not")
+    return "DiT"

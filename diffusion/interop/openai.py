@@ -46,6 +46,13 @@ def unet_of(config: Config) -> UNet:
     return config.model
 
 
+def check_unet(config: Config) -> str:
+    """The published class with the network of `config`. Raises UsageError if there is none."""
+    if not unet_of(config).use_norm:
+        raise UsageError("model.use_norm is false; the published UNetModel has no network without normalisation")
+    return "UNetModel"
+
+
 def parse_flags(text: str) -> dict[str, Any]:
     """Their flags, typed, with the defaults of the repository whose flags they are. Raises UsageError, naming the flag.
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffusion.data.base import DataSet, digest, load, part
 from diffusion.data.values import to_uint8, to_x_start
-from diffusion.files.atomic import read_cache, write_cache
 from diffusion.metrics.features import FEATURES, Extractor
 from diffusion.run.loaded import Run
 from diffusion.samplers import Progress
@@ -57,19 +56,8 @@ class Reference:
 
     @cached_property
     def features(self) -> Tensor:
-        """(N, D), on the CPU. Those of a fixed network are cached under a hash of its name and the images.
-
-        The features of the first image show whether the cache is of the same network.
-        """
-        if not self.extractor.fixed:
-            return self.run(self.images)[0]
-        name, first = f"features_{digest(self.extractor.name, self.images.numpy())}", self.run(self.images[:1])[0]
-        cached = read_cache(name)
-        cached = first.numpy() if cached is None else cached
-        if cached.shape != (len(self.images), first.shape[1]) or not np.allclose(cached[:1], first, 1e-2, 1e-3):
-            cached = self.run(self.images)[0].numpy()
-            write_cache(name, cached)
-        return torch.from_numpy(cached).float()
+        """(N, D), on the CPU."""
+        return self.run(self.images)[0]
 
     def run(self, images: Tensor, size: int = 128) -> tuple[Tensor, Tensor | None]:
         """The features (N, D) and logits (N, K), if any, of images (N, C, *sizes), uint8, on the CPU."""

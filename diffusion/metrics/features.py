@@ -21,14 +21,10 @@ CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 20_000, 500
 
 
 class Extractor(NamedTuple):
-    """A function from images (N, C, *sizes) in [-1, 1] to features (N, D) and, if it classifies, logits (N, K).
-
-    A `fixed` one is the same for all data, and its features are cached.
-    """
+    """A function from images (N, C, *sizes) in [-1, 1] to features (N, D) and, if it classifies, logits (N, K)."""
 
     name: str
     run: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    fixed: bool = False
 
 
 def check_fidelity(reference: object = None) -> None:
@@ -102,7 +98,7 @@ def inception(dataset: DataSet, device: torch.device, weights: Path | None) -> E
             raise UsageError(f"images of {tuple(x.shape[1:])} are neither grey nor RGB: use --features pixels")
         return net(to_uint8(x).expand(-1, 3, -1, -1))
 
-    return Extractor("inception" if weights is None else f"inception of {sha256(weights)[:16]}", run, fixed=True)
+    return Extractor("inception" if weights is None else f"inception of {sha256(weights)[:16]}", run)
 
 
 FEATURES: dict[str, Callable[[DataSet, torch.device, Path | None], Extractor]] = {

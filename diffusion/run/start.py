@@ -25,8 +25,9 @@ RESUMABLE = {
 }
 """Settings that a continued run may change, beside those of the sections sample and checkpoint. Any other would make it
 a different run."""
-CLASSES = "label_emb.weight"
-PROCESS = "steps", "schedule", "zero_terminal_snr", "prediction", "variance", "rescale_timesteps"
+CLASSES = {"label_emb.weight", "y_embedder.embedding_table.weight"}
+"""The tables of classes."""
+PROCESS = "steps", "schedule", "zero_terminal_snr", "prediction", "variance", "rescale_timesteps", "s_max"
 """Settings of the process that change the meaning of weights."""
 
 
@@ -85,14 +86,16 @@ def copy_weights(
         matter = {key for key in matter if not key.startswith("model.")} | {"model.network"}
     changed = _differences(source.config.flat(), config.flat())
     settings = "; ".join(change for key, change in changed.items() if key in matter)
-    fit = own.keys() - differ.keys() - {CLASSES}
+    fit = own.keys() - differ.keys() - CLASSES
     if not any(own[name].ndim > 1 for name in fit):
         hint = f"take its settings too, with --config {source.path / 'config.yaml'}"
         raise UsageError(f"train.init_from: no weight of {source.path} fits ({settings}): {hint}")
     for name in fit:
         own[name].copy_(weights[name])
-    notes = _copy_classes(own[CLASSES], weights, source.class_names, class_names) if CLASSES in own else []
-    fresh = [name for name in own if name in differ and name != CLASSES]
+    notes = list[str]()
+    for name in CLASSES & own.keys():
+        notes += _copy_classes(own[name], weights.get(name), source.class_names, class_names)
+    fresh = [name for name in own if name in differ and name not in CLASSES]
     if fresh:
         share = sum(own[name].numel() for name in fresh) / sum(value.numel() for value in own.values())
         texts = [differ[name] for name in fresh]
@@ -104,14 +107,15 @@ def copy_weights(
     return [f"train.init_from: {note}" for note in notes]
 
 
-def _copy_classes(table: Tensor, weights: Weights, source_names: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Copy the embeddings of classes that both have."""
-    source = weights.get(CLASSES)
+def _copy_classes(table: Tensor, source: Tensor | None, known: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Copy the embeddings of classes that both have, and of no class, if both have a row for it."""
     if source is None or source.shape[1:] != table.shape[1:]:
         return [f"the {len(names)} classes begin anew: its weights have no embeddings of them"]
-    numbers = list(source_names) == [str(i) for i in range(len(names))]  # a converted model, whose names are unknown
-    by_number = numbers and set(names) != set(source_names)
-    known = names if by_number else source_names
+    if len(table) > len(names) and len(source) > len(known):
+        table[-1].copy_(source[-1])
+    numbers = list(known) == [str(i) for i in range(len(names))]  # a converted model, whose names are unknown
+    by_number = numbers and set(names) != set(known)
+    known = names if by_number else known
     for i, name in enumerate(names):
         if name in known:
             table[i].copy_(source[known.index(name)])

@@ -1,4 +1,4 @@
-"""The cost of a run, measured on a few of its steps, and advice on its settings."""
+"""The cost of a run, measured on a few of its steps."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ from diffusion.training.trainer import Trainer
 
 
 def dry_run(config: Config) -> list[str]:
-    """Train a few steps of a run of one process, which leaves no files: its cost and advice, in lines."""
+    """Train a few steps of a run of one process, which leaves no files: its cost, in lines."""
     train, counter, times = config.train, FlopCounterMode(display=False), list[float]()
     with tempfile.TemporaryDirectory() as folder, closing(Trainer(config, Path(folder, "run"))) as trainer:
         n, step, device = len(trainer.dataset), trainer.training_step, trainer.accelerator.device
@@ -40,7 +40,8 @@ def dry_run(config: Config) -> list[str]:
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else psutil.Process().memory_info().rss
     saves = math.ceil(train.steps / (config.checkpoint.every or train.steps))
     kept, size = min(saves, config.checkpoint.keep_last or saves), 4 * values / 2**20
-    lines += [
+    return [
+        *lines,
         f"{weights / 1e6:.2f} million parameters; {counter.get_total_flops() / 1e9:,.1f} GFLOPs a step",
         f"{seconds:.3f} seconds a step, {train.batch_size / seconds:.0f} images/s, "
         f"{memory / 2**30:.1f} GiB of memory on one {device.type}",
@@ -48,19 +49,3 @@ def dry_run(config: Config) -> list[str]:
         f"and see an image {train.steps * train.batch_size / n:.1f} times",
         f"a checkpoint takes {size:,.0f} MiB, {kept} of them {size * kept:,.0f} MiB of disk",
     ]
-    return lines + [f"advice: {text}" for text in advice(config, weights, n, seconds)]
-
-
-def advice(config: Config, weights: int, images: int, seconds: float) -> list[str]:
-    """What looks wrong with the settings of a run of so many weights, images, and seconds a step."""
-    train, excess = config.train, weights / (images * math.prod(config.data.shape))
-    horizon = 1 / (1 - max(train.ema_rates, default=0.0))
-    too_long = 2 * horizon > train.steps and not train.ema_warmup
-    checks = {
-        f"an average remembers {horizon:.0f} steps, and the run has {train.steps}": too_long,
-        f"the network has {excess:.0f} times as many weights as the data have values: it may overfit": excess > 10,
-        "the run ends before each image was seen once": train.steps * train.batch_size < images,
-        "checkpoint.every is 0: a crash loses the whole run": not config.checkpoint.every
-        and seconds * train.steps > 3600,
-    }
-    return [text for text, wrong in checks.items() if wrong]

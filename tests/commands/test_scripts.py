@@ -37,6 +37,7 @@ from diffusion.interop.openai import config_from_flags, parse_flags
 from diffusion.likelihood import bits_per_dim
 from diffusion.metrics import features
 from diffusion.metrics.base import Subject
+from diffusion.models.dit import DiT
 from diffusion.randomness import image_noise
 from diffusion.run.checkpoint import Checkpoint, newest
 from diffusion.run.loaded import load_run
@@ -62,7 +63,7 @@ def unconditional(tmp_path_factory):
     return out
 
 
-PAGES = ["README.md", "docs/training.md", "docs/sampling.md", "docs/formats.md"]
+PAGES = ["README.md", "docs/training.md", "docs/sampling.md", "docs/formats.md", "docs/flow.md"]
 SHORT = "--train.batch_size 16 --sample.steps 2 --sample.n 6"
 
 
@@ -77,7 +78,7 @@ def commands_of(page, shell=False):
 
 
 def test_the_pages_show_the_commands_that_this_file_runs():
-    assert [len(commands_of(page)) for page in PAGES] == [5, 16, 16, 5]
+    assert [len(commands_of(page)) for page in PAGES] == [5, 16, 16, 8, 2]
 
 
 def launched(words):
@@ -104,6 +105,9 @@ def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
     flags = "--image_size 32 --num_channels 32 --num_res_blocks 1 --learn_sigma True"  # weights that need no download
     network = config_from_flags(parse_flags(flags), upsampler=False).network(0)
     torch.save(network.state_dict(), tmp_path / "cifar10_uncond_50M_500K.pt")
+    latents = DiT(8, 2, 4, 384, 1, 6, num_classes=3)
+    for name in ("DiT", "SiT"):
+        torch.save(latents.state_dict(), tmp_path / f"{name}-XL-2-256x256.pt")
     went_back = False
     for page in PAGES:
         for line in commands_of(page, shell=True):
@@ -112,8 +116,8 @@ def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
             line = line.replace("--num_channels 128 --num_res_blocks 3", "--num_channels 32 --num_res_blocks 1")
             line = re.sub(r"--n (1000|500|200)\b", "--n 12", line).replace("--sets 3", "--sets 2")
             line = line.replace("--dropout 0.3 --diffusion_steps 4000", "--dropout 0.3 --diffusion_steps 100")
-            if ("evaluate.py" in line and "--steps" in line) or ("runs/published " in line and "sample.py" in line):
-                line = re.sub(r"--steps \d+", "--n 2 --steps 2", line)
+            if ("evaluate.py" in line and "--steps" in line) or ("runs/published" in line and "sample.py" in line):
+                line = f"{re.sub(r'--steps [0-9]+', '', line)} --n 2 --steps 2"
             if "train.py" in line:
                 steps = "4" if "runs/x" in line and "300" not in line else "3"
                 line = f"{re.sub(r'--train.steps [0-9]+', '', line)} {SHORT} --train.steps {steps}"

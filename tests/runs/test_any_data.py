@@ -31,7 +31,6 @@ from diffusion.data.sources.folder import Folder
 from diffusion.data.sources.huggingface import HuggingFace, TableRows
 from diffusion.data.summary import describe_data
 from diffusion.run import checkpoint
-from diffusion.training.dry_run import advice
 from diffusion.training.trainer import Trainer
 
 MODEL = ["--model.class_cond", "false", "--model.channel_mult", "[1]", "--model.attention_resolutions", "[]"]
@@ -360,18 +359,3 @@ def test_a_dry_run_measures_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     predicted = float(out.split("a checkpoint takes ")[1].split(" MiB")[0])
     assert predicted == pytest.approx(size, abs=1, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"train__ema_warmup": False, "train__ema_rates": (0.9999,)}, "remembers 10000 steps, and the run has 6"),
-        ({"train__steps": 1}, "the run ends before each image was seen once"),
-    ],
-)
-def test_advice_is_given_where_it_is_due(changes, says):
-    assert any(says in line for line in advice(small(**changes), 1000, 1797, 1.0))
-    usual = small(train__steps=750, train__ema_rates=(0.99,))
-    assert advice(usual, 760_000, 1797, 0.1) == []
-    assert "as many weights" in advice(usual, 10**9, 1797, 0.1)[0]
-    assert json.dumps(advice(usual, 1000, 1797, 0.1)) == "[]"

@@ -354,7 +354,7 @@ def transformers(tmp_path_factory):
 def test_weights_of_dit_become_a_run_with_the_published_output_and_come_back(
     transformers, tmp_path, monkeypatch, capsys
 ):
-    argv = "dit", transformers / "dit.pt", "--flags", "--num_heads 4", "--out", tmp_path / "run"
+    argv = "dit", transformers / "dit.pt", "--num_heads", 4, "--out", tmp_path / "run"
     code, _, err = run_convert(monkeypatch, capsys, *argv)
     assert (code, err) == (0, "")
     run, arrays = load(tmp_path / "run"), golden("heirs/dit_s.npz")
@@ -370,7 +370,7 @@ def test_weights_of_dit_become_a_run_with_the_published_output_and_come_back(
 
 
 def test_weights_of_sit_draw_the_published_samples(transformers, tmp_path, monkeypatch, capsys):
-    argv = "sit", transformers / "sit.pt", "--flags", "--num_heads 2", "--out", tmp_path / "run"
+    argv = "sit", transformers / "sit.pt", "--num_heads", 2, "--out", tmp_path / "run"
     code, _, err = run_convert(monkeypatch, capsys, *argv)
     assert (code, err) == (0, "")
     run, arrays = load(tmp_path / "run"), golden("heirs/flow.npz")
@@ -402,21 +402,21 @@ def test_latents_are_written_as_the_autoencoder_takes_them(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("change", "flags", "says"),
     [
-        ({}, None, "--flags is missing: weights do not say the heads of a width of 64"),
-        ({}, "--num_heads 5", "num_heads is 5, which does not divide hidden_size 64"),
-        ({}, "--heads 4", "it can be --num_heads and a number"),
-        ({"pos_embed": torch.zeros(1, 63, 64)}, "--num_heads 4", "pos_embed is (1, 63, 64), and (1, 49, 64) in the"),
-        ({"y_embedder.embedding_table.weight": torch.zeros(1, 64)}, "--num_heads 4", "there are no classes"),
-        ({"x_embedder.proj.weight": None}, "--num_heads 4", "does not hold the weights of a DiT: 'x_embedder"),
-        ({"blocks.1.attn.qkv.weight": None}, "--num_heads 4", "blocks.1.attn.qkv.weight is missing, and"),
-        ({"blocks.999999999.x": torch.zeros(1)}, "--num_heads 4", "model.depth is 1000000000; it must be less than"),
-        ({"y_embedder.embedding_table.weight": torch.empty(10**12, 0)}, "--num_heads 4", "is of another architecture"),
+        ({}, None, "--num_heads is missing: the weights do not say it, and 64 is no published width"),
+        ({}, "5", "num_heads is 5, which does not divide hidden_size 64"),
+        ({}, "0", "it must be a whole number from 1"),
+        ({"pos_embed": torch.zeros(1, 63, 64)}, "4", "pos_embed is (1, 63, 64), and (1, 49, 64) in the"),
+        ({"y_embedder.embedding_table.weight": torch.zeros(1, 64)}, "4", "there are no classes"),
+        ({"x_embedder.proj.weight": None}, "4", "does not hold the weights of a DiT: 'x_embedder"),
+        ({"blocks.1.attn.qkv.weight": None}, "4", "blocks.1.attn.qkv.weight is missing, and"),
+        ({"blocks.999999999.x": torch.zeros(1)}, "4", "model.depth is 1000000000; it must be less than"),
+        ({"y_embedder.embedding_table.weight": torch.empty(10**12, 0)}, "4", "is of another architecture"),
     ],
 )
 def test_weights_that_are_no_transformers(change, flags, says, transformers, tmp_path, monkeypatch, capsys):
     weights = torch.load(transformers / "dit.pt", weights_only=True) | change
     torch.save({name: value for name, value in weights.items() if value is not None}, tmp_path / "a.pt")
-    given = ("--flags", flags) if flags else ()
+    given = ("--num_heads", flags) if flags else ()
     code, out, err = run_convert(monkeypatch, capsys, "dit", tmp_path / "a.pt", *given, "--out", tmp_path / "run")
     assert (code, out) == (2, "")
     assert says in err
@@ -755,7 +755,7 @@ def test_the_command_answers_bad_input_in_one_line(argv, says, small, tmp_path, 
 @pytest.mark.parametrize(
     ("format", "overrides", "says"),
     [
-        ("openai", ("--model.use_norm", "false"), "without normalisation, which the published code does not have"),
+        ("openai", ("--model.use_norm", "false"), "no network without normalisation"),
         ("openai", ("--model.use_norm", "false", "--model.init", "fixup"), "without normalisation"),
         ("diffusers", ("--model.num_heads_upsample", "4"), "diffusers cannot express model.num_heads_upsample 4"),
     ],

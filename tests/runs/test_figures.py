@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from helpers import script
 from PIL import Image
-from test_metrics import cache  # noqa: F401
 from test_trainer import metrics, small
 from torch import nn
 
@@ -224,49 +223,6 @@ def test_a_spread_over_subsets_is_one():
 
 
 # --- what figures depend on -------------------------------------------------------------------------------------------
-
-
-def test_features_are_those_of_what_the_network_sees(tmp_path, monkeypatch):
-    """Of another size, range or background, and of a file changed in place, they are other ones; and a network that is
-    another under the same name is noticed."""
-    weight = [1.0]
-
-    def run(x):
-        return weight[0] * x.mean(3).flatten(1), None
-
-    monkeypatch.setitem(FEATURES, "mine", lambda *a: Extractor("mine", run, fixed=True))
-    for i in range(4):
-        pixels = np.random.default_rng(i).integers(0, 200, (16, 16, 4), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png", compress_level=0)
-        np.save(tmp_path / f"{i}.npy", pixels[..., :3])
-
-    def features(**settings):
-        data = Folder(path=str(tmp_path), include="*.png", **{"image_size": 8, "channels": 3, **settings}).list_files()
-        return Reference(data, CPU, "mine").features
-
-    first = features()
-    assert torch.equal(features(), first)
-    assert not torch.equal(features(image_size=(8, 16))[:, :8], first[:, :8])
-    assert not torch.equal(features(background=0), first)
-    assert not torch.equal(features(range=(0, 511)), first)
-    content = (tmp_path / "0.png").read_bytes()
-    (tmp_path / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
-    assert (tmp_path / "0.png").stat().st_size == len(content)
-    assert not torch.equal(features()[0], first[0])
-    (tmp_path / "0.png").write_bytes(content)
-    weight[0] = 2.0
-    assert torch.equal(features(), 2 * first)
-
-
-@pytest.mark.parametrize("bad", ["type", "shape", "finite", "empty", "text"])
-def test_a_cache_that_does_not_fit_is_made_anew(bad, cache, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(FEATURES, "mine", lambda *a: Extractor("mine", lambda x: (x.flatten(1), None), fixed=True))
-    data = DIGITS.select(np.arange(9))
-    wanted = Reference(data, CPU, "mine").features
-    [file] = (cache / "diffusion").iterdir()
-    arrays = {"type": wanted.numpy().astype(str), "shape": wanted.numpy()[:5], "finite": wanted.numpy() * np.nan}
-    np.savez(file, arrays[bad]) if bad in arrays else file.write_bytes(b"no" * (bad == "text"))
-    assert torch.equal(Reference(data, CPU, "mine").features, wanted)
 
 
 @pytest.mark.parametrize(("sampler", "guidance"), [(name, scale) for name in SAMPLERS for scale in (1.0, 3.0)])

@@ -12,11 +12,10 @@ from test_trainer import small
 
 import evaluate
 from diffusion import UsageError
-from diffusion.data.base import open_data
 from diffusion.data.sources.digits import Digits
 from diffusion.metrics import METRICS
 from diffusion.metrics.base import Reference, Subject
-from diffusion.metrics.features import FEATURES, Extractor
+from diffusion.metrics.features import FEATURES
 from diffusion.metrics.samples import frechet_distance
 from diffusion.run.checkpoint import Checkpoint, newest
 from diffusion.training.trainer import Trainer
@@ -29,12 +28,6 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("metrics") / "run"
     Trainer(small(train__steps=4, checkpoint__every=2, train__ema_rates=(0.5, 0.9)), out).run()
     return out
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def clouds(n=400, m=300, d=16):
@@ -130,23 +123,6 @@ def test_the_classifier_tells_digits_apart_and_is_the_same_each_time(monkeypatch
     first, second = (FEATURES["classifier"](dataset, torch.device("cpu"), None) for _ in range(2))
     assert first.name == second.name
     assert torch.equal(first.run(x[:99])[0], second.run(x[:99])[0])
-
-
-def test_features_of_a_fixed_network_are_kept(cache, monkeypatch):
-    calls = []
-
-    def counting(dataset, device, weights):
-        return Extractor("counting", lambda x: (calls.append(len(x)) or x.flatten(1), None), fixed=True)
-
-    monkeypatch.setitem(FEATURES, "counting", counting)
-    dataset = open_data(Digits())
-    first = Reference(dataset, torch.device("cpu"), "counting", most=50)
-    again = Reference(dataset, torch.device("cpu"), "counting", most=50)
-    assert torch.equal(first.features, again.features)
-    assert sum(calls) == 52  # and the first image of each, which shows that the network is the same
-    [kept] = (cache / "diffusion").iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
-    assert torch.equal(Reference(dataset, torch.device("cpu"), "counting", most=50).features, first.features)
 
 
 def test_inception_runs_with_weights_of_a_file_and_its_figure_is_called_fid(tmp_path, run, monkeypatch, capsys):
