@@ -28,17 +28,23 @@ class Linear(nn.Linear):
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4 and x.device.type == "cpu":  # on some processors convolutions are twice as fast as products
+            return F.conv2d(x.movedim(-1, 1), self.weight[..., None, None], self.bias).movedim(1, -1)
+        return super().forward(x)
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, width) -> the same shape."""
+    """Multi-head self-attention: (B, rows, columns, width) -> the same shape."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads, self.qkv, self.proj = num_heads, Linear(width, 3 * width), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three heads c) -> three b heads n c", three=3, heads=self.num_heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)"))
+        rows = rearrange(self.qkv(x), "b h w (three heads c) -> three b heads (h w) c", three=3, heads=self.num_heads)
+        out = F.scaled_dot_product_attention(*rows)
+        return self.proj(rearrange(out, "b heads (h w) c -> b h w (heads c)", h=x.shape[1]))
 
 
 class MLP(nn.Module):
@@ -62,7 +68,7 @@ class Modulated(nn.Module):
         self.parts = parts
 
     def vectors(self, emb: Tensor) -> Tensor:
-        return rearrange(self.adaLN_modulation(emb), "b (parts c) -> parts b 1 c", parts=self.parts)
+        return rearrange(self.adaLN_modulation(emb), "b (parts c) -> parts b 1 1 c", parts=self.parts)
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return torch.addcmul(shift, self.norm(x), 1 + scale)
@@ -76,7 +82,7 @@ class DiTBlock(Modulated):
         self.attn, self.mlp = Attention(width, num_heads), MLP(width, hidden)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, N, width), emb (B, width) -> (B, N, width)."""
+        """x (B, rows, columns, width), emb (B, width) -> (B, rows, columns, width)."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.vectors(emb)
         x = torch.addcmul(x, gate_attn, self.attn(self.modulated(x, shift_attn, scale_attn)))
         return torch.addcmul(x, gate_mlp, self.mlp(self.modulated(x, shift_mlp, scale_mlp)))
@@ -162,12 +168,13 @@ class DiT(nn.Module):
         if y is not None:
             emb = emb + self._class_embedding(y)
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        h = rearrange(self.x_embedder["proj"](x), "b c h w -> b (h w) c")
-        h = h + (self.pos_embed if grid == self.grid else positions(grid, self.hidden_size).to(h)[None])
+        where = self.pos_embed if grid == self.grid else positions(grid, self.hidden_size).to(x)[None]
+        h = self.x_embedder["proj"](x).movedim(1, -1) + where.view(1, *grid, -1)
         for block in self.blocks:
             h = block(h, emb)
-        sizes = dict(h=grid[0], p=self.patch_size, q=self.patch_size)
-        return rearrange(self.final_layer(h, emb), "b (h w) (p q c) -> b c (h p) (w q)", **sizes)
+        return rearrange(
+            self.final_layer(h, emb), "b h w (p q c) -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size
+        )
 
     def _class_embedding(self, y: Tensor) -> Tensor:
         """Rows of the table; of no class, its last row or, without one, zero."""
