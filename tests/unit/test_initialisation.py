@@ -327,7 +327,7 @@ def test_the_gradient_of_a_gate_is_a_product_of_two_that_differ():
         assert not weight.any()
         for gate, branch in ((2, block.attn), (5, block.mlp)):
             gradient = weight.grad.chunk(6)[gate]
-            product = torch.einsum("bnc,bnc,be->ce", errors[block], given[branch], embedding)
+            product = torch.einsum("bhwc,bhwc,be->ce", errors[block], given[branch], embedding)
             torch.testing.assert_close(gradient, product, rtol=1e-3, atol=1e-7)
             assert len(gradient.unique(dim=0)) == len(gradient)
             assert torch.linalg.matrix_rank(gradient) > 8
