@@ -115,9 +115,9 @@ def as_velocity(process: GaussianDiffusion) -> NDArray[np.float64]:
 def likelihood(process: GaussianDiffusion) -> NDArray[np.float64]:
     """Errors of the predicted noise by -d log(alpha / sigma) / ds, as in a continuous variational bound (Kingma et al.
     2021, eq. 17; SiT)."""
-    of_noise = process.squared_error("epsilon")
-    slope = np.sqrt(process.squared_error("velocity") / of_noise) / process.tables["sigma"]
-    return slope * of_noise / process.squared_error(process.prediction)
+    table = process.tables
+    turned = table["alpha"] * table["sigma_slope"] - table["sigma"] * table["alpha_slope"]
+    return turned * table["alpha"] / table["sigma"] ** 3 / process.squared_error(process.prediction)
 
 
 WEIGHTINGS: dict[str, Callable[..., NDArray[np.float64]]] = {

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from diffusion.config.schema import Config, config_of
-from diffusion.errors import UsageError
+from diffusion.errors import UsageError, one_line
 from diffusion.interop.openai import EVERY, TRAIN, load_state_dict
 from diffusion.models.networks import Transformer
 
@@ -34,24 +34,20 @@ def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, int
         rows = min(len(table), table.numel())  # rows without columns take no room in a file
         learned = out.shape[0] == 2 * patch**2 * channels
         size = math.isqrt(positions) * patch
-    except (LookupError, ValueError, ArithmeticError, TypeError) as error:
-        raise UsageError(
-            f"{path} does not hold the weights of a DiT: {error} is missing or has another shape"
-        ) from None
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias") if flow else ():
+            halves = rearrange(weights[name], "(p two c) ... -> two (p c) ...", p=patch**2, two=1 + learned)
+            weights[name] = -halves[0]
+    except (LookupError, ValueError, ArithmeticError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{path} does not hold the weights of a DiT ({one_line(error)})") from None
     if num_heads is None and width not in HEADS:
         raise UsageError(f"--num_heads is missing: the weights do not say it, and {width} is no published width")
-    data: dict[str, object] = dict(source="folder", image_size=size, channels=channels, random_flip=True)
+    data: dict[str, object] = dict(source="folder", image_size=size, channels=channels, random_flip=channels != 4)
     data |= dict(range=(-1 / LATENT_SCALE, 1 / LATENT_SCALE), unbounded=True) if channels == 4 else {}
     model = dict(network="dit", patch_size=patch, hidden_size=width, depth=depth, mlp_ratio=mlp_ratio)
     model |= dict(num_heads=num_heads or HEADS[width], class_cond=rows > 0)
     if flow:
         process: dict[str, object] = dict(schedule="flow", prediction="velocity", variance="fixed_small")
         sample = dict(sampler="ode", steps="25")
-        if learned:
-            weights = {name: _mean_rows(value, patch) if name.startswith("final_layer.linear") else value
-                       for name, value in weights.items()}  # fmt: skip
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            weights[name] = -weights[name]
     else:
         process = dict(schedule="linear", prediction="epsilon", variance="learned_range" if learned else "fixed_large")
         sample = dict(sampler="ddpm", steps="250")
@@ -60,12 +56,6 @@ def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, int
     process |= dict(loss="mse", rescale_timesteps=False)
     settings = dict(data=data, model=model, diffusion=process, train=train, sample=section, checkpoint=EVERY)
     return config_of(settings), max(0, rows - 1), weights
-
-
-def _mean_rows(value: Tensor, patch: int) -> Tensor:
-    """The rows of the output layer that are the first half of the channels."""
-    rows = rearrange(value, "(patch two c) ... -> two (patch c) ...", patch=patch**2, two=2)
-    return rows[0]
 
 
 def check_dit(config: Config) -> str:

@@ -49,7 +49,8 @@ def extended(tmp_path_factory):
             file.write_text(content)
         added += code.count("\n") + 2
     layout = copy / "tests/unit/test_layout.py"
-    layout.write_text(re.sub(r"LIMIT = (\d+)", lambda match: f"LIMIT = {int(match[1]) + added}", layout.read_text()))
+    limits = r"(LIMIT = |lines < )(\d+)"  # of all code, and of the mathematics
+    layout.write_text(re.sub(limits, lambda match: f"{match[1]}{int(match[2]) + added}", layout.read_text()))
     for arguments in (["check", "--fix", "--quiet", "--select", "I,W"], ["format", "--quiet"]):  # as an editor does
         subprocess.run([BIN / "ruff", *arguments, "diffusion"], cwd=copy, check=True)
     return copy

@@ -407,7 +407,7 @@ def test_latents_are_written_as_the_autoencoder_takes_them(tmp_path, monkeypatch
         ({}, "0", "it must be a whole number from 1"),
         ({"pos_embed": torch.zeros(1, 63, 64)}, "4", "pos_embed is (1, 63, 64), and (1, 49, 64) in the"),
         ({"y_embedder.embedding_table.weight": torch.zeros(1, 64)}, "4", "there are no classes"),
-        ({"x_embedder.proj.weight": None}, "4", "does not hold the weights of a DiT: 'x_embedder"),
+        ({"x_embedder.proj.weight": None}, "4", "does not hold the weights of a DiT ('x_embedder"),
         ({"blocks.1.attn.qkv.weight": None}, "4", "blocks.1.attn.qkv.weight is missing, and"),
         ({"blocks.999999999.x": torch.zeros(1)}, "4", "model.depth is 1000000000; it must be less than"),
         ({"y_embedder.embedding_table.weight": torch.empty(10**12, 0)}, "4", "is of another architecture"),
