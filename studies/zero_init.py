@@ -110,7 +110,9 @@ class Setting(NamedTuple):
 EVERYWHERE = dict.fromkeys(("zero", "small", "default", "fixup, no norm", "zero, no norm", "default, no norm"), GRID)
 ONE_QUESTION = {"all_zero": (2e-3,), "zero, no clip": (2e-3,), "fixup, no norm, no clip": (5e-4, 2e-3)}
 TRANSFORMERS = "dit zero", "dit small", "dit default", "unet zero", "unet default", "unet zero, equal time"
-BEST_ON_DIGITS = dict.fromkeys(("dit zero", "dit small", "dit default", "unet default"), (8e-3,))
+BEST_ON_DIGITS: dict[str, tuple[float, ...]] = dict.fromkeys(
+    ("dit zero", "dit small", "dit default", "unet default"), (8e-3,)
+)
 BEST_ON_DIGITS |= dict.fromkeys(("unet zero", "unet zero, equal time"), (2e-3,))
 SETTINGS = {
     "digits": Setting(8, 400, 32, 10, EVERYWHERE | ONE_QUESTION),
