@@ -120,6 +120,8 @@ class DiT(nn.Module):
 
     outer = "x_embedder.", "y_embedder.", "final_layer."
     """The layers between images or labels and features, which Muon leaves to AdamW."""
+    any_threads = True
+    """See `parallel.cores`."""
 
     def __init__(
         self, input_size: int | Sequence[int] = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
