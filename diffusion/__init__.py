@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import UsageError
+from diffusion.models.dit import DiT
 from diffusion.models.unet import UNetModel
 from diffusion.process import GaussianDiffusion
 from diffusion.schedule import Schedule
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from diffusion.training.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["GaussianDiffusion", "Schedule", "UNetModel", "UsageError", "__version__", "load", "train"]
+__all__ = ["DiT", "GaussianDiffusion", "Schedule", "UNetModel", "UsageError", "__version__", "load", "train"]
 
 
 def load(path: str | Path, ema: str | float | None = None) -> "Run":

@@ -54,12 +54,13 @@ class GaussianDiffusion:
         if schedule.betas is not None:
             self.tables |= _diffusion_tables(schedule.betas)
         elif self.learns_variance:
-            raise UsageError(f"variance is {variance_type}, and a flow has none to learn: it must be fixed_small")
+            right = "a flow has none to learn: it must be fixed_small, which a flow does not use"
+            raise UsageError(f"variance is {variance_type}, and {right}")
         # x_t and the output are two equations for x_0 and epsilon; this is what they give for x_0.
         alpha, sigma = self.tables["alpha"], self.tables["sigma"]
         of_x_start, of_noise = (part + np.zeros(len(alpha)) for part in PREDICTIONS[prediction](self))
         determinant = alpha * of_noise - sigma * of_x_start
-        if determinant[-1] == 0:
+        if abs(determinant[-1]) <= (0 if schedule.betas is not None else 1e-4):
             right = "where the path ends in pure noise, it must be v, velocity or x_start, or a flow's s_max be below 1"
             raise UsageError(f"prediction is {prediction}, which does not determine x_0 in pure noise: {right}")
         self.tables |= {"target_x_start": of_x_start, "target_noise": of_noise}
@@ -143,10 +144,11 @@ class GaussianDiffusion:
         of_x_start, of_noise = PREDICTIONS[prediction](self)
         return (of_x_start - of_noise * self.tables["alpha"] / self.tables["sigma"]) ** 2
 
-    def check_diffusion(self, what: str) -> None:
-        """Raise UsageError if this is a flow, which has no `what`."""
+    def check_diffusion(self, what: str, instead: str = "") -> None:
+        """Raise UsageError if this is a flow, which has no `what`; and what there is instead."""
         if self.schedule.betas is None:
-            raise UsageError(f"{what} needs a diffusion's betas, which a flow does not have")
+            right = f"{what} needs a diffusion's betas, which a flow does not have"
+            raise UsageError(f"{right}: {instead}" if instead else right)
 
     def check_output(self, output: Tensor, x_t: Tensor) -> None:
         """Raise UsageError if the network's output does not have the channels of this process."""

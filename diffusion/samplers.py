@@ -149,10 +149,12 @@ def ode(
     """Euler's (order 1) or Heun's method (2) for dx / ds = velocity, as flow matching samples (Ma et al. 2024, SiT):
     x_T (B, C, ...) -> x_0, deterministic.
 
-    Of order 2, T steps take 2 T evaluations where the network predicts the velocity of a flow, else 2 T - 1.
+    Of order 2, T steps take 2 T evaluations where the network predicts the velocity of a flow, of another flow 2 T - 1,
+    and of a diffusion 2 T - 2.
     """
     s = np.append(process.schedule.path.s, 0.0)  # of step -1, the data
-    at_the_data = process.schedule.betas is None and process.prediction == "velocity"
+    # The slope of a diffusion's sigma is too steep at its first step, and the velocity alone is known at the data.
+    cleanest = 1 if process.schedule.betas is not None else -1 if process.prediction == "velocity" else 0
 
     def velocity(x: Tensor, i: int) -> Tensor:
         t = _timestep(i, x)
@@ -164,10 +166,10 @@ def ode(
 
     for i in progress(range(process.num_timesteps)[::-1]):
         step, slope = float(s[i - 1] - s[i]), velocity(x, i)
-        if order == 2 and (i or at_the_data):
+        if order == 2 and i > cleanest:
             slope = (slope + velocity(x + step * slope, i - 1)) / 2
         x = x + step * slope
-    return x
+    return x.clamp(-1, 1) if clip_denoised else x
 
 
 ADAMS_BASHFORTH = (1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)
@@ -242,7 +244,7 @@ def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffus
     solver, from a last step that is far from the pure noise it begins with."""
     sampler = SAMPLERS[name]
     if sampler.ancestral:
-        process.check_diffusion(f"sampler {name}")
+        process.check_diffusion(f"sampler {name}", "take ddim, dpmpp, ipndm, heun or ode")
     order, steps = {**options_of(sampler.run), **options}.get("order", 1), process.num_timesteps
     if steps < order:
         raise UsageError(f"{name} of order {order} needs at least {order} steps, and is given {steps}")

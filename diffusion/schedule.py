@@ -55,7 +55,7 @@ def cosine_betas(steps: int, max_beta: float = 0.999) -> NDArray[np.float64]:
     return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)])
 
 
-EndOfPath = Annotated[float, (0.5, 1)]
+EndOfPath = Annotated[float, (0.9, 1)]
 
 
 def flow(steps: int, *, s_max: EndOfPath = 1.0) -> Path:
@@ -198,9 +198,7 @@ class Schedule:
         made = SCHEDULES[name](steps, **options)
         if isinstance(made, Path):
             if zero_terminal_snr:
-                raise UsageError(
-                    f"zero_terminal_snr rescales betas, and schedule {name} has none: it ends in pure noise"
-                )
+                raise UsageError(f"zero_terminal_snr rescales betas, and schedule {name} has none: leave it out")
             betas, path = None, made
         else:
             betas = with_zero_terminal_snr(made) if zero_terminal_snr else made

@@ -9,7 +9,7 @@ COMMANDS = {
     "train": "train a model, or continue a run",
     "sample": "generate images with a trained model",
     "evaluate": "score a trained model",
-    "convert": "take in or write weights of improved-diffusion, guided-diffusion and diffusers",
+    "convert": "take in or write weights of improved-diffusion, guided-diffusion, DiT, SiT and diffusers",
     "report": "write one HTML page of a run, or of several to compare them",
     "check-data": "tell what a data set holds, and what the network would see of it",
 }

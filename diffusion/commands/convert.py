@@ -72,7 +72,9 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     if args.format in ("openai", "dit"):
         check = check_unet if args.format == "openai" else check_dit
         name = check(saved.config)
-        return lambda out: torch.save(weights, out), f"a state dict of the published {name}"
+        process = saved.config.diffusion
+        meant = f"{process.steps} {process.schedule} steps that predict {process.prediction}"
+        return lambda out: torch.save(weights, out), f"a state dict of the published {name}, for {meant}"
     classes = "; it passes no classes: call its unet with class_labels (docs/formats.md)" if saved.class_names else ""
     return pipeline_writer(saved, weights), f"DDPMPipeline{classes}"
 
@@ -101,9 +103,10 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
         save_config(config, out / "config.yaml")
         mark_run(out, [f"converted from {args.source.name}"])
 
-    process = config.diffusion
+    process, classes = config.diffusion, f"{len(names)} classes"
     scale = "rescaled to 1000" if process.rescale_timesteps else "as they are"
-    return write, f"a run of {process.steps} {process.schedule} steps, variance {process.variance}, timesteps {scale}"
+    steps = f"{process.steps} {process.schedule} steps that predict {process.prediction}"
+    return write, f"a run of {steps}, variance {process.variance}, timesteps {scale}, {classes}"
 
 
 def _check_finite(weights: checkpoint.Weights, source: Path) -> None:

@@ -131,7 +131,7 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
     with prefixed("--steps: "):
         process = run.config.diffusion.process(args.steps)
     if "bits_per_dim" in args.metric:
-        process.check_diffusion("--metric bits_per_dim")
+        process.check_diffusion("--metric bits_per_dim", "score samples, with --metric frechet")
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")
     if args.sets > 1 and not samples:

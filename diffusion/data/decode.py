@@ -249,7 +249,7 @@ def fit(array: Array, target: Target) -> Array:
     if len(sizes) != 2:
         raise ValueError(f"its sides are {list(bands.shape[1:])}, and data.image_size is {list(sizes)}")
     fitted = np.stack([np.asarray(_cover(Image.fromarray(np.ascontiguousarray(band)), sizes)) for band in bands])
-    return fitted.clip(-1, 1) if fitted.dtype == np.float32 else fitted
+    return fitted.clip(-1, 1) if fitted.dtype == np.float32 and not target.unbounded else fitted
 
 
 def scale(array: Array, declared: tuple[float, float] | None, unbounded: bool = False) -> Array:
@@ -268,9 +268,11 @@ def scale(array: Array, declared: tuple[float, float] | None, unbounded: bool = 
         span = f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known"
         raise ValueError(f'{span}: declare it, such as with --data.range "[{low}, {high}]"')
     low, high = declared or (0, 65535)
-    if not ((low <= lowest and highest <= high) or (unbounded and np.isfinite(highest - lowest))):
+    with np.errstate(over="ignore"):
+        scaled = ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)
+    if not (low <= lowest and highest <= high) and not (unbounded and np.isfinite(scaled).all()):
         raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
-    return ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)
+    return scaled
 
 
 def stack(images: Sequence[Array]) -> Array:

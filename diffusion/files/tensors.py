@@ -1,5 +1,6 @@
 """Reading tensors from strangers' files without running anything that is in them."""
 
+import argparse
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from diffusion.errors import UsageError, one_line
 
@@ -23,7 +25,7 @@ def load_plain(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("it is compressed, which torch.save does not do")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), safe_globals([argparse.Namespace]):  # settings, in checkpoints of DiT
             warnings.simplefilter("ignore")  # about files that torch then refuses
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         _check_dense(loaded)

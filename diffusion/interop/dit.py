@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from diffusion.config.schema import Config, config_of
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, one_line, prefixed
 from diffusion.interop.openai import EVERY, TRAIN, load_state_dict
 from diffusion.models.networks import Transformer
 
@@ -55,7 +55,8 @@ def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, int
     section = EVERY | dict(n=16, clip_denoised=False) | sample
     process |= dict(loss="mse", rescale_timesteps=False)
     settings = dict(data=data, model=model, diffusion=process, train=train, sample=section, checkpoint=EVERY)
-    return config_of(settings), max(0, rows - 1), weights
+    with prefixed(f"{path}: "):
+        return config_of(settings), max(0, rows - 1), weights
 
 
 def check_dit(config: Config) -> str:

@@ -129,7 +129,7 @@ class DiT(nn.Module):
         num_classes: int | None = 1000, learn_sigma: bool = True,
     ):  # fmt: skip
         super().__init__()
-        check_transformer(hidden_size, num_heads)
+        check_transformer(hidden_size, num_heads, mlp_ratio)
         sizes = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.patch_size, self.in_channels, self.hidden_size = patch_size, in_channels, hidden_size
         self.num_classes, self.out_channels = num_classes or 0, in_channels * (2 if learn_sigma else 1)
@@ -149,7 +149,7 @@ class DiT(nn.Module):
         check_patches(sizes, patch_size)
         self.grid = sizes[0] // patch_size, sizes[1] // patch_size
         self.pos_embed = nn.Parameter(positions(self.grid, hidden_size)[None], requires_grad=False)
-        hidden = int(hidden_size * mlp_ratio)
+        hidden = round(hidden_size * mlp_ratio)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, hidden) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
 

@@ -96,7 +96,7 @@ class Transformer(ModelConfig):
 
     def __post_init__(self) -> None:
         with prefixed("model."):
-            check_transformer(self.hidden_size, self.num_heads)
+            check_transformer(self.hidden_size, self.num_heads, self.mlp_ratio)
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
         check_patches(sizes, self.patch_size)

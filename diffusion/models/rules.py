@@ -48,20 +48,24 @@ def check_sizes(sizes: Sequence[int], levels: int) -> None:
         raise UsageError(f"size is {size}, which {levels} levels do not divide: the nearest that they do is {right}")
 
 
-def check_transformer(hidden_size: int, num_heads: int) -> None:
-    """Raise UsageError, which begins with the argument's name, where `DiT` cannot have this width or these heads."""
+def check_transformer(hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    """Raise UsageError, which begins with the argument's name, where `DiT` cannot have these widths or heads."""
     if hidden_size % 4:
         nearest = max(4, round(hidden_size / 4) * 4)
         raise UsageError(f"hidden_size is {hidden_size}; it must be a multiple of 4, such as {nearest}")
     if hidden_size % num_heads:
         raise UsageError(f"num_heads is {num_heads}, which does not divide hidden_size {hidden_size}")
+    if not round(hidden_size * mlp_ratio):
+        raise UsageError(f"mlp_ratio is {mlp_ratio}; it must be at least {1 / hidden_size:.2g}, one of {hidden_size}")
 
 
 def check_patches(sizes: Sequence[int], patch_size: int) -> None:
     """Raise UsageError if `sizes` are not two that patches divide."""
-    if len(sizes) != 2 or any(size % patch_size for size in sizes):
-        size = "x".join(map(str, sizes))
-        raise UsageError(f"size is {size}; a transformer needs two sizes, which patch_size {patch_size} divides")
+    size = "x".join(map(str, sizes))
+    if len(sizes) != 2:
+        raise UsageError(f"size is {size}; a transformer needs images of two sizes, height and width")
+    if any(size % patch_size for size in sizes):
+        raise UsageError(f"size is {size}, which patch_size {patch_size} does not divide")
 
 
 def check_input(x: Tensor, y: Tensor | None, channels: int, num_classes: int) -> None:

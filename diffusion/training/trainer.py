@@ -220,14 +220,10 @@ class Trainer:
             if self._is_due(config.sample.every):
                 with meter.paused(), suppress(SamplingInterrupted):
                     self.sample()
-        except NotWritten:  # the disk of the checkpoints may be another
-            if not tried and not meter.in_a_row:
-                self.save()
-            raise
-        try:
             yield self.step, metrics
-        except GeneratorExit:  # the caller has left its loop; one of several processes cannot save alone
-            if not tried and not meter.in_a_row and self.accelerator.num_processes == 1:
+        except (NotWritten, GeneratorExit) as error:  # the disk of the checkpoints may be another; a loop that was left
+            together = isinstance(error, NotWritten) or self.accelerator.num_processes == 1  # one cannot save alone
+            if not tried and not meter.in_a_row and together:
                 self.save()
             raise
         if self._signals.stop_requested():

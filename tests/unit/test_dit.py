@@ -108,14 +108,11 @@ def test_it_runs_in_mixed_precision(dtype):
 @pytest.mark.parametrize(
     ("model", "data", "says"),
     [
-        ({"patch_size": 3}, {}, "data.image_size is 8x8; a transformer needs two sizes, which patch_size 3 divides"),
-        (
-            {},
-            {"image_size": [8, 9]},
-            "data.image_size is 8x9; a transformer needs two sizes, which patch_size 2 divides",
-        ),
-        ({}, {"image_size": [8]}, "data.image_size is 8; a transformer needs two sizes"),
+        ({"patch_size": 3}, {}, "data.image_size is 8x8, which patch_size 3 does not divide"),
+        ({}, {"image_size": [8, 9]}, "data.image_size is 8x9, which patch_size 2 does not divide"),
+        ({}, {"image_size": [8]}, "data.image_size is 8; a transformer needs images of two sizes"),
         ({"hidden_size": 30}, {}, "model.hidden_size is 30; it must be a multiple of 4, such as 32"),
+        ({"mlp_ratio": 0.001}, {}, "model.mlp_ratio is 0.001; it must be at least 0.01"),
         ({"num_heads": 5}, {}, "model.num_heads is 5, which does not divide hidden_size 96"),
         ({"channel_mult": [1, 2]}, {}, "model.channel_mult belongs to network unet, and model.network is dit"),
         ({"init": "fixup"}, {}, "model.init is fixup; it must be one of zero, default, small"),

@@ -243,8 +243,8 @@ def settings(**diffusion):
         ({"loss": "kl"}, "loss kl needs a diffusion's betas"),
         ({"prediction": "previous_x"}, "prediction previous_x needs a diffusion's betas"),
         ({"prediction": "epsilon"}, "does not determine x_0 in pure noise: .* s_max be below 1"),
-        ({"zero_terminal_snr": True}, "zero_terminal_snr rescales betas"),
-        ({"s_max": 2.0}, "diffusion.s_max is 2.0; it must be from 0.5 to 1"),
+        ({"zero_terminal_snr": True}, "zero_terminal_snr rescales betas, and schedule flow has none"),
+        ({"s_max": 2.0}, "diffusion.s_max is 2.0; it must be from 0.9 to 1"),
         ({"schedule": "cosine", "s_max": 0.9}, "s_max belongs to schedule flow"),
     ],
 )

@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion import UsageError
+from diffusion.config.schema import config_of
+from diffusion.data.decode import Target, fit
 from diffusion.data.values import to_uint8
 from diffusion.run.grids import grid, grid_columns, save_grid
 
@@ -41,3 +44,35 @@ def test_classes_make_columns():
 def test_a_picture_is_whole_or_absent(tmp_path):
     save_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), tmp_path / "new" / "a.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_latents_may_lie_beyond_their_range():
+    """Whatever their size becomes; what float32 does not hold is refused."""
+    latents = 8 * np.random.default_rng(0).standard_normal((8, 8, 4)).astype(np.float32)
+    for size in (8, 16):
+        target = Target((size, size), 4, (-5.5, 5.5), unbounded=True)
+        fitted = fit(latents, target)
+        assert abs(fitted).max() > 1.5
+    np.testing.assert_allclose(
+        fit(latents, Target((8, 8), 4, (-5.5, 5.5), True)), latents.transpose(2, 0, 1) / 5.5, rtol=1e-5
+    )
+    for bad in (1e300, np.inf, np.nan):
+        with pytest.raises(ValueError, match=r"are not within data.range"):
+            fit(latents.astype(np.float64) * bad, Target((8, 8), 4, (-5.5, 5.5), unbounded=True))
+    with pytest.raises(ValueError, match=r"are not within data.range"):
+        fit(latents, Target((8, 8), 4, (-5.5, 5.5)))
+
+
+@pytest.mark.parametrize(
+    ("data", "sample", "says"),
+    [
+        ({"range": [-5, 5]}, {"clip_denoised": False}, "data.range is .-5, 5.; with data.unbounded, it must"),
+        ({}, {"clip_denoised": False}, "data.range is None; with data.unbounded"),
+        ({"range": [-5.5, 5.5]}, {}, "sample.clip_denoised is true, and data.unbounded too"),
+    ],
+)
+def test_latents_are_neither_rounded_nor_cut(data, sample, says):
+    with pytest.raises(UsageError, match=says):
+        config_of(
+            {"data": {"source": "folder", "unbounded": True} | data, "sample": sample, "model": {"class_cond": False}}
+        )
