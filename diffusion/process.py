@@ -54,8 +54,7 @@ class GaussianDiffusion:
         if schedule.betas is not None:
             self.tables |= _diffusion_tables(schedule.betas)
         elif self.learns_variance:
-            right = "a flow has none to learn: it must be fixed_small, which a flow does not use"
-            raise UsageError(f"variance is {variance_type}, and {right}")
+            raise UsageError(f"variance is {variance_type}, and a flow has none to learn: it must be fixed_small")
         # x_t and the output are two equations for x_0 and epsilon; this is what they give for x_0.
         alpha, sigma = self.tables["alpha"], self.tables["sigma"]
         of_x_start, of_noise = (part + np.zeros(len(alpha)) for part in PREDICTIONS[prediction](self))
@@ -144,11 +143,10 @@ class GaussianDiffusion:
         of_x_start, of_noise = PREDICTIONS[prediction](self)
         return (of_x_start - of_noise * self.tables["alpha"] / self.tables["sigma"]) ** 2
 
-    def check_diffusion(self, what: str, instead: str = "") -> None:
+    def check_diffusion(self, what: str, instead: str = "take another schedule") -> None:
         """Raise UsageError if this is a flow, which has no `what`; and what there is instead."""
         if self.schedule.betas is None:
-            right = f"{what} needs a diffusion's betas, which a flow does not have"
-            raise UsageError(f"{right}: {instead}" if instead else right)
+            raise UsageError(f"{what} needs a diffusion's betas, which a flow does not have: {instead}")
 
     def check_output(self, output: Tensor, x_t: Tensor) -> None:
         """Raise UsageError if the network's output does not have the channels of this process."""

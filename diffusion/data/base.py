@@ -99,8 +99,8 @@ class DataConfig:
         if self.range is not None and self.range[0] >= self.range[1]:
             raise UsageError(f"data.range is {list(self.range)}; it must rise")
         if self.unbounded and not isinstance((self.range or (0,))[0], float):  # whole numbers are written as integers
-            given = self.range and list(self.range)
-            raise UsageError(f"data.range is {given}; with data.unbounded, it must be of decimals, such as [-5.5, 5.5]")
+            right = "with data.unbounded, it must be of decimals, such as [-5.5, 5.5]"
+            raise UsageError(f"data.range is {self.range and list(self.range)}; {right}")
         for name, size in (("image_size", self.image_size), ("low_res_size", self.low_res_size)):
             if isinstance(size, tuple) and (len(size) not in (1, 2, 3) or min(size) < 1):
                 raise UsageError(f"data.{name} is {list(size)}; it must be one to three sizes of at least 1")

@@ -65,10 +65,9 @@ class Modulated(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_module(Linear(width, parts * width)))
-        self.parts = parts
 
     def vectors(self, emb: Tensor) -> Tensor:
-        return rearrange(self.adaLN_modulation(emb), "b (parts c) -> parts b 1 1 c", parts=self.parts)
+        return rearrange(self.adaLN_modulation(emb), "b (parts c) -> parts b 1 1 c", c=emb.shape[1])
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return torch.addcmul(shift, self.norm(x), 1 + scale)
@@ -149,8 +148,8 @@ class DiT(nn.Module):
         check_patches(sizes, patch_size)
         self.grid = sizes[0] // patch_size, sizes[1] // patch_size
         self.pos_embed = nn.Parameter(positions(self.grid, hidden_size)[None], requires_grad=False)
-        hidden = round(hidden_size * mlp_ratio)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, hidden) for _ in range(depth))
+        widths = hidden_size, num_heads, round(hidden_size * mlp_ratio)
+        self.blocks = nn.ModuleList(DiTBlock(*widths) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -106,8 +106,8 @@ class Transformer(ModelConfig):
             raise UsageError("data.low_res_size is for model.network unet; a dit is not given a smaller image")
         options = settings_of(self)
         del options["network"], options["class_cond"], options["init"]
-        learn_sigma = outputs != shape[0]
-        network = DiT(shape[1:], in_channels=shape[0], num_classes=num_classes, learn_sigma=learn_sigma, **options)
+        options |= dict(in_channels=shape[0], num_classes=num_classes, learn_sigma=outputs != shape[0])
+        network = DiT(shape[1:], **options)
         initialise(network, self.init)
         return network
 

@@ -121,6 +121,7 @@ class TrainingStep:
         self.model, self.optimizer = self.accelerator.prepare(self.network, self.optimizer)
         self.ema = EMA(self.network, self.ema_rates, self.ema_warmup, self.ema_lengths)
         self._weights = torch.from_numpy(self.weighting(self.process)).float().to(self.accelerator.device)
+        self._importance = self.timesteps if isinstance(self.timesteps, LossSecondMoment) else None
         self._parameters, self._checked = list(self.network.parameters()), False
         self._groups = [dict(group) for group in self.optimizer.param_groups]
         self.model.train()
@@ -152,8 +153,8 @@ class TrainingStep:
                 loss = training_losses(self.process, model, images, t, noise, self.loss, self._weights[t])["loss"]
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
             losses[part] = loss.detach()
-        if isinstance(self.timesteps, LossSecondMoment):
-            self.timesteps.update(draws.t, accelerator.reduce(losses))  # every process learns of the whole batch
+        if self._importance:
+            self._importance.update(draws.t, accelerator.reduce(losses))  # every process learns of the whole batch
         grad_norm, skipped = self._update(losses)
         self.step += 1
         own, t, weights = (torch.cat([x[part] for part in slices]) for x in (losses, draws.t, draws.weights))
@@ -215,8 +216,7 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, Any]:
         """The state beside weights and averages: the optimizer's, the loss scale and the history of losses."""
-        importance = self.timesteps if isinstance(self.timesteps, LossSecondMoment) else None
-        others = {"scaler": self.accelerator.scaler, "importance": importance}
+        others = {"scaler": self.accelerator.scaler, "importance": self._importance}
         states = {name: other.state_dict() for name, other in others.items() if other}
         # Some optimizers count in their groups, where the settings are, which a continued run may change.
         groups: dict[int, Any] = {}
@@ -235,8 +235,8 @@ class TrainingStep:
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for i, values in state.get("groups", {}).items():
             self.optimizer.param_groups[int(i)].update(values)
-        if isinstance(self.timesteps, LossSecondMoment):
-            self.timesteps.load_state_dict(state["importance"])
+        if self._importance:
+            self._importance.load_state_dict(state["importance"])
         if self.accelerator.scaler and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
