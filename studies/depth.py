@@ -28,7 +28,7 @@ from diffusion.data.sources.digits import Digits
 from diffusion.data.values import to_x_start
 from diffusion.models.initialisation import InitName, initialise
 from diffusion.models.layers import Linear, SiLU, conv_nd, timestep_embedding, zero_module
-from diffusion.models.unet import ResBlock
+from diffusion.models.unet import ResBlock, UNetModel
 from diffusion.randomness import generator_for, seed_for
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ CHANNELS, EMBEDDING, BATCH_SIZE, STEPS, RATE = 16, 64, 16, 100, 1e-3
 class Chain(nn.Module):
     """Residual blocks in a row between two convolutions, with what `initialise` asks a U-Net for."""
 
-    num_classes = None
+    num_classes, last_layers = None, UNetModel.last_layers
 
     def __init__(self, depth: int):
         super().__init__()
@@ -68,7 +68,7 @@ class Chain(nn.Module):
 def chain(depth: int, init: InitName, seed: int = 0) -> Chain:
     torch.manual_seed(seed_for(seed, "weights"))
     model = Chain(depth)
-    initialise(model, init)  # type: ignore[arg-type]
+    initialise(model, init)
     return model
 
 

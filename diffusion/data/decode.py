@@ -268,11 +268,12 @@ def scale(array: Array, declared: tuple[float, float] | None, unbounded: bool = 
         span = f"its values are {array.dtype} from {lowest:g} to {highest:g}, whose range is not known"
         raise ValueError(f'{span}: declare it, such as with --data.range "[{low}, {high}]"')
     low, high = declared or (0, 65535)
-    with np.errstate(over="ignore"):
-        scaled = ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)
-    if not (low <= lowest and highest <= high) and not (unbounded and np.isfinite(scaled).all()):
-        raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
-    return scaled
+    if (low <= lowest and highest <= high) or (unbounded and numbers):
+        with np.errstate(over="ignore"):
+            scaled = ((array.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32)
+        if np.isfinite(scaled).all():
+            return scaled
+    raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
 
 
 def stack(images: Sequence[Array]) -> Array:

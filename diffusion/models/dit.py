@@ -179,7 +179,7 @@ class DiT(nn.Module):
 
     def _class_embedding(self, y: Tensor) -> Tensor:
         """Rows of the table; of no class, its last row or, without one, zero."""
-        table: nn.Embedding = self.y_embedder["embedding_table"]  # type: ignore[assignment]
+        table: Any = self.y_embedder["embedding_table"]
         if table.num_embeddings > self.num_classes:
             return table(torch.where(y < 0, self.num_classes, y))
         return table(y.clamp(min=0)) * (y >= 0)[:, None]

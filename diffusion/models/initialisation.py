@@ -18,13 +18,12 @@ rules. In this U-Net:
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from diffusion.errors import UsageError
-from diffusion.models.dit import DiT
 from diffusion.models.layers import Layer, add_scalars
 from diffusion.models.unet import AttentionBlock, ResBlock, UNetModel
 
@@ -41,8 +40,8 @@ def check_init(init: str, use_norm: bool) -> None:
         raise UsageError("init is fixup, which is for networks without normalisation: set model.use_norm to false")
 
 
-def initialise(model: UNetModel | DiT, init: InitName) -> None:
-    """Give a newly built model the weights, and with fixup the scalars, that `init` names.
+def initialise(model: Any, init: InitName) -> None:
+    """Give a newly built U-Net or transformer the weights, and with fixup the scalars, that `init` names.
 
     zero: as built, last layers zero (the papers). default: last layers as any other layer is drawn. small: the same
     times 1e-5, without bias. fixup: see above; the model must be a U-Net without normalisation. Raises UsageError for
@@ -58,7 +57,7 @@ def initialise(model: UNetModel | DiT, init: InitName) -> None:
                 with torch.no_grad():
                     layer.weight.mul_(SMALL)
                     layer.bias.zero_()
-    elif isinstance(model, UNetModel) and init == "fixup":
+    elif init == "fixup":
         _fixup(model)
 
 
