@@ -394,14 +394,16 @@ def plot(results: Results, path: Path) -> None:
         steps = [int(step) for step in runs[0]["looks"] if int(step)]
         looks = [interval([r["looks"][str(step)] for r in runs]) for step in steps]
         right.errorbar(steps, [look[0] for look in looks], yerr=[look[1] for look in looks], **style)
-    lowest = min(statistics.fmean(r["loss"] for r in rates[best_rate(rates)]) for rates in results.values())
-    left.set(xscale="log", ylim=(0.96 * lowest, 1.4 * lowest), xlabel="learning rate (points moved apart)",
+    bests = [statistics.fmean(r["loss"] for r in rates[best_rate(rates)]) for rates in results.values()]
+    lowest, trained = min(bests), [best for best in bests if best < TRAINS]
+    top = max(1.4 * lowest, 1.15 * max(trained))
+    left.set(xscale="log", ylim=(0.96 * lowest, top), xlabel="learning rate (points moved apart)",
              ylabel="held-out loss at the end", title="no point at a rate: it broke, or is far above")  # fmt: skip
     rates_tried = list(next(iter(results.values())))
     left.set_xticks(rates_tried, [f"{rate:g}" for rate in rates_tried])
     left.minorticks_off()
     right.set(yscale="log", xlabel="step", ylabel="held-out loss on the way, best rate")
-    left.legend(fontsize=8, loc="upper center")
+    right.legend(fontsize=8, loc="upper right")
     figure.savefig(path, dpi=120)
 
 
