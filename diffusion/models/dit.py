@@ -117,6 +117,7 @@ class DiT(nn.Module):
     Raises UsageError if `check_transformer` or `check_patches` does.
     """
 
+    _no_split_modules = ("DiTBlock",)  # what accelerate's FSDP2 cuts up
     outer = "x_embedder.", "y_embedder.", "final_layer."
     """The layers between images or labels and features, which Muon leaves to AdamW."""
     any_threads = True

@@ -162,6 +162,7 @@ class UNetModel(nn.Module):
     Raises UsageError if `check_widths` does.
     """
 
+    _no_split_modules = "ResBlock", "AttentionBlock"  # what accelerate's FSDP2 cuts up
     outer = "input_blocks.0.", "label_emb.", "out."
     """The layers between images or labels and features, which Muon leaves to AdamW."""
 

@@ -197,6 +197,19 @@ def test_a_network_that_fsdp2_cuts_up_trains_and_resumes_like_any_other(tmp_path
         assert abs(drawn[0] - drawn[1]).max() <= 1
 
 
+def test_a_transformer_is_cut_up_too(tmp_path):
+    flags = ["--config", "dit_small", "--model.depth", 2, "--train.batch_size", 16, "--train.steps", 4,
+             "--checkpoint.every", 2, "--sample.every", 0, "--sample.n", 4, "--train.optimizer", "adamw",
+             "--train.lr", "1e-3", "--train.warmup_steps", 0, "--train.grad_clip", 1]  # fmt: skip
+    variables = launch_environment(CONFIGS / "fsdp2.yaml")
+    together("tests/sharded.py", "--out", tmp_path / "whole", *flags, environment=variables)
+    resumed = go_back(tmp_path / "whole", 2, tmp_path / "resumed")
+    together("tests/sharded.py", "--out", resumed, *flags, environment=variables)
+    assert_same_bits(tensors(resumed), tensors(tmp_path / "whole"))
+    together("train.py", "--out", tmp_path / "usual", *flags, processes=1)
+    assert_same_predictions(tmp_path / "whole", tmp_path / "usual")
+
+
 def test_other_ways_to_cut_a_network_up_are_refused(tmp_path, monkeypatch):
     from accelerate.utils import DistributedType
 
