@@ -4,7 +4,7 @@
     python benchmarks/paths.py [--mnist FOLDER_THAT_HOLDS_MNIST/raw] --out docs/paths
 
 Every arm trains --seeds times as the default run does, in processes of one thread, on nine tenths of the digits (or as
-configs/mnist.yaml, for 500 steps, on MNIST: the arms of `ON_MNIST`), and is scored by Fréchet distances of 500 samples
+configs/mnist.yaml, for 300 steps, on MNIST: its networks are `ON_MNIST`), and is scored by Fréchet distances of 500 samples
 (benchmarks/quality.py) at 4, 8 and 12 evaluations (DPM-Solver++, spaced in log SNR) and at 250 (DDIM). No variance is
 learned, since a flow has none. Runs are kept in runs/paths/: what is there is not run again. The table OUT-digits.md
 (or OUT-mnist.md) is rewritten: means and 95% intervals over seeds, and p of a paired t-test at 12 evaluations against
@@ -59,7 +59,7 @@ ON_MNIST: dict[str, dict[str, Any]] = {
     "U-Net": {"model.channel_mult": [1, 2, 2], "model.attention_resolutions": [4]},
     "DiT": {"model.network": "dit", "model.patch_size": 4, "model.hidden_size": 128, "model.num_heads": 4},
 }
-MNIST = {"train.steps": 500, "train.lr": 4e-3}
+MNIST = {"train.steps": 300, "train.lr": 4e-3}
 
 
 def configuration(data: str, path: str | None, network: str, arm: str) -> Config:
