@@ -3,12 +3,12 @@
     pip install -e '.[studies]'
     python benchmarks/paths.py [--mnist FOLDER_THAT_HOLDS_MNIST/raw] --out docs/paths
 
-Every arm trains --seeds times as the default run does, in processes of one thread, on nine tenths of the digits (or, for
-300 steps, of MNIST: `ON_MNIST`), and is scored by Fréchet distances of 500 samples (benchmarks/quality.py) at 4, 8 and
-12 evaluations (DPM-Solver++, spaced in log SNR) and at 250 (DDIM). No variance is learned, since a flow has none. Runs
-are kept in runs/paths/: what is there is not run again. The table OUT-digits.md (or OUT-mnist.md) is rewritten: means
-and 95% intervals over the seeds that are there, and p of a paired t-test at 12 evaluations against the first row of the
-same network, by Holm's correction.
+Every arm trains --seeds times as the default run does, in processes of one thread, on nine tenths of the digits (or,
+for 300 steps, of MNIST: `ON_MNIST`), and is scored by Fréchet distances of 500 samples (benchmarks/quality.py) at 4,
+8 and 12 evaluations (DPM-Solver++, spaced in log SNR) and at 250 (DDIM). No variance is learned, since a flow has
+none. Runs are kept in runs/paths/: what is there is not run again. The table OUT-digits.md (or OUT-mnist.md) is
+rewritten: means and 95% intervals over the seeds that are there, and p of a paired t-test at 12 evaluations against
+the first row of the same network, by Holm's correction.
 """
 
 from __future__ import annotations
