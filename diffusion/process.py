@@ -59,7 +59,7 @@ class GaussianDiffusion:
         alpha, sigma = self.tables["alpha"], self.tables["sigma"]
         of_x_start, of_noise = (part + np.zeros(len(alpha)) for part in PREDICTIONS[prediction](self))
         determinant = alpha * of_noise - sigma * of_x_start
-        if abs(determinant[-1]) <= (0 if schedule.betas is not None else 1e-4):
+        if abs(determinant[-1]) <= (1e-4 if schedule.is_flow else 0):
             right = "where the path ends in pure noise, it must be v, velocity or x_start, or a flow's s_max be below 1"
             raise UsageError(f"prediction is {prediction}, which does not determine x_0 in pure noise: {right}")
         self.tables |= {"target_x_start": of_x_start, "target_noise": of_noise}
@@ -145,7 +145,7 @@ class GaussianDiffusion:
 
     def check_diffusion(self, what: str, instead: str = "take another schedule") -> None:
         """Raise UsageError if this is a flow, which has no `what`; and what there is instead."""
-        if self.schedule.betas is None:
+        if self.schedule.is_flow:
             raise UsageError(f"{what} needs a diffusion's betas, which a flow does not have: {instead}")
 
     def check_output(self, output: Tensor, x_t: Tensor) -> None:
@@ -170,7 +170,7 @@ def _path_tables(schedule: Schedule, rescale_timesteps: bool) -> dict[str, NDArr
     path, steps = schedule.path, schedule.original_steps
     tables = {"alpha": path.alphas, "sigma": path.sigmas, "snr": (path.alphas / path.sigmas) ** 2}
     tables |= {"alpha_slope": path.alpha_slopes, "sigma_slope": path.sigma_slopes}
-    if schedule.betas is None:  # and, as number -1, at the data
+    if schedule.is_flow:  # and, as number -1, at the data
         s = np.append(path.s, 0.0)
         return tables | {"network_t": 1000 * s if rescale_timesteps else 1 - s}
     network_t = np.array(schedule.timestep_map, dtype=np.float32)

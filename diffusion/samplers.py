@@ -46,7 +46,7 @@ def ddim(
     eta: Annotated[float, (0, 1)] = 0.0, clip_denoised: bool = True,
 ) -> Tensor:  # fmt: skip
     """DDIM (Song et al. 2020, eq. 12): x_T (B, C, ...) -> x_0. `eta` 0 is deterministic, 1 adds DDPM's noise."""
-    is_flow, squares = process.schedule.betas is None, ((process.tables[name] ** 2) for name in ("alpha", "sigma"))
+    is_flow, squares = process.schedule.is_flow, ((process.tables[name] ** 2) for name in ("alpha", "sigma"))
     alphas2, sigmas2 = (
         torch.tensor([*square, end], dtype=x.dtype) for square, end in zip(squares, (1, 0), strict=True)
     )
@@ -154,7 +154,7 @@ def ode(
     """
     s = np.append(process.schedule.path.s, 0.0)  # of step -1, the data
     # The slope of a diffusion's sigma is too steep at its first step, and the velocity alone is known at the data.
-    cleanest = 1 if process.schedule.betas is not None else -1 if process.prediction == "velocity" else 0
+    cleanest = 1 if not process.schedule.is_flow else -1 if process.prediction == "velocity" else 0
 
     def velocity(x: Tensor, i: int) -> Tensor:
         t = _timestep(i, x)

@@ -183,6 +183,11 @@ class Schedule:
         if self.path is None and self.betas is not None:
             object.__setattr__(self, "path", _path_of(self.betas))
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether it has no betas, and with them no posterior."""
+        return self.betas is None
+
     @staticmethod
     def named(
         name: str, steps: int, respacing: Respacing = "", zero_terminal_snr: bool = False, **options: Any

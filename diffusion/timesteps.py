@@ -9,6 +9,8 @@ from torch import Tensor
 
 History = Annotated[int, (1, 10**4)]
 Share = Annotated[float, (0, 1)]
+Location = Annotated[float, (-10, 10)]
+Scale = Annotated[float, (0.1, 10)]
 
 
 class LossSecondMoment:
@@ -69,13 +71,7 @@ class LogitNormal:
     Losses are not weighted back, so this is also a weighting of timesteps.
     """
 
-    def __init__(
-        self,
-        num_timesteps: int,
-        *,
-        location: Annotated[float, (-10, 10)] = 0.0,
-        scale: Annotated[float, (0.1, 10)] = 1.0,
-    ):
+    def __init__(self, num_timesteps: int, *, location: Location = 0.0, scale: Scale = 1.0):
         ends = (torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64).logit() - location) / scale
         self._probabilities = torch.special.ndtr(ends).diff()
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from diffusion.commands.terminal import Parser, check_writable, non_empty_path, number_from, open_run, print_line
 from diffusion.config.files import save_config
+from diffusion.config.schema import DiffusionConfig
 from diffusion.errors import UsageError, one_line
 from diffusion.interop.diffusers import pipeline_writer, read_pipeline
 from diffusion.interop.dit import check_dit, from_dit
@@ -70,11 +71,9 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     if args.format == "sit":
         raise UsageError("sit goes one way: its weights become a run")
     if args.format in ("openai", "dit"):
-        check = check_unet if args.format == "openai" else check_dit
-        name = check(saved.config)
-        process = saved.config.diffusion
-        meant = f"{process.steps} {process.schedule} steps that predict {process.prediction}"
-        return lambda out: torch.save(weights, out), f"a state dict of the published {name}, for {meant}"
+        name = (check_unet if args.format == "openai" else check_dit)(saved.config)
+        summary = f"a state dict of the published {name}, for {_process(saved.config.diffusion)}"
+        return lambda out: torch.save(weights, out), summary
     classes = "; it passes no classes: call its unet with class_labels (docs/formats.md)" if saved.class_names else ""
     return pipeline_writer(saved, weights), f"DDPMPipeline{classes}"
 
@@ -84,13 +83,11 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     if args.format == "diffusers":
         config, names, weights = read_pipeline(args.source)
     elif args.format in ("dit", "sit"):
-        config, num_classes, weights = from_dit(args.source, args.num_heads, flow=args.format == "sit")
-        names = tuple(map(str, range(num_classes)))
+        config, names, weights = from_dit(args.source, args.num_heads, flow=args.format == "sit")
     elif args.flags is None:
         raise UsageError("--flags is missing: the flags of their README for this checkpoint, or '' for none")
     else:
-        config, num_classes, weights = from_openai(args.source, args.flags)
-        names = tuple(map(str, range(num_classes)))
+        config, names, weights = from_openai(args.source, args.flags)
     with torch.device("meta"):
         network = config.network(len(names))
     checkpoint.check_fits(network, weights, args.source)
@@ -105,8 +102,11 @@ def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
 
     process, classes = config.diffusion, f"{len(names)} classes"
     scale = "rescaled to 1000" if process.rescale_timesteps else "as they are"
-    steps = f"{process.steps} {process.schedule} steps that predict {process.prediction}"
-    return write, f"a run of {steps}, variance {process.variance}, timesteps {scale}, {classes}"
+    return write, f"a run of {_process(process)}, variance {process.variance}, timesteps {scale}, {classes}"
+
+
+def _process(process: DiffusionConfig) -> str:
+    return f"{process.steps} {process.schedule} steps that predict {process.prediction}"
 
 
 def _check_finite(weights: checkpoint.Weights, source: Path) -> None:

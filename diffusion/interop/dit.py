@@ -18,8 +18,8 @@ LATENT_SCALE = 0.18215
 """Of Stable Diffusion's autoencoder, whose latents the published models draw: the network sees latents times this."""
 
 
-def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, int, dict[str, Tensor]]:
-    """Read a checkpoint of DiT or, with `flow`, of SiT: the configuration, the number of classes, and the weights.
+def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, tuple[str, ...], dict[str, Tensor]]:
+    """Read a checkpoint of DiT or, with `flow`, of SiT: the configuration, the classes by number, and weights.
 
     SiT's output is -velocity, with channels for a variance that it does not use: those are left out, and the others
     negated. Raises UsageError if it is neither, or of a width that is not published and without `num_heads`.
@@ -56,7 +56,7 @@ def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, int
     process |= dict(loss="mse", rescale_timesteps=False)
     settings = dict(data=data, model=model, diffusion=process, train=train, sample=section, checkpoint=EVERY)
     with prefixed(f"{path}: "):
-        return config_of(settings), max(0, rows - 1), weights
+        return config_of(settings), tuple(map(str, range(rows - 1))), weights
 
 
 def check_dit(config: Config) -> str:

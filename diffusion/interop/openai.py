@@ -126,10 +126,11 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def from_openai(path: Path, flag_text: str) -> tuple[Config, int, dict[str, Tensor]]:
-    """Read their checkpoint and flags: the configuration, the number of classes, and the weights as stored."""
+def from_openai(path: Path, flag_text: str) -> tuple[Config, tuple[str, ...], dict[str, Tensor]]:
+    """Read their checkpoint and flags: the configuration, the classes by number, and the weights as stored."""
     flags, weights = parse_flags(flag_text), load_state_dict(path)
     upsampler = weights.get("input_blocks.0.0.weight", torch.empty(0)).shape[1:2] == (6,)
     label_emb = weights.get("label_emb.weight", torch.empty(1000))
     num_classes = min(label_emb.shape[:1].numel(), label_emb.numel())  # rows without columns take no room in a file
-    return config_from_flags(flags, upsampler), num_classes if flags["class_cond"] else 0, weights
+    names = tuple(map(str, range(num_classes))) if flags["class_cond"] else ()
+    return config_from_flags(flags, upsampler), names, weights

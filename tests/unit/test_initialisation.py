@@ -249,22 +249,28 @@ def test_branches_wake_up_from_the_output_inwards(init, optimizer):
     assert third == everything
 
 
-def test_the_gradient_of_a_zeroed_layer_is_a_product_of_two_that_differ():
-    """At step 1, for every residual block: what reaches the layer, made different channel by channel by the random
-    layers before, times the errors that come back; of a 3x3 convolution each tap is such a product, here the middle."""
-    model = unet("zero")
+def after_a_step(model):
+    """Take the first step of gradient descent. Returns the loss, a function."""
     x, t, y = inputs(model, 16)
     target = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     (model(x, t, y) - target).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
+    return lambda: (model(x, t, y) - target).square().mean()
+
+
+def test_the_gradient_of_a_zeroed_layer_is_a_product_of_two_that_differ():
+    """At step 1, for every residual block: what reaches the layer, made different channel by channel by the random
+    layers before, times the errors that come back; of a 3x3 convolution each tap is such a product, here the middle."""
+    model = unet("zero")
+    loss = after_a_step(model)
     ends = [block.out_layers[3] for block in branches(model) if isinstance(block, ResBlock)]
     given, errors = {}, {}
     for layer in ends:
         layer.register_forward_hook(lambda layer, args, out: given.update({layer: args[0].detach()}))
         layer.register_full_backward_hook(lambda layer, to_input, of_output: errors.update({layer: of_output[0]}))
-    (model(x, t, y) - target).square().mean().backward()
+    loss().backward()
     for layer in ends:
         assert not layer.weight.any()
         middle = layer.weight.grad[..., 1, 1]
@@ -307,12 +313,7 @@ def test_the_gradient_of_a_gate_is_a_product_of_two_that_differ():
     """At step 1, for both gates of every block: what the branch gives times the error that comes back, summed over
     positions, times the embedding. It differs from channel to channel, although all gates begin alike."""
     model = dit()
-    x, t, y = inputs(model, 16)
-    target = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(2))
-    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    (model(x, t, y) - target).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    loss = after_a_step(model)
     given, errors, embeddings = {}, {}, []
     for block in model.blocks:
         block.register_forward_hook(lambda block, args, out: embeddings.append(args[1].detach()))
@@ -320,7 +321,7 @@ def test_the_gradient_of_a_gate_is_a_product_of_two_that_differ():
         for name in ("attn", "mlp"):
             branch = getattr(block, name)
             branch.register_forward_hook(lambda branch, args, out: given.update({branch: out.detach()}))
-    (model(x, t, y) - target).square().mean().backward()
+    loss().backward()
     embedding = torch.nn.functional.silu(embeddings[0])
     for block in model.blocks:
         weight = block.adaLN_modulation[1].weight
