@@ -33,7 +33,7 @@ class Judge:
 
     def __init__(self, config: Config, limit: int = 60_000):
         dataset = open_data(config.data)
-        images, labels = load(dataset, range(min(len(dataset), limit)))
+        images, labels, *_ = load(dataset, range(min(len(dataset), limit)))
         x, out = to_x_start(images), torch.arange(len(images)) % HELD_OUT_EVERY == 0
         self.classes = len(dataset.class_names)
         self.train, self.held_out = (x[~out], labels[~out]), (x[out], labels[out])

@@ -255,18 +255,21 @@ def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffus
         raise UsageError(f"{name} begins with pure noise, and {step}, still holds {signal:.0%} of the image: {right}")
 
 
-def guided(model: Callable[..., Tensor], scale: float, channels: int, y: Tensor, **inputs: Tensor) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6, whose 1 + w is `scale`).
+def guided(
+    model: Denoiser, guide: Denoiser, scale: float, channels: int, within: Callable[[Tensor], bool] = lambda t: True
+) -> Denoiser:
+    """Guidance: the mean channels of `guide`'s output are extrapolated through those of `model`, whose others stay.
 
-    The mean channels of the output are extrapolated from those without a class through those for `y`; the variance
-    channels are those for `y`.
+    It is classifier-free guidance (Ho & Salimans 2022, eq. 6, whose 1 + w is `scale`) if the guide is the model without
+    conditions, and autoguidance (Karras et al. 2024, eq. 3) if it is a worse version of the model. Only timesteps of
+    which `within` holds are guided (Kynkäänniemi et al. 2024, eq. 5).
     """
-    twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
-    both = torch.cat([torch.full_like(y, -1), y])
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        without, conditional = model(torch.cat([x, x]), torch.cat([t, t]), y=both, **twice).chunk(2)
-        mean = torch.lerp(without[:, :channels], conditional[:, :channels], scale)
-        return torch.cat([mean, conditional[:, channels:]], dim=1)
+        output = model(x, t)
+        if not within(t):
+            return output
+        mean = torch.lerp(guide(x, t)[:, :channels], output[:, :channels], scale)
+        return torch.cat([mean, output[:, channels:]], dim=1)
 
     return denoiser

@@ -9,13 +9,39 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.errors import UsageError, check_name, check_options
+from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
 from diffusion.samplers import SAMPLERS, Progress, check_process, guided
+
+ABSENT = {"y": -1, "vector": math.nan, "image": math.nan}
+"""What conditions are dropped by, in training and for guidance. (What an upsampler enlarges is never dropped.)"""
+
+
+def drop(conditions: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
+    """Conditions without those of the images where `dropped` (B,) is true."""
+    return {
+        name: value.masked_fill(dropped.view(-1, *[1] * (value.ndim - 1)), ABSENT[name]) if name in ABSENT else value
+        for name, value in conditions.items()
+    }
+
+
+def noise_between(process: GaussianDiffusion, low: float, high: float) -> Callable[[Tensor], bool]:
+    """Whether the noise level sigma / alpha at a timestep as the network is given it, (B,), lies from `low` to `high`.
+    Raises UsageError where that of no timestep does."""
+    with np.errstate(divide="ignore"):
+        levels = process.tables["sigma"] / process.tables["alpha"]
+    inside = np.flatnonzero((low <= levels) & (levels <= high))
+    if not len(inside):
+        span = f"the steps' noise levels sigma / alpha are from {levels.min():.3g} to {levels.max():.3g}"
+        raise UsageError(f"guide_between is [{low:g}, {high:g}], and {span}")
+    known = set(process.network_t(torch.from_numpy(inside)).tolist())
+    return lambda t: t[0].item() in known
 
 
 def batches(indices: range, size: int) -> list[range]:
@@ -26,18 +52,21 @@ def batches(indices: range, size: int) -> list[range]:
 def sample_batch(
     process: GaussianDiffusion, model: Callable[..., Tensor], shape: Sequence[int], batch: range, *,
     sampler: str = "ddpm", options: Mapping[str, Any] | None = None, labels: Tensor | None = None,
-    low_res: Tensor | None = None, guidance: float = 1.0, seed: int = 0, device: torch.device | str = "cpu",
+    conditions: Mapping[str, Tensor] | None = None, guidance: float = 1.0, guide: Denoiser | None = None,
+    guide_between: Sequence[float] | None = None, seed: int = 0, device: torch.device | str = "cpu",
     progress: Progress = iter,
 ) -> Tensor:  # fmt: skip
     """Generate images `batch` of `seed`. Each is the same whatever other images are generated with it.
 
     Args:
-        model: called with x_t, its timestep input, and by keyword those of y and low_res that are given.
+        model: called with x_t, its timestep input, and by keyword the labels y, if given, and the conditions.
         shape: of one image, (C, *sizes).
         options: the sampler's keyword-only parameters.
         labels: (len(batch),), or None for a model without classes.
-        low_res: the images that an upsampler enlarges, (len(batch), C, *sizes) in [-1, 1], else None.
-        guidance: see `guided`.
+        conditions: the network's others by name: vector, image, low_res, each of len(batch) rows.
+        guidance: see `guided`; 1 is none.
+        guide: called with x_t and its timestep input; None: the model without labels, vector and image.
+        guide_between: the noise levels sigma / alpha that are guided; None: all.
         progress: wraps the steps.
 
     Returns images (len(batch), *shape) in [-1, 1] on the CPU.
@@ -47,13 +76,21 @@ def sample_batch(
     check_name("sampler", sampler, SAMPLERS)
     check_options(SAMPLERS[sampler].run, options or {})
     check_process(sampler, options or {}, process)
-    if not 0 <= guidance < math.inf or (guidance != 1 and labels is None):
-        raise UsageError(f"guidance is {guidance}; it must be a number of at least 0, and without labels 1")
+    given = {} if labels is None else {"y": labels}
+    given |= conditions or {}
+    if not 0 <= guidance < math.inf or (guidance != 1 and guide is None and not given.keys() & ABSENT.keys()):
+        right = "at least 0, and without labels, conditions or a guide 1"
+        raise UsageError(f"guidance is {guidance}; it must be a number of {right}")
     if not batch or (labels is not None and labels.min() < -1):
         raise UsageError(f"batch is {batch} and labels {labels}; there must be images, and labels from -1 (no class)")
-    device, conditions = torch.device(device), {"y": labels, "low_res": low_res}
-    inputs = {name: value.to(device) for name, value in conditions.items() if value is not None}
-    denoiser = partial(model, **inputs) if guidance == 1 else guided(model, guidance, shape[0], **inputs)
+    device = torch.device(device)
+    inputs = {name: value.to(device) for name, value in given.items()}
+    denoiser: Denoiser = partial(model, **inputs)
+    if guidance != 1:
+        everywhere = torch.ones(len(batch), dtype=torch.bool, device=device)
+        guide = guide or partial(model, **drop(inputs, everywhere))
+        within = [noise_between(process, *guide_between)] if guide_between is not None else []
+        denoiser = guided(denoiser, guide, guidance, shape[0], *within)
     x_T = image_noise(batch, shape, device, seed, "x_T")
     noise = partial(image_noise, batch, shape, device, seed)
     return SAMPLERS[sampler].run(process, denoiser, x_T, noise, progress, **options or {}).cpu()

@@ -58,6 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--classes", help="score these classes alone, by number or name, separated by commas (default: all)")
     add("--steps", type=terminal.steps, default="", help="see sample.py (default: all; to sample, as in the grids)")
     add("--ema", help="a moving average's rate, or none for the weights in training (default: the run's first)")
+    terminal.add_sampling(parser)
     add("--seed", type=terminal.number_from(0), default=0, help="of the noise (default: 0)")
     add("--batch_size", type=terminal.number_from(1), default=64, help="images scored at once (default: 64)")
     add("--out", type=path, help="write the figures and all that they depend on to this new JSON file, too")
@@ -134,12 +135,12 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
         process.check_diffusion("--metric bits_per_dim", "score samples, with --metric frechet")
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")
-    if args.sets > 1 and not samples:
-        raise UsageError(f"--sets is {args.sets}, which is of samples, and bits_per_dim draws none: leave it out")
+    flags = {name: getattr(args, name) for name in ("sampler", "guidance", "guide", "guide_ema", "guide_between")}
+    given = [name for name, value in (flags | {"sets": args.sets > 1 or None}).items() if value is not None]
+    if given and not samples:
+        raise UsageError(f"--{given[0]} is of samples, and bits_per_dim draws none: leave it out")
     if "nearest" in args.metric and args.split != "train":
         raise UsageError(f"--split is {args.split}, and nearest looks for copies of what was trained on: leave it out")
-    if run.config.data.low_res_size is not None and samples:
-        raise UsageError(f"--metric is {','.join(args.metric)}; {run.path} is an upsampler: use bits_per_dim")
     if args.out is not None:
         terminal.check_output(args.out, "--out", ".json")
     if args.sheet is not None:
@@ -149,7 +150,7 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
 def main() -> None:
     args = parse(sys.argv[1:])
     check_launcher()
-    run = terminal.open_run(args.ckpt, args.ema)
+    run = terminal.sampling_as(terminal.open_run(args.ckpt, args.ema), args)
     data = choose_data(args, run)
     check_flags(args, run)
     dataset, whole = open_scored(args, run, data)
@@ -196,7 +197,7 @@ def models(args: argparse.Namespace, run: Run) -> Iterator[Run]:
     for path in reversed(folders(args.ckpt)):
         for ema in [*map(str, run.config.train.averages), "none"]:
             try:
-                yield terminal.open_run(path, ema)
+                yield terminal.sampling_as(terminal.open_run(path, ema), args)
             except UsageError as error:
                 terminal.print_line(f"evaluate: left out: {error}", error=True)
 

@@ -18,6 +18,7 @@ from diffusion.config.files import parse_value
 from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line
 from diffusion.parallel.cores import CORES
 from diffusion.run.loaded import Run, load_run
+from diffusion.samplers import SAMPLERS
 
 
 def non_empty_path(text: str) -> Path:
@@ -56,6 +57,28 @@ def open_run(path: Path, ema: str | None = None) -> Run:
     for _, damage in run.saved.passed_over:
         print_line(f"{os.path.basename(sys.argv[0])}: {damage}; {run.path.name} is used", error=True)
     return run
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how images are drawn (see `sampling_as`)."""
+    add = parser.add_argument
+    add("--sampler", choices=SAMPLERS, help="default: as in the run's grids")
+    add("--guidance", type=float, help="guidance: 1 none, above 1 clearer classes, 0 no class (default: the grids')")
+    text = "run or checkpoint that guides: a worse one of the same data (default: this network without conditions)"
+    add("--guide", type=non_empty_path, help=text)
+    add("--guide_ema", help="which moving average guides, or none: of --guide, else of --ckpt's own checkpoint")
+    text = "noise levels sigma / alpha that are guided, such as '[0.3, 5]' (default: the grids', usually all)"
+    add("--guide_between", type=lambda value: parse_value(value, "--guide_between"), help=text)
+
+
+def sampling_as(run: Run, args: argparse.Namespace, **flags: Any) -> Run:
+    """A run with the flags of `add_sampling`, and others. Raises UsageError where they do not fit."""
+    if args.guide is not None or args.guide_ema is not None:
+        flags["guide"] = open_run(args.guide or run.path, args.guide_ema)
+        if args.guidance is None and run.config.sample.guidance == 1:
+            raise UsageError("a guide is named, and --guidance is 1, which is none: add --guidance 2")
+    shared = {name: getattr(args, name) for name in ("sampler", "guidance", "guide_between")}
+    return run.with_sampling(**shared, **flags)
 
 
 def check_writable(folder: Path, flag: str) -> None:

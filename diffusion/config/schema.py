@@ -122,7 +122,7 @@ class TrainConfig(Section):
     """timesteps to train on: uniform, by importance (for the kl losses), or logit_normal: often from the middle (for
     flows)"""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """share of images trained on without their class, for guidance in sampling (usually 0.1)"""
+    """share of images trained on without their class and other conditions, for guidance in sampling (usually 0.1)"""
     init_from: PathText | None = None
     """start from the weights (the first average) of this run, checkpoint or converted model; what fits is copied"""
     seed: Natural = 0
@@ -165,6 +165,8 @@ class SampleConfig(Section):
     null: the sampler's usual ones (ddpm 250, ddim 50, dpmpp and ipndm logsnr12, heun logsnr10)"""
     guidance: Annotated[Finite, Field(ge=0, le=1000)] = 1.0
     """classifier-free guidance, for runs with train.label_dropout: 1 none, above 1 clearer classes and less variety"""
+    guide_between: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = None
+    """noise levels sigma / alpha that are guided, such as [0.3, 5]; null: all"""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -208,17 +210,21 @@ class Config:
         if self.data.image_size is not None:
             with prefixed("data.image_"):
                 self.model.check_sizes(self.data.sizes)
-        share, factor, guidance = self.train.label_dropout, self.train.scalar_lr_factor, self.sample.guidance
-        if share and not self.model.class_cond:
-            raise UsageError(f"train.label_dropout is {share}, but model.class_cond is false: no class to drop")
+        share, factor, data = self.train.label_dropout, self.train.scalar_lr_factor, self.data
+        if share and not (
+            self.model.class_cond or data.conditions or data.condition_columns or data.condition_channels
+        ):
+            nothing = "but model.class_cond is false, and data has no conditions: nothing to drop"
+            raise UsageError(f"train.label_dropout is {share}, {nothing}")
         if factor != 1 and getattr(self.model, "init", None) != "fixup":
             raise UsageError(f"train.scalar_lr_factor is {factor}, but only model.init fixup has scalars")
         if self.data.unbounded and self.sample.options["clip_denoised"]:
             raise UsageError(
                 "sample.clip_denoised is true, and data.unbounded too, whose values it cuts: set it to false"
             )
-        if guidance != 1 and not share:
-            raise UsageError(f"sample.guidance is {guidance}; without train.label_dropout, it can only be 1")
+        between = self.sample.guide_between
+        if between is not None and between[0] >= between[1]:
+            raise UsageError(f"sample.guide_between is {list(between)}; it must rise")
         with prefixed("sample.steps: "):
             check_process(self.sample.sampler, self.sample.options, self.sampling_process())
 
@@ -245,13 +251,14 @@ class Config:
         """The process with the steps of the section `sample`."""
         return self.diffusion.process(self.sample_steps())
 
-    def network(self, num_classes: int) -> nn.Module:
-        """The network with fresh weights, for data of `num_classes` classes (0: none)."""
+    def network(self, num_classes: int, vector_size: int = 0) -> nn.Module:
+        """The network with fresh weights, for data of `num_classes` classes and condition vectors of `vector_size`
+        numbers (0: none)."""
         if self.model.class_cond and not num_classes:
             raise UsageError("model.class_cond is true, and there are no classes: set it to false")
         outputs = self.data.channels * (2 if self.diffusion.variance in ("learned", "learned_range") else 1)
         classes = num_classes if self.model.class_cond else 0
-        return self.model.build(self.data.shape, outputs, classes, self.data.low_res_size is not None)
+        return self.model.build(self.data.shape, outputs, classes, vector_size, self.data.image_channels)
 
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}

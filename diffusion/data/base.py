@@ -9,7 +9,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, cast
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,20 +18,45 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from diffusion.config.fields import Channels, Finite, ImageSize, Positive, section
+from diffusion.config.fields import Channels, Finite, ImageSize, PathText, Positive, section
+from diffusion.data.conditions import NO_VECTORS, Rows, Vectors, read_vectors
 from diffusion.data.decode import Target
-from diffusion.data.values import Array
+from diffusion.data.values import Array, shrink, to_x_start
 from diffusion.errors import UsageError
 from diffusion.randomness import generator_for
 
 Sizes = ImageSize | Annotated[tuple[int, ...], Field(strict=False)] | None
 Range = Annotated[tuple[int | Finite, int | Finite], Field(strict=False)] | None
 Labels = NDArray[np.int64]
-Batch = tuple[Tensor, Tensor]
-"""Images (B, C, *sizes), uint8 or float32 in [-1, 1], and their labels (B,), int64 (0 without classes)."""
-Loaded = tuple[Array, Labels, list[str]]
-"""A batch, and the errors of images that were replaced by others. Arrays, not tensors: torch passes tensors from worker
-processes through /dev/shm, which may be small, and then loses them without an error."""
+
+
+class Loaded(NamedTuple):
+    """A batch as a data set gives it. Arrays, not tensors: torch passes tensors from worker processes through /dev/shm,
+    which may be small, and then loses them without an error."""
+
+    images: Array
+    """(B, C, *sizes), uint8 or float32 in [-1, 1]; condition images are its last channels"""
+    labels: Labels
+    """(B,), 0 without classes"""
+    vectors: Rows
+    """(B, size), of size 0 without condition vectors"""
+    replaced: Sequence[str] = ()
+    """the errors of images that were replaced by others"""
+
+
+class Batch(NamedTuple):
+    """A batch as tensors, of images and condition images apart (without, of 0 channels)."""
+
+    images: Tensor
+    labels: Tensor
+    vectors: Tensor
+    condition_images: Tensor
+
+    @classmethod
+    def of(cls, loaded: Loaded, condition_channels: int) -> "Batch":
+        images, labels, vectors = (torch.from_numpy(array) for array in loaded[:3])
+        images, conditions = images.tensor_split([images.shape[1] - condition_channels], dim=1)
+        return cls(images, labels, vectors, conditions)
 
 
 class DataSet(Protocol):
@@ -42,6 +68,10 @@ class DataSet(Protocol):
 
     left_out: tuple[str, ...] = ()
     """the errors of files that are not among the images"""
+    vectors: Vectors = NO_VECTORS
+    """the condition vector of each image, if any"""
+    condition_channels: int = 0
+    """how many of the images' last channels are their condition images"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,6 +111,12 @@ class DataConfig:
     """train an upsampler: the network is also given each image shrunk to this size; null: no upsampler"""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of the images, chosen by their names and train.seed, that is not trained on, and whose loss is logged"""
+    conditions: PathText | None = None
+    """file of condition vectors: a .csv with file_name and columns of numbers; or a .npy or .npz whose rows are in the
+    order of the images"""
+    condition_columns: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """those of its columns (arrays of an .npz) to condition on, or columns of a huggingface data set; empty: all of the
+    file's"""
     allow_change: bool = False
     """continue a run although its images have changed"""
     workers: Annotated[int, Field(ge=0, le=256)] = 0
@@ -91,6 +127,8 @@ class DataConfig:
     """Whether images of several sizes belong to the source."""
     # Sources that have these as settings declare them as fields.
     random_flip = False
+    condition_images = cast(str | None, None)
+    condition_channels = 0
     on_error = "fail"
     range = cast(Range, None)
     unbounded = False
@@ -131,6 +169,23 @@ class DataConfig:
         """The sizes, channels and values that images are converted to."""
         return Target(self.sizes, self.channels)
 
+    @property
+    def image_channels(self) -> int:
+        """The channels of all condition images that a network is given."""
+        return self.condition_channels + (self.channels if self.low_res_size is not None else 0)
+
+    def given(self, batch: Batch, classes: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images in [-1, 1] and their conditions by name: `y` if the model has classes, `vector` (not scaled), `image`,
+        and `low_res` of an upsampler."""
+        x_start, given = to_x_start(batch.images), {"y": batch.labels} if classes else {}
+        if batch.vectors.shape[1]:
+            given["vector"] = batch.vectors
+        if self.condition_channels:
+            given["image"] = to_x_start(batch.condition_images)
+        if self.low_res_size is not None:
+            given["low_res"] = shrink(x_start, self.low_res_size)
+        return x_start, given
+
     def open(self, split: str = "train") -> DataSet:
         """Open the data set. Raises UsageError if it is missing or cannot be read."""
         raise NotImplementedError
@@ -156,9 +211,12 @@ class ArrayDataset(DataSet):
     left_out: tuple[str, ...] = ()
     files: DataSet | None = None
     numbers: Labels | None = None
+    vectors: Vectors = NO_VECTORS
+    condition_channels: int = 0
 
     def __getitems__(self, indices: Sequence[int]) -> Loaded:
-        return self.images[list(indices)].numpy(), self.labels[list(indices)].numpy(), []
+        chosen = list(indices)
+        return Loaded(self.images[chosen].numpy(), self.labels[chosen].numpy(), self.vectors.at(chosen))
 
     def name_of(self, index: int) -> str:
         return self.files.name_of(index) if self.files else self.key_of(index)
@@ -173,24 +231,41 @@ class ArrayDataset(DataSet):
 
     def fingerprint(self) -> str:
         """A hash of the images, their order, labels and classes."""
-        return digest(self.images.numpy(), self.labels.numpy(), self.class_names)
+        return digest(self.images.numpy(), self.labels.numpy(), self.class_names, *self.vectors.parts)
 
     def select(self, indices: NDArray[np.int64]) -> "ArrayDataset":
         numbers = indices if self.numbers is None else self.numbers[indices]
-        files = self.files.select(indices) if self.files else None
-        return ArrayDataset(self.images[indices], self.labels[indices], self.class_names, self.left_out, files, numbers)
+        files, vectors = self.files.select(indices) if self.files else None, self.vectors.select(indices)
+        part: dict[str, Any] = dict(images=self.images[indices], labels=self.labels[indices], vectors=vectors)
+        return dataclasses.replace(self, **part, files=files, numbers=numbers)
 
 
 def open_data(config: DataConfig, split: str = "train") -> DataSet:
     """Open the data set of a configuration. Raises UsageError if it cannot be read, or has images of another shape or
     type than the configuration says."""
-    dataset = config.open(split)
+    dataset = conditioned(config.open(split), config)
     if len(dataset):
-        image = load(dataset, [0])[0][0]
+        image = load(dataset, [0]).images[0]
+        if dataset.condition_channels != config.condition_channels:
+            raise UsageError(f"data.condition_channels is {config.condition_channels}, and the images have none")
         if image.shape != config.shape or image.dtype not in (torch.uint8, torch.float32):
             given = f"data.source {config.source} gives images of {image.dtype} {tuple(image.shape)}"
             raise UsageError(f"{given}; they must be torch.uint8 or torch.float32 {config.shape}")
     return dataset
+
+
+def conditioned(dataset: Any, config: DataConfig) -> Any:
+    """A data set with the condition vectors that `data.conditions` names, if any. Raises UsageError if they do not
+    pair with its images."""
+    if config.conditions is None or dataset.vectors.widths:
+        return dataset
+    beside = Path(getattr(config, "path", None) or "", config.conditions)
+    names = [dataset.key_of(i) for i in range(len(dataset))]
+    others = (
+        [name.decode(errors="replace") for name in dataset.container.names] if hasattr(dataset, "container") else []
+    )
+    path = beside if beside.is_file() else Path(config.conditions)
+    return dataclasses.replace(dataset, vectors=read_vectors(path, config.condition_columns, names, others))
 
 
 def with_classes(dataset: Any, names: Sequence[str]) -> Any:
@@ -260,4 +335,4 @@ def load(dataset: DataSet, indices: Sequence[int]) -> Batch:
     loaded = dataset.__getitems__(indices)
     if isinstance(loaded, UsageError):
         raise loaded
-    return torch.from_numpy(loaded[0]), torch.from_numpy(loaded[1])
+    return Batch.of(loaded, dataset.condition_channels)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import stat
 import tarfile
 import threading
@@ -170,6 +171,10 @@ def stem(name: str) -> str:
     """A path up to the first dot of the file's name: files that share it belong to one sample, as in WebDataset."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
+
+
+PARTNER = re.compile(r"[._-](masks?|seg|labels?|depth|gt)$", re.IGNORECASE)
+"""What the name of a mask or depth map adds to that of its image, as in a_mask.png."""
 
 
 def is_clutter(name: str) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,14 +13,28 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from diffusion.config.fields import section
-from diffusion.data.base import ArrayDataset, DataConfig, DataSet, Labels, Loaded, Range, Sizes, digest
-from diffusion.data.containers import Container
+from diffusion.config.fields import PathText, section
+from diffusion.data.base import (
+    ArrayDataset,
+    DataConfig,
+    DataSet,
+    Labels,
+    Loaded,
+    Range,
+    Sizes,
+    conditioned,
+    digest,
+    part,
+)
+from diffusion.data.conditions import NO_VECTORS, Vectors
+from diffusion.data.containers import PARTNER, Container, stem
 from diffusion.data.decode import MAX_PIXELS, Target, decode, describe, stack
 from diffusion.data.values import Array
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, one_line, prefixed
 
 OnError = Literal["fail", "skip"]
+COMPARED, SHAPES_DIFFER = 100, 0.02
+"""How many pairs of an image and a condition image are compared by shape, and by how much their ratios may differ."""
 IN_MEMORY_BYTES = 64 * 2**20
 """Data up to this size, once preprocessed, are read into memory at the start."""
 
@@ -33,6 +48,14 @@ class ImageFiles(DataConfig):
     range: Range = None
     """the values that become -1 and 1, such as [0, 4095] or [0.0, 1.0]; images are written with these values, too;
     null: all that 8 or 16 bits can hold, written with 8"""
+    condition_images: PathText | None = None
+    """images to condition on, one for each image, such as masks: a folder or archive of the same names (of files whose
+    names begin alike: a.png, a.mask.png, a_mask.png), or a pattern of other files in path (*.mask.png); for arrays,
+    another file; for huggingface, a column"""
+    condition_channels: Annotated[int, Field(ge=0, le=4096)] = 0
+    """their channels; of arrays without condition_images, the last channels of path's own images"""
+    condition_range: Range = None
+    """the values of condition images that become -1 and 1, as range; null: all that 8 or 16 bits can hold"""
     unbounded: bool = False
     """values may lie beyond the range, as an autoencoder's latents do; for sample.clip_denoised false"""
     random_flip: bool = False
@@ -46,21 +69,48 @@ class ImageFiles(DataConfig):
 
     any_size = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.condition_images is not None and not self.condition_channels:
+            raise UsageError("data.condition_channels is 0, and data.condition_images is set: 1 grey, 3 RGB, ...")
+
     @property
     def target(self) -> Target:
         return Target(self.sizes, self.channels, self.range, self.unbounded, self.background, self.max_pixels)
 
     def open(self, split: str = "train") -> DataSet:
-        dataset = self.list_files(split)
-        size = len(dataset) * math.prod(self.shape) * (1 if self.range is None else 4)
+        dataset = self.paired(split)
+        channels = self.channels + self.condition_channels
+        size = len(dataset) * channels * math.prod(self.sizes) * (1 if self.range is None else 4)
         return dataset.in_memory() if size <= IN_MEMORY_BYTES else dataset
 
     def list_files(self, split: str = "train") -> "FileDataset":
         """The files, of which none has been read. Raises UsageError if there are none."""
         raise NotImplementedError
 
+    def paired(self, split: str = "train") -> "FileDataset":
+        """The files with their conditions, of which a few headers have been read. Raises UsageError if they do not
+        pair."""
+        dataset: FileDataset = conditioned(self.list_files(split), self)
+        if not self.condition_images:
+            return dataclasses.replace(dataset, condition_channels=self.condition_channels)
+        alike: dict[str, Any] = dict(
+            channels=self.condition_channels, range=self.condition_range, condition_images=None
+        )
+        alike |= dict(condition_channels=0, conditions=None, unbounded=False, low_res_size=None)
+        with prefixed("data.condition_images: "):
+            others = dataclasses.replace(self, **alike | self.where_conditions(self.condition_images))
+            return dataset.with_condition_images(others.list_files(split), self.all_conditions_paired)
+
+    all_conditions_paired = True
+    """Whether each condition image must belong to an image."""
+
+    def where_conditions(self, name: str) -> dict[str, Any]:
+        """The settings of this source that name the condition images."""
+        return {"path": name}
+
     def found_sizes(self) -> tuple[int, ...]:
-        described = dataclasses.replace(self, image_size=1, low_res_size=None).list_files().read(0, describe)
+        described = dataclasses.replace(self, image_size=1, low_res_size=None).list_files().look(0, describe)
         if isinstance(described, UsageError):
             raise UsageError(f"data.image_size is null, and {described}")
         return described[1]
@@ -84,6 +134,10 @@ class FileDataset(DataSet):
     no_classes: str = ""
     on_error: OnError = "fail"
     not_read: Mapping[str, int] = field(default_factory=dict)
+    vectors: Vectors = NO_VECTORS
+    condition_channels: int = 0
+    conditions: "FileDataset | None" = None
+    """the condition image of each image, where it is a file of its own"""
 
     def __getitems__(self, indices: Sequence[int]) -> Loaded | UsageError:
         """A batch, or the error of one of its files.
@@ -103,10 +157,18 @@ class FileDataset(DataSet):
                 return UsageError(f"none of the {len(self)} images can be read: {errors[-1]}")
             images.append(image)
             chosen.append(i)
-        return stack(images), self.labels[chosen], errors
+        return Loaded(stack(images), self.labels[chosen], self.vectors.at(chosen), errors)
 
-    def read(self, i: int, decode: Callable[[BinaryIO | Array, Target], Any] = decode) -> Any:
-        """One image, as the network is given it, or the error with its name."""
+    def read(self, i: int) -> Array | UsageError:
+        """One image, as the network is given it, with its condition image as last channels; or the error."""
+        image = self.look(i, decode)
+        condition = self.conditions.read(i) if self.conditions and not isinstance(image, UsageError) else None
+        if condition is None or isinstance(condition, UsageError):
+            return image if condition is None else condition
+        return np.concatenate(stack([image, condition]), axis=0)
+
+    def look(self, i: int, decode: Callable[[BinaryIO | Array, Target], Any]) -> Any:
+        """What `decode` returns for one file, or the error with its name."""
         try:
             with self.container.open(int(self.ids[i])) as file:
                 return decode(file, self.target)
@@ -125,20 +187,53 @@ class FileDataset(DataSet):
 
     def fingerprint(self) -> str:
         """A hash of the names and sizes of the files, their labels and classes. Their content is not read."""
-        ids = self.ids
-        return digest(self.container.names[ids], self.container.sizes[ids], self.labels, self.class_names)
+        ids, conditions = self.ids, self.vectors.parts + ((self.conditions.fingerprint(),) if self.conditions else ())
+        return digest(self.container.names[ids], self.container.sizes[ids], self.labels, self.class_names, *conditions)
 
     def select(self, indices: Labels) -> "FileDataset":
-        return dataclasses.replace(self, ids=self.ids[indices], labels=self.labels[indices])
+        part: dict[str, Any] = dict(
+            ids=self.ids[indices], labels=self.labels[indices], vectors=self.vectors.select(indices)
+        )
+        return dataclasses.replace(self, **part, conditions=self.conditions and self.conditions.select(indices))
+
+    def with_condition_images(self, others: "FileDataset", all_paired: bool) -> "FileDataset":
+        """The images with those of `others` that their names belong to, as conditions.
+
+        Raises UsageError if an image has none, or one of another shape, if two have the same name, or with `all_paired`
+        if one is left."""
+        keys = [stem(self.key_of(i)) for i in range(len(self))]
+        theirs = [stem(others.key_of(i)) for i in range(len(others))]
+        own = set(keys)
+        theirs = [key if key in own else PARTNER.sub("", key) for key in theirs]
+        for names in (keys, theirs):
+            if len(set(names)) < len(names):
+                twice, count = Counter(names).most_common(1)[0]
+                raise UsageError(f"{count} images are called {twice}: --data.include chooses some")
+        found = {key: i for i, key in enumerate(theirs)}
+        if missing := [i for i, key in enumerate(keys) if key not in found]:
+            raise UsageError(f"there is none for {self.name_of(missing[0])}")
+        if all_paired and (extra := found.keys() - own):
+            raise UsageError(f"{others.name_of(found[min(extra)])} belongs to no image")
+        pairs = others.select(np.array([found[key] for key in keys]))
+        for i in part(len(self), COMPARED).tolist():
+            seen = self.look(i, describe), pairs.look(i, describe)
+            if any(isinstance(one, UsageError) for one in seen):  # reading names it
+                continue
+            size, other = (one[1] for one in seen)
+            if len(size) == len(other) == 2 and abs(size[0] * other[1] / (size[1] * other[0]) - 1) > SHAPES_DIFFER:
+                shapes = f"{other[1]}x{other[0]}, and {self.name_of(i)} {size[1]}x{size[0]}"
+                raise UsageError(f"{pairs.name_of(i)} is {shapes}: they would be cropped differently")
+        return dataclasses.replace(self, conditions=pairs, condition_channels=others.target.channels)
 
     def in_memory(self) -> ArrayDataset:
         """Read all of it now. Raises UsageError with the name of a file that cannot be read, unless it is skipped."""
         with ThreadPoolExecutor() as pool:
-            results = list(pool.map(self.read, range(len(self))))
+            results: list[Any] = list(pool.map(self.read, range(len(self))))
         errors = [result for result in results if isinstance(result, UsageError)]
         readable = np.flatnonzero([not isinstance(result, UsageError) for result in results])
         if errors and (self.on_error == "fail" or not len(readable)):
             raise errors[0]
         files, images = self.select(readable), torch.from_numpy(stack([results[i] for i in readable]))
-        left_out = tuple(map(str, errors))
-        return ArrayDataset(images, torch.from_numpy(files.labels), self.class_names, left_out, files)
+        about: dict[str, Any] = dict(vectors=files.vectors, condition_channels=self.condition_channels)
+        labels, left_out = torch.from_numpy(files.labels), tuple(map(str, errors))
+        return ArrayDataset(images, labels, self.class_names, left_out, files, **about)

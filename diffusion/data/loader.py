@@ -4,7 +4,7 @@ import multiprocessing
 import multiprocessing.process
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -50,7 +50,7 @@ def _ignore_stop_signals(worker: int) -> None:
 
 def step_batches(
     dataset: DataSet, batch_size: int, seed: int, steps: range, slices: list[slice], workers: int = 0,
-    replaced: Callable[[list[str]], None] = lambda errors: None, waiting: Callable[[], None] = lambda: None,
+    replaced: Callable[[Sequence[str]], None] = lambda errors: None, waiting: Callable[[], None] = lambda: None,
 ) -> Generator[Batch]:  # fmt: skip
     """This process's images of each of `steps`: its `slices` of the global batch, concatenated.
 
@@ -79,10 +79,10 @@ def step_batches(
         while (batch := _next(batches, waiting)) is not None:
             if isinstance(batch, UsageError):
                 raise batch
-            images, labels = torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
-            if batch[2]:
-                replaced(batch[2])
-            yield (images.pin_memory(), labels.pin_memory()) if torch.cuda.is_available() else (images, labels)
+            if batch.replaced:
+                replaced(batch.replaced)
+            tensors = Batch.of(batch, dataset.condition_channels)
+            yield Batch(*(tensor.pin_memory() for tensor in tensors)) if torch.cuda.is_available() else tensors
     except OSError as error:
         _kill(set(multiprocessing.active_children()) - others)  # else torch waits 5 seconds for each
         # torch's half-made iterator complains when it is freed, which is now.

@@ -1,7 +1,6 @@
 """What a data set holds, in lines for people: in short before each run, in full for `diffusion check-data`."""
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion.data.base import DataConfig, DataSet, Labels, load, part
-from diffusion.data.containers import stem
-from diffusion.data.decode import describe
+from diffusion.data.base import Batch, DataConfig, DataSet, Labels, load, part
+from diffusion.data.conditions import describe_vectors
+from diffusion.data.containers import PARTNER, stem
+from diffusion.data.decode import decode, describe
 from diffusion.data.image_files import FileDataset
 from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError
@@ -38,7 +38,7 @@ def describe_data(config: DataConfig, dataset: DataSet, looked: int = MAX_HEADER
     lines = _describe_files(files, looked) if files else []
     if dataset.left_out:
         lines.append(f"{len(dataset.left_out)} more are left out, since they cannot be read: {dataset.left_out[0]}")
-    images = load(dataset, part(len(dataset), MAX_IMAGES).tolist())[0]
+    images, _, _, conditions = load(dataset, part(len(dataset), MAX_IMAGES).tolist())
     low, high = config.range or (0, 255)
     least, most = ((to_x_start(end).item() + 1) / 2 * (high - low) + low for end in torch.aminmax(images))
     bits = " on a scale of 8 bits" if config.range is None and images.is_floating_point() else ""
@@ -49,6 +49,14 @@ def describe_data(config: DataConfig, dataset: DataSet, looked: int = MAX_HEADER
         lines.append(f"the values take up {share:.1%} of the range {low:g} to {high:g}: declare it with --data.range")
     if config.random_flip:
         lines.append("half of the images are mirrored left to right, chosen anew each time (data.random_flip)")
+    lines += describe_vectors(dataset.vectors)
+    if dataset.condition_channels:
+        whence = f", from {config.condition_images}" if config.condition_images else ", the last of each image"
+        least, most = (to_x_start(end).item() for end in torch.aminmax(conditions))
+        span = f"from {least:.2g} to {most:.2g} where -1 is black and 1 is white"
+        lines.append(f"condition images of {dataset.condition_channels} channels{whence}, {span}{some}")
+    if dataset.vectors.widths and config.random_flip:
+        lines.append("a mirrored image keeps its condition vector: set data.random_flip to false if that is wrong")
     names = dataset.class_names
     if not names:
         return [*lines, f"no classes: {files.no_classes}" if files and files.no_classes else "no classes"]
@@ -61,7 +69,7 @@ def describe_data(config: DataConfig, dataset: DataSet, looked: int = MAX_HEADER
 def _describe_files(files: FileDataset, looked: int) -> list[str]:
     """Formats, modes and sizes of up to `looked` files, and what happens to them."""
     chosen = part(len(files), looked).tolist()
-    read = [(i, files.read(i, describe)) for i in chosen]
+    read = [(i, files.look(i, describe)) for i in chosen]
     described = [(i, *found) for i, found in read if not isinstance(found, UsageError)]  # training names the others
     kinds = Counter(kind for _, kind, _, _ in described) + Counter(unreadable=len(chosen) - len(described))
     sizes = Counter(size for _, _, size, _ in described if len(size) == 2)  # not of signals and volumes
@@ -73,7 +81,7 @@ def _describe_files(files: FileDataset, looked: int) -> list[str]:
     lines += [f"{remarks[key]}{some} {text}" for key, text in REMARKS.items() if remarks[key]]
     lines += _pairs([files.key_of(i) for i in range(min(len(files), looked))])
     if deep and files.target.range is None:
-        images = [files.read(i) for i in deep[:: -(-len(deep) // MAX_DEEP)]]
+        images = [files.look(i, decode) for i in deep[:: -(-len(deep) // MAX_DEEP)]]
         most = max((image.max() for image in images if not isinstance(image, UsageError)), default=-1)
         if most < -0.5:
             span = f"values up to {(most + 1) / 2 * 65535:.0f} of 65535, and look dark"
@@ -89,10 +97,11 @@ def _pairs(names: Sequence[str]) -> Iterator[str]:
     """Whether images belong together by name: as 000.input.png and 000.mask.png, or a.png and a_mask.png."""
     groups = defaultdict[str, list[str]](list)
     for name in names:
-        groups[re.sub(r"[._-](masks?|seg|labels?|depth|gt)$", "", stem(name), flags=re.IGNORECASE)].append(name)
+        groups[PARTNER.sub("", stem(name))].append(name)
     # Larger groups are sequences, such as frame.001.png, frame.002.png, ...
     if together := [name for group in groups.values() if 1 < len(group) < 5 for name in group]:
-        yield f"{len(together)} belong together, like {together[0]} and {together[1]}: --data.include chooses some"
+        like = f"{len(together)} belong together, like {together[0]} and {together[1]}"
+        yield f"{like}: --data.include chooses some, and --data.condition_images conditions on others"
 
 
 def _resizing(sizes: Counter[tuple[int, ...]], target: tuple[int, ...], some: str) -> Iterator[str]:
@@ -125,7 +134,8 @@ def check_images(dataset: DataSet, progress: Callable[[int], Any]) -> Checked:
         loaded = dataset.__getitems__([i])
         if isinstance(loaded, UsageError):
             return loaded
-        return hashlib.blake2b(loaded[0].tobytes(), digest_size=16).digest(), loaded[0].min() == loaded[0].max()
+        image = Batch.of(loaded, dataset.condition_channels).images.numpy()
+        return hashlib.blake2b(image.tobytes(), digest_size=16).digest(), image.min() == image.max()
 
     errors, flat, readable, same = list[str](), list[str](), list[int](), defaultdict[bytes, list[str]](list)
     with ThreadPoolExecutor() as pool:

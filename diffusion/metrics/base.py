@@ -52,7 +52,7 @@ class Reference:
     @cached_property
     def images(self) -> Tensor:
         """(N, C, *sizes), uint8."""
-        return to_uint8(to_x_start(load(self.dataset, part(len(self.dataset), self.most).tolist())[0]))
+        return to_uint8(to_x_start(load(self.dataset, part(len(self.dataset), self.most).tolist()).images))
 
     @cached_property
     def features(self) -> Tensor:
@@ -107,12 +107,13 @@ class Subject:
         return self.run.with_sampling(steps=self.steps or None)
 
     @property
-    def labels(self) -> list[int] | None:
-        """The class of each generated image, with the frequencies of the data. None for a model without classes."""
-        if not self.run.class_names:
-            return None
-        ordered = np.sort(np.asarray(self.dataset.labels))
-        return ordered[(2 * np.arange(self.count) + 1) * len(ordered) // (2 * self.count)].tolist()
+    def given(self) -> dict[str, Tensor]:
+        """What images are generated from: classes as frequent as in the data, and conditions of the data."""
+        ordered = np.argsort(np.asarray(self.dataset.labels), kind="stable")
+        rows = ordered[(2 * np.arange(self.count) + 1) * len(ordered) // (2 * self.count)]
+        if not self.run.vectors.size and not self.run.config.data.image_channels:
+            return {"y": torch.as_tensor(self.dataset.labels)[rows]} if self.run.class_names else {}
+        return self.run.raw(load(self.dataset, rows.tolist()))[1]
 
     @cached_property
     def samples(self) -> Tensor:
@@ -124,10 +125,15 @@ class Subject:
 
         calls, run, share = list[int](), self.sampled, self._share(self.count)
         bar = self.bar(len(share) * run.config.sampling_process().num_timesteps)
-        counter = run.network.register_forward_pre_hook(lambda network, inputs: calls.append(len(inputs[0])))
-        images = run.generate(share, labels=self.labels, seed=self.seed, progress=bar)
+        networks = [one.network for one in (run, run.guide) if one is not None]
+        counters = [
+            network.register_forward_pre_hook(lambda network, inputs: calls.append(len(inputs[0])))
+            for network in networks
+        ]
+        images = run.generate(share, self.given, seed=self.seed, progress=bar)
         gathered = gather_object([to_uint8(check_finite(batch)) for _, batch in images])
-        counter.remove()
+        for counter in counters:
+            counter.remove()
         self.evaluations = sum(gather_object(calls)) / self.count
         return torch.cat(gathered)
 
@@ -145,7 +151,8 @@ class Subject:
             config, images = self.sampled.config, self.reference.images
             counts = np.bincount(np.asarray(self.dataset.labels)).tolist()
             classes = {name: n for name, n in zip(self.dataset.class_names, counts, strict=False) if n}
-            settings |= {name: getattr(config.sample, name) for name in ("sampler", "options", "guidance")}
+            sampling = "sampler", "options", "guidance", "guide_between"
+            settings |= {name: getattr(config.sample, name) for name in sampling}
             settings |= {"steps": config.sample_steps(), "sets": sets, "classes": classes}
             settings |= {"features": self.reference.extractor.name, "reference_images": len(images)}
             settings["reference"] = digest(images.numpy())

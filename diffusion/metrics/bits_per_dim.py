@@ -8,7 +8,6 @@ from torch import Tensor
 
 from diffusion import likelihood
 from diffusion.data.base import DataSet, load, part
-from diffusion.data.values import shrink, to_x_start
 from diffusion.errors import UsageError
 from diffusion.metrics.base import Score, Subject
 from diffusion.parallel.cores import CORES
@@ -17,7 +16,7 @@ from diffusion.randomness import image_noise
 
 def check_levels(dataset: DataSet) -> None:
     """Raise UsageError if some of the images are not of 8 bits."""
-    if load(dataset, part(len(dataset), 256).tolist())[0].dtype != torch.uint8:
+    if load(dataset, part(len(dataset), 256).tolist()).images.dtype != torch.uint8:
         raise UsageError("bits_per_dim is defined for 8-bit images, and these data have 16 bits or a data.range")
 
 
@@ -34,11 +33,7 @@ def bits_per_dim(subject: Subject) -> Score:
     batches = list(subject.data_batches())
     progress = subject.bar(len(batches) * process.num_timesteps)
     for batch, indices in batches:
-        images, y = load(subject.dataset, indices)
-        x_start = to_x_start(images.to(device))
-        inputs = {"y": y.to(device)} if run.class_names else {}
-        if run.config.data.low_res_size is not None:
-            inputs["low_res"] = shrink(x_start, run.config.data.low_res_size)
+        x_start, inputs = run.given(load(subject.dataset, indices))
         noise = partial(image_noise, batch, x_start.shape[1:], device, subject.seed)
         with CORES.followed(run.network) as network:
             bits = likelihood.bits_per_dim(process, partial(network, **inputs), x_start, noise, progress)

@@ -44,12 +44,14 @@ def pixels(dataset: DataSet, device: torch.device, weights: Path | None) -> Extr
 
 def classifier(dataset: DataSet, device: torch.device, weights: Path | None) -> Extractor:
     """A small classifier, trained on the data and their classes. Equal data give equal weights."""
-    if not dataset.class_names or load(dataset, [0])[0].ndim != 4:
+    if not dataset.class_names or load(dataset, [0]).images.ndim != 4:
         raise UsageError("--features is classifier, which needs images with classes: use pixels or inception")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:CLASSIFIER_IMAGES]
-    images, y = load(dataset, order.tolist())
-    net = fit_classifier(to_x_start(images), y, len(dataset.class_names), 64, CLASSIFIER_STEPS).to(device)
-    spread = net[:-1](to_x_start(load(dataset, part(len(dataset), 1000).tolist())[0]).to(device)).std()
+    batch = load(dataset, order.tolist())
+    net = fit_classifier(to_x_start(batch.images), batch.labels, len(dataset.class_names), 64, CLASSIFIER_STEPS).to(
+        device
+    )
+    spread = net[:-1](to_x_start(load(dataset, part(len(dataset), 1000).tolist()).images).to(device)).std()
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         features = net[:-1](x)

@@ -10,8 +10,9 @@ from diffusion.config.fields import Section, section
 
 @section("model")
 class ModelConfig(Section):
-    """What all networks share. A network is called with x_t, its timestep input, and by keyword the labels `y`, if it
-    has classes, and the small images `low_res` of an upsampler."""
+    """What all networks share. A network is called with x_t, its timestep input, and by keyword those conditions that
+    it has: labels `y` (-1 is none), `vector` and `image` (NaN is none), and the small images `low_res` of an upsampler.
+    """
 
     network: str
     """network"""
@@ -26,13 +27,16 @@ class ModelConfig(Section):
     def check_sizes(self, sizes: Sequence[int]) -> None:
         """Raise UsageError, which begins with "size", if the network does not take images of `sizes`."""
 
-    def build(self, shape: Sequence[int], outputs: int, num_classes: int, upsampler: bool) -> nn.Module:
+    def build(
+        self, shape: Sequence[int], outputs: int, num_classes: int, vector_size: int, image_channels: int
+    ) -> nn.Module:
         """The network with fresh weights.
 
         Args:
             shape: of one image, (C, *sizes).
             outputs: channels of the output, C or 2 C.
             num_classes: 0 for a network without classes.
-            upsampler: whether it is also given a smaller image, `low_res`.
+            vector_size: numbers of a condition vector; 0 for none.
+            image_channels: channels of the condition images, `image` and `low_res`; 0 for none.
         """
         raise NotImplementedError

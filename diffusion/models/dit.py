@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffusion.errors import prefixed
-from diffusion.models.layers import timestep_embedding, zero_module
+from diffusion.models.layers import VectorEmbedding, timestep_embedding, with_images, zero_module
 from diffusion.models.rules import check_input, check_patches, check_transformer
 
 
@@ -113,27 +113,29 @@ class DiT(nn.Module):
             trains gives the label -1.
         num_classes: condition on this many classes; None or 0 for none.
         learn_sigma: give twice as many channels, the second half for the variance.
+        vector_size, image_channels: condition vectors and images, as of `UNetModel`.
 
     Raises UsageError if `check_transformer` or `check_patches` does.
     """
 
     _no_split_modules = ("DiTBlock",)  # what accelerate's FSDP2 cuts up
-    outer = "x_embedder.", "y_embedder.", "final_layer."
-    """The layers between images or labels and features, which Muon leaves to AdamW."""
+    outer = "x_embedder.", "y_embedder.", "vector_emb.", "final_layer."
+    """The layers between images or conditions and features, which Muon leaves to AdamW."""
     any_threads = True
     """See `parallel.cores`."""
 
     def __init__(
         self, input_size: int | Sequence[int] = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
         depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1,
-        num_classes: int | None = 1000, learn_sigma: bool = True,
+        num_classes: int | None = 1000, learn_sigma: bool = True, vector_size: int = 0, image_channels: int = 0,
     ):  # fmt: skip
         super().__init__()
         check_transformer(hidden_size, num_heads, mlp_ratio)
         sizes = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.patch_size, self.in_channels, self.hidden_size = patch_size, in_channels, hidden_size
         self.num_classes, self.out_channels = num_classes or 0, in_channels * (2 if learn_sigma else 1)
-        patches = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+        self.vector_size, self.image_channels = vector_size, image_channels
+        patches = nn.Conv2d(in_channels + image_channels, hidden_size, patch_size, patch_size)
         nn.init.xavier_uniform_(patches.weight.view(hidden_size, -1))
         nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
         self.x_embedder = nn.ModuleDict({"proj": patches})
@@ -144,6 +146,8 @@ class DiT(nn.Module):
             table = nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)
             self.y_embedder = nn.ModuleDict({"embedding_table": table})
             drawn.append(table.weight)
+        if vector_size:
+            self.vector_emb = VectorEmbedding(vector_size, hidden_size)
         for weight in drawn:
             nn.init.normal_(weight, std=0.02)
         check_patches(sizes, patch_size)
@@ -153,25 +157,31 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(*widths) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, vector: Tensor | None = None,
+        image: Tensor | None = None, low_res: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The output for noisy images.
 
         Args:
             x: (B, in_channels, height, width), its sizes divisible by `patch_size`.
             t: (B,), may be fractional.
             y: (B,) class labels, if and only if the model has classes; -1 is no class.
+            vector, image, low_res: as of `UNetModel`.
 
-        Returns (B, out_channels, height, width). Raises UsageError if sizes or labels do not fit.
+        Returns (B, out_channels, height, width). Raises UsageError if sizes or conditions do not fit.
         """
-        check_input(x, y, self.in_channels, self.num_classes)
+        check_input(self, x, y, vector, low_res, image)
         with prefixed("the input's "):
             check_patches(x.shape[2:], self.patch_size)
         emb = self.t_embedder["mlp"](timestep_embedding(t, 256))
         if y is not None:
             emb = emb + self._class_embedding(y)
+        if vector is not None:
+            emb = emb + self.vector_emb(vector)
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         where = self.pos_embed if grid == self.grid else positions(grid, self.hidden_size).to(x)[None]
-        h = self.x_embedder["proj"](x).movedim(1, -1) + where.view(1, *grid, -1)
+        h = self.x_embedder["proj"](with_images(x, low_res, image)).movedim(1, -1) + where.view(1, *grid, -1)
         for block in self.blocks:
             h = block(h, emb)
         return rearrange(

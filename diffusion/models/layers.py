@@ -114,6 +114,26 @@ def conv_nd(dims: int, *args: Any, **kwargs: Any) -> Conv1d | Conv2d | Conv3d:
     return kinds[dims](*args, **kwargs)
 
 
+class VectorEmbedding(nn.Module):
+    """A linear layer for condition vectors (B, size) that starts at zero. Of NaN, which is no condition, it gives 0."""
+
+    def __init__(self, size: int, channels: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(channels, size)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        given = ~vector.isnan().any(1, keepdim=True)
+        return given * F.linear(vector.nan_to_num(), self.weight, self.bias)
+
+
+def with_images(x: Tensor, *images: Tensor | None) -> Tensor:
+    """Images and their condition images, enlarged to the images' sizes, as channels. NaN, no condition, becomes 0."""
+    mode, sizes = ("linear", "bilinear", "trilinear")[x.ndim - 3], x.shape[2:]
+    given = [image for image in images if image is not None]
+    same = [image if image.shape[2:] == sizes else F.interpolate(image, sizes, mode=mode) for image in given]
+    return torch.cat([x, *(image.nan_to_num() for image in same)], dim=1) if same else x
+
+
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
     """Sinusoids of `timesteps` (B,), which may be fractional: (B, dim), float32, cosines first.
 

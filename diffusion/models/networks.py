@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from diffusion.config.fields import Finite, Positive, section, settings_of
-from diffusion.errors import UsageError, prefixed
+from diffusion.errors import prefixed
 from diffusion.models.base import ModelConfig
 from diffusion.models.dit import DiT
 from diffusion.models.initialisation import InitName, check_init, initialise
 from diffusion.models.rules import check_patches, check_sizes, check_transformer, check_widths
-from diffusion.models.unet import SuperResModel, UNetModel
+from diffusion.models.unet import UNetModel
 
 
 @section("model")
@@ -63,11 +63,13 @@ class UNet(ModelConfig):
     def check_sizes(self, sizes: Sequence[int]) -> None:
         check_sizes(sizes, len(self.channel_mult))
 
-    def build(self, shape: Sequence[int], outputs: int, num_classes: int, upsampler: bool) -> UNetModel:
-        kind = SuperResModel if upsampler else UNetModel
+    def build(
+        self, shape: Sequence[int], outputs: int, num_classes: int, vector_size: int, image_channels: int
+    ) -> UNetModel:
         options = settings_of(self)
         del options["network"], options["class_cond"], options["init"]
-        network = kind(shape[0], out_channels=outputs, num_classes=num_classes or None, dims=len(shape) - 1, **options)
+        options |= dict(vector_size=vector_size, image_channels=image_channels, num_classes=num_classes or None)
+        network = UNetModel(shape[0], out_channels=outputs, dims=len(shape) - 1, **options)
         initialise(network, self.init)
         return network
 
@@ -101,12 +103,11 @@ class Transformer(ModelConfig):
     def check_sizes(self, sizes: Sequence[int]) -> None:
         check_patches(sizes, self.patch_size)
 
-    def build(self, shape: Sequence[int], outputs: int, num_classes: int, upsampler: bool) -> DiT:
-        if upsampler:
-            raise UsageError("data.low_res_size is for model.network unet; a dit is not given a smaller image")
+    def build(self, shape: Sequence[int], outputs: int, num_classes: int, vector_size: int, image_channels: int) -> DiT:
         options = settings_of(self)
         del options["network"], options["class_cond"], options["init"]
         options |= dict(in_channels=shape[0], num_classes=num_classes, learn_sigma=outputs != shape[0])
+        options |= dict(vector_size=vector_size, image_channels=image_channels)
         network = DiT(shape[1:], **options)
         initialise(network, self.init)
         return network

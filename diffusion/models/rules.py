@@ -1,6 +1,7 @@
 """Which widths, heads and sizes the networks can have, and what they can be called with."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -68,12 +69,20 @@ def check_patches(sizes: Sequence[int], patch_size: int) -> None:
         raise UsageError(f"size is {size}, which patch_size {patch_size} does not divide")
 
 
-def check_input(x: Tensor, y: Tensor | None, channels: int, num_classes: int) -> None:
-    """Raise UsageError if a network of so many channels and classes (0: none) cannot be called with x and y."""
-    if (y is not None) != bool(num_classes):
-        has = f"{num_classes} classes" if num_classes else "no classes"
+def check_input(network: Any, x: Tensor, y: Tensor | None, vector: Tensor | None, *images: Tensor | None) -> None:
+    """Raise UsageError if a network with `in_channels`, `num_classes`, `vector_size` and `image_channels` (0: none)
+    cannot be called with these."""
+    channels, classes, size = network.in_channels, network.num_classes or 0, network.vector_size
+    if (y is not None) != bool(classes):
+        has = f"{classes} classes" if classes else "no classes"
         raise UsageError(f"the model has {has}, and the call gives {'no ' if y is None else ''}labels y")
     if y is not None and (y.shape != x.shape[:1] or y.is_floating_point()):
         raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x)},)")
     if x.shape[1] != channels:
         raise UsageError(f"the input has {x.shape[1]} channels, and the model {channels}")
+    if (None if vector is None else tuple(vector.shape)) != ((len(x), size) if size else None):
+        given = "none" if vector is None else tuple(vector.shape)
+        raise UsageError(f"the model has condition vectors of {size} numbers, and the call gives {given}")
+    if (total := sum(image.shape[1] for image in images if image is not None)) != network.image_channels:
+        needs = f"the model needs {network.image_channels} channels of condition images"
+        raise UsageError(f"{needs}, and the call gives {total}")

@@ -27,10 +27,12 @@ from diffusion.models.layers import (
     Linear,
     SiLU,
     Upsample,
+    VectorEmbedding,
     conv_nd,
     folded,
     normalization,
     timestep_embedding,
+    with_images,
     zero_module,
 )  # fmt: skip
 from diffusion.models.rules import check_dims, check_input, check_sizes, check_widths
@@ -158,13 +160,16 @@ class UNetModel(nn.Module):
         use_new_attention_order: split q, k and v across heads.
         image_size: of no effect, since the network runs at any size; the sequel's class has it.
         use_norm: normalise; without normalisation, see `diffusion.models.initialisation`.
+        vector_size: condition on vectors of so many numbers, through a layer that starts at zero; 0 for none.
+        image_channels: channels of condition images, which are concatenated to x; 0 for none. With those of x, and
+            `low_res` as the condition, it is the published SuperResModel (section 6 of the sequel).
 
     Raises UsageError if `check_widths` does.
     """
 
     _no_split_modules = "ResBlock", "AttentionBlock"  # what accelerate's FSDP2 cuts up
-    outer = "input_blocks.0.", "label_emb.", "out."
-    """The layers between images or labels and features, which Muon leaves to AdamW."""
+    outer = "input_blocks.0.", "label_emb.", "vector_emb.", "out."
+    """The layers between images or conditions and features, which Muon leaves to AdamW."""
 
     # Long, so that the whole network can be read in one place.
     def __init__(
@@ -173,7 +178,7 @@ class UNetModel(nn.Module):
         conv_resample: bool = True, dims: int = 2, num_classes: int | None = None, use_checkpoint: bool = False,
         num_heads: int = 1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
         num_head_channels: int = -1, resblock_updown: bool = False, use_new_attention_order: bool = False,
-        image_size: int | None = None, use_norm: bool = True,
+        image_size: int | None = None, use_norm: bool = True, vector_size: int = 0, image_channels: int = 0,
     ):  # fmt: skip
         super().__init__()
         heads = num_heads, num_heads_upsample, num_head_channels
@@ -181,6 +186,7 @@ class UNetModel(nn.Module):
         check_dims(dims)
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
         self.num_classes, self.dims, self.levels = num_classes, dims, len(channel_mult)
+        self.vector_size, self.image_channels = vector_size, image_channels
         # See `parallel.cores`. The gradient of a scalar of Fixup's is a sum over a whole tensor, in parts by thread.
         self.any_threads = use_norm
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
@@ -203,10 +209,14 @@ class UNetModel(nn.Module):
         self.time_embed = nn.Sequential(enter, SiLU(), leave)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
+        if vector_size:
+            self.vector_emb = VectorEmbedding(vector_size, emb_channels)
 
         widths = [int(mult * model_channels) for mult in channel_mult]
         ch = widths[0]
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(conv_nd(dims, in_channels + image_channels, ch, 3, padding=1))]
+        )
         skip_channels = [ch]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
@@ -236,23 +246,30 @@ class UNetModel(nn.Module):
         last = zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(ch) if use_norm else nn.Identity(), SiLU(), last)
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, *, vector: Tensor | None = None,
+        image: Tensor | None = None, low_res: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The output for noisy images.
 
         Args:
             x: (B, in_channels, ...), its last one (`dims` 1) or two sizes divisible by 2^(levels - 1).
             timesteps: (B,), may be fractional.
             y: (B,) class labels, if and only if the model has classes; -1 is no class (classifier-free guidance).
+            vector: (B, vector_size), if and only if the model has condition vectors; NaN is none.
+            image, low_res: condition images (B, C, ...) of any sizes, `image_channels` in all; NaN is none.
 
-        Returns (B, out_channels, ...). Raises UsageError if the size or the labels do not fit.
+        Returns (B, out_channels, ...). Raises UsageError if the size or the conditions do not fit.
         """
-        check_input(x, y, self.in_channels, self.num_classes or 0)
+        check_input(self, x, y, vector, low_res, image)
         with prefixed("the input's "):
             check_sizes(x.shape[2:], self.levels)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if y is not None:
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
-        h = x
+        if vector is not None:
+            emb = emb + self.vector_emb(vector)
+        h = with_images(x, low_res, image)
         if self.dims == 2 and x.device.type == "cpu" and not (AVX2 and torch.is_grad_enabled()):
             h = h.contiguous(memory_format=torch.channels_last)
         skips = []
@@ -269,19 +286,3 @@ class UNetModel(nn.Module):
         blocks = [module for module in self.modules() if isinstance(module, ResBlock | AttentionBlock)]
         ends = [block.out_layers[-1] if isinstance(block, ResBlock) else block.proj_out for block in blocks]
         return [*ends, self.out[-1]]
-
-
-class SuperResModel(UNetModel):
-    """A U-Net with a smaller image as second input, enlarged and concatenated to x (section 6 of the sequel).
-
-    Takes the arguments of `UNetModel`; `in_channels` are those of x alone.
-    """
-
-    def __init__(self, in_channels: int, *args: Any, **kwargs: Any):
-        super().__init__(2 * in_channels, *args, **kwargs)
-
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, *, low_res: Tensor) -> Tensor:  # type: ignore[override]
-        """As `UNetModel.forward`, with `low_res` (B, in_channels, ...) of any size."""
-        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[self.dims]
-        enlarged = F.interpolate(low_res, x.shape[2:], mode=mode)
-        return super().forward(torch.cat([x, enlarged], dim=1), timesteps, y)

@@ -81,13 +81,14 @@ class Cores:
 
     @contextmanager
     def followed(self, network: nn.Module) -> Iterator[Callable[..., Any]]:
-        """Within `with`, each call of the network, as a function, begins a part of the work that is `spared`."""
+        """Within `with`, each call of the network, as a function, begins a part of the work that is `spared`. Its
+        keyword `by` names another network."""
         with ExitStack() as part:
 
-            def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            def call(x: Tensor, *args: Any, by: nn.Module = network, **kwargs: Any) -> Any:
                 part.close()
-                part.enter_context(self.spared(network, x))
-                return network(x, *args, **kwargs)
+                part.enter_context(self.spared(by, x))
+                return by(x, *args, **kwargs)
 
             yield call
 

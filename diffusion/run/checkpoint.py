@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from diffusion.config.files import load_config, save_config
 from diffusion.config.schema import Config
+from diffusion.data.conditions import NO_SCALE, Scale
 from diffusion.ema import LONGEST, reconstruct
 from diffusion.errors import UsageError, name_some, one_line, prefixed
 from diffusion.files.atomic import sha256, to_disk
@@ -50,6 +51,8 @@ class Checkpoint:
     step: int
     config: Config
     class_names: tuple[str, ...]
+    vectors: Scale = NO_SCALE
+    """The columns of the condition vectors, and how they are scaled."""
     data: str | None = None
     """A hash of its training data."""
     origin: dict[str, Any] | None = None
@@ -130,7 +133,7 @@ class Checkpoint:
     def network(self, weights: Weights) -> nn.Module:
         """The network with `weights`. Raises UsageError if they are of another architecture."""
         with torch.device("meta"):  # nothing is allocated or drawn before the sizes are checked
-            model = self.config.network(len(self.class_names))
+            model = self.config.network(len(self.class_names), self.vectors.size)
         check_fits(model, weights, self.path)
         model.load_state_dict(weights, assign=True)
         return model
@@ -145,14 +148,21 @@ def save(
     Args:
         folder: of the checkpoint; the run's own folder must exist.
         training: nested mappings of tensors, numbers and strings: what a resumed run needs beside weights and averages.
-        about: data, origin and environment (see `Checkpoint`), and held_out_loss.
+        about: vectors, data, origin and environment (see `Checkpoint`), and held_out_loss.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     flat = dict(flatten(training))
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in flat.items() if name not in tensors}
-    absent: dict[str, Any] = {"data": None, "origin": None, "environment": {}, "held_out_loss": None}
+    absent: dict[str, Any] = {
+        "vectors": NO_SCALE,
+        "data": None,
+        "origin": None,
+        "environment": {},
+        "held_out_loss": None,
+    }
     state = {"format": FORMAT, "step": step, "class_names": class_names, **absent, **about, "numbers": numbers}
+    state["vectors"] = state["vectors"].as_dict()
     try:
         folder.parent.mkdir(exist_ok=True)  # not the run's own: a run that was moved away must not be begun again
         shutil.rmtree(temporary, ignore_errors=True)
@@ -270,7 +280,8 @@ def open_folder(folder: Path) -> Checkpoint:
     with prefixed(f"checkpoint {folder} cannot be used: "):
         config = load_config(folder / "config.yaml")
     about = {name: state[name] for name in ("step", "data", "origin", "environment", "numbers")}
-    return Checkpoint(folder, config=config, class_names=tuple(state["class_names"]), sums=sums, **about)
+    about |= dict(vectors=Scale(**state.get("vectors", {})), class_names=tuple(state["class_names"]))
+    return Checkpoint(folder, config=config, sums=sums, **about)
 
 
 def read_sums(folder: Path) -> dict[str, str]:

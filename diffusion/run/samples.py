@@ -55,8 +55,8 @@ class GridStore:
     Its methods are those of `SampleStore`.
     """
 
-    def __init__(self, out: Path, n: int, labels: Sequence[int] | None, names: Sequence[str] = ()):
-        self.out, self.n, self.labels, self.names = out, n, labels, names
+    def __init__(self, out: Path, classes: int, captions: Sequence[str] = ()):
+        self.out, self.classes, self.captions = out, classes, captions
         self.drawn: dict[int, Tensor] = {}
 
     def begin(self) -> None:
@@ -75,10 +75,8 @@ class GridStore:
         drawn = dict(gather_object(list(self.drawn.items())))
         if main:
             images = torch.cat([drawn[batch.start] for batch in batches])
-            labels = self.labels or ()
-            captions = [self.names[label] for label in np.resize(labels, self.n)] if labels and self.names else []
             self.out = next(path for path in numbered(self.out) if not os.path.lexists(path))  # one may be new
-            save_grid(images, self.out, len(labels), captions=captions, by="sample")
+            save_grid(images, self.out, self.classes, captions=self.captions, by="sample")
 
     def close(self) -> None: ...
 

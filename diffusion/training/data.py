@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from diffusion.config.schema import Config
 from diffusion.data.base import DataSet, count_seen, hold_out, open_data
+from diffusion.data.conditions import Scale
 from diffusion.data.sources.folder import Folder
 from diffusion.data.summary import describe_data
 from diffusion.errors import UsageError
@@ -20,13 +21,14 @@ COMPARED_BYTES = 2**30
 
 
 class RunData(NamedTuple):
-    """What a run trains on, what it holds out, if anything, both together, its classes, and a hash of what it trains
-    on."""
+    """What a run trains on, what it holds out, if anything, both together, its classes, the scale of its condition
+    vectors, and a hash of what it trains on."""
 
     dataset: DataSet
     held_out: DataSet | None
     whole: DataSet
     class_names: tuple[str, ...]
+    vectors: Scale
     fingerprint: str
 
 
@@ -54,7 +56,10 @@ def open_run_data(
     if saved and saved.class_names != class_names:
         here, there = (", ".join(names) or "none" for names in (class_names, saved.class_names))
         raise UsageError(f"the data's classes are {here}, and {there} in {out}")
-    fingerprint = dataset.fingerprint()
+    vectors, fingerprint = Scale.of(dataset.vectors), dataset.fingerprint()
+    if saved and saved.vectors.widths != vectors.widths:
+        here, there = (", ".join(scale.widths) or "none" for scale in (vectors, saved.vectors))
+        raise UsageError(f"the data's conditions are {here}, and {there} in {out}")
     newest, settings = saved.path.name if saved else "none", json.dumps(config.flat())
     check_agreed(
         ("the newest checkpoint is", newest, f"--out {out} must be a folder that all machines share"),
@@ -65,7 +70,7 @@ def open_run_data(
         unread = "".join(f"; unreadable: {error}" for error in dataset.left_out[:1])
         hint = f"({saved.data} then, {fingerprint} now{unread}): --data.allow_change true continues on these"
         raise UsageError(f"the data are not those that the run in {out} began with {hint}")
-    return RunData(dataset, held_out, whole, class_names, fingerprint)
+    return RunData(dataset, held_out, whole, class_names, saved.vectors if saved else vectors, fingerprint)
 
 
 def describe_run(config: Config, data: RunData) -> list[str]:
@@ -74,7 +79,7 @@ def describe_run(config: Config, data: RunData) -> list[str]:
     dropout, size, respacing = config.train.label_dropout, config.data.low_res_size, config.diffusion.respacing
     notes = {
         "the classes are not learnt: --model.class_cond true learns them": unlearnt,
-        f"{dropout:.0%} of the images are trained on without their class, for guidance": dropout > 0,
+        f"{dropout:.0%} of the images are trained on without class and conditions, for guidance": dropout > 0,
         f"the network is also given each image shrunk to {size}": size is not None,
         f"only some of the timesteps are trained on (diffusion.respacing {respacing})": bool(respacing),
     }

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config.schema import Config
 from diffusion.data.base import load
-from diffusion.data.values import to_x_start
 from diffusion.training.data import describe_run
 from diffusion.training.trainer import Trainer
 
@@ -24,12 +23,11 @@ def dry_run(config: Config) -> list[str]:
     train, counter, times = config.train, FlopCounterMode(display=False), list[float]()
     with tempfile.TemporaryDirectory() as folder, closing(Trainer(config, Path(folder, "run"))) as trainer:
         n, step, device = len(trainer.dataset), trainer.training_step, trainer.accelerator.device
-        images, labels = load(trainer.dataset, [i % n for i in range(train.batch_size)])
-        x_start, y = to_x_start(images.to(device)), labels.to(device) if trainer.class_names else None
+        x_start, given = trainer.sampled.given(load(trainer.dataset, [i % n for i in range(train.batch_size)]))
         for i in range(4):  # one to count operations, one to warm up, two to measure
             began = time.perf_counter()
             with nullcontext() if i else counter:
-                result = step(x_start, y)
+                result = step(x_start, **given)
             result.losses.sum().item()  # waits for the device
             times.append(time.perf_counter() - began)
         weights = sum(p.numel() for p in trainer.network.parameters())

@@ -7,15 +7,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
 from numpy.typing import NDArray
-from torch import nn
 
-from diffusion.config.schema import Config
 from diffusion.data.base import DataSet, Labels, load, part
-from diffusion.data.values import shrink, to_x_start
 from diffusion.losses import training_losses
 from diffusion.parallel.cores import CORES
-from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, image_noise
+from diffusion.run.loaded import Run
 from diffusion.sampling import batches
 
 MOST = 1000
@@ -23,18 +20,12 @@ MOST = 1000
 
 
 @torch.no_grad()
-def held_out_loss(
-    config: Config,
-    network: nn.Module,
-    process: GaussianDiffusion,
-    dataset: DataSet,
-    accelerator: Accelerator,
-    size: int,
-) -> float:
+def held_out_loss(run: Run, dataset: DataSet, accelerator: Accelerator, size: int) -> float:
     """The mean loss over held-out images and timesteps, in batches of `size`, each process a share.
 
     Images, timesteps and noise are the same at every call.
     """
+    config, process = run.config, run.process
     weights = torch.from_numpy(config.diffusion.component("weighting")(process)).float().to(accelerator.device)
     images_of, t_of, overlaps = pairs(part(len(dataset), MOST), process.num_timesteps)
     n, device = len(t_of), accelerator.device
@@ -43,14 +34,10 @@ def held_out_loss(
     total = torch.zeros((), device=device)
     for batch in batches(range(first, first + share), size):
         chosen = np.arange(batch.start, batch.stop) % n
-        images, y = load(dataset, images_of[chosen].tolist())
-        x_start = to_x_start(images.to(device))
-        inputs = {"y": y.to(device)} if config.model.class_cond else {}
-        if config.data.low_res_size is not None:
-            inputs["low_res"] = shrink(x_start, config.data.low_res_size)
+        x_start, inputs = run.given(load(dataset, images_of[chosen].tolist()))
         t = torch.from_numpy(t_of[chosen]).to(device)
         noise = image_noise(batch, x_start.shape[1:], device, config.train.seed, "held_out")
-        with CORES.followed(network) as follow:
+        with CORES.followed(run.network) as follow:
             model, loss = partial(follow, **inputs), config.diffusion.loss
             losses = training_losses(process, model, x_start, t, noise, loss, weights[t])["loss"]
         weight = np.where(np.arange(batch.start, batch.stop) < n, overlaps[chosen], 0.0)

@@ -17,7 +17,6 @@ from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffusion.data.values import shrink
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
 from diffusion.losses import LossType, training_losses, unweighted
@@ -27,6 +26,7 @@ from diffusion.parallel.launchers import on_cpu
 from diffusion.parallel.sharding import shard_like, to_full
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, seed_for
+from diffusion.sampling import ABSENT, drop
 from diffusion.timesteps import LogitNormal, LossSecondMoment
 
 LOSS_SCALES = 1.0, 2.0**24
@@ -40,7 +40,7 @@ class Draws(NamedTuple):
     weights: Tensor
     noise: Tensor
     flip: Tensor
-    unlabelled: Tensor
+    dropped: Tensor
 
 
 class StepResult(NamedTuple):
@@ -62,19 +62,19 @@ class TrainingStep:
     """A callable that trains `network` on one batch.
 
     Args:
-        network: moved to the accelerator's device and wrapped by it. Called with (x_t, t), and y=labels if given.
+        network: moved to the accelerator's device and wrapped by it. Called with (x_t, t), and by keyword the labels y
+            and conditions, if given.
         process: what the network's output means.
         optimizer: over the network's parameters. With torch's fused ones, a step never waits for the device.
         ema_rates: moving averages to keep, in `ema`, such as [0.9999]; `ema_warmup`, `ema_lengths`: see `EMA`.
         loss: see `training_losses`.
         weighting: see `diffusion.losses.WEIGHTINGS`.
         timesteps: what draws them (see `diffusion.timesteps`); None: all are equally likely.
-        seed: of timesteps, noise, flips, dropout and dropped labels.
+        seed: of timesteps, noise, flips, dropout and dropped conditions.
         gradient_accumulation: micro-batches that each process's share of a batch is split into.
         grad_clip: the largest norm of the gradient.
-        label_dropout: share of the images that are trained on without their class.
-        random_flip: mirror half of the images along their last axis.
-        low_res_size: for an upsampler, the size of the smaller image that the network is given.
+        label_dropout: share of the images that are trained on without label, vector and image (see `sampling.ABSENT`).
+        random_flip: mirror half of the images, and their condition images, along their last axis.
         unbounded: images may have values beyond [-1, 1].
         accelerator: of several processes or mixed precision; by default a plain one.
 
@@ -97,7 +97,6 @@ class TrainingStep:
     grad_clip: float | None = None
     label_dropout: float = 0.0
     random_flip: bool = False
-    low_res_size: int | Sequence[int] | None = None
     unbounded: bool = False
     accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=on_cpu()))
     step: int = field(default=0, init=False)
@@ -126,27 +125,26 @@ class TrainingStep:
         self._groups = [dict(group) for group in self.optimizer.param_groups]
         self.model.train()
 
-    def __call__(self, x_start: Tensor, y: Tensor | None = None) -> StepResult:
+    def __call__(self, x_start: Tensor, y: Tensor | None = None, **conditions: Tensor) -> StepResult:
         """Train on this process's share of a batch.
 
         Args:
             x_start: (B, C, *sizes) in [-1, 1], in the order of `micro_batch_slices`.
             y: (B,), class labels, if the network has classes.
+            conditions: the network's others by name, each of B rows.
         """
         accelerator, processes = self.accelerator, self.accelerator.num_processes
-        self._check(x_start, y)
+        given = conditions if y is None else {"y": y, **conditions}
+        self._check(x_start, given)
         batch = len(x_start) * processes
         slices = micro_batch_slices(batch, accelerator.process_index, processes, self.gradient_accumulation)
         draws = self.draws(self.step, batch, x_start.shape[1:])
         losses = torch.zeros_like(draws.weights)
-        labels_of = [None] * len(slices) if y is None else y.chunk(len(slices))
-        for part, images, labels in zip(slices, x_start.chunk(len(slices)), labels_of, strict=True):
-            mask = draws.flip[part].view(-1, *[1] * (images.ndim - 1))
-            images = torch.where(mask, images.flip(-1), images)
+        chunks = {name: value.chunk(len(slices)) for name, value in {"x_start": x_start, **given}.items()}
+        for i, part in enumerate(slices):
+            inputs = {name: mirror(values[i], draws.flip[part], x_start.ndim) for name, values in chunks.items()}
+            images, inputs = inputs.pop("x_start"), drop(inputs, draws.dropped[part]) if self.label_dropout else inputs
             torch.manual_seed(seed_for(self.seed, "dropout", self.step, part.start))  # of whatever the network draws
-            inputs = {} if labels is None else {"y": torch.where(draws.unlabelled[part], -1, labels)}
-            if self.low_res_size is not None:
-                inputs["low_res"] = shrink(images, self.low_res_size)
             synced = nullcontext() if part == slices[-1] else accelerator.no_sync(self.model)
             with CORES.spared(self.network, images), synced:
                 t, noise, model = draws.t[part], draws.noise[part], partial(self.model, **inputs)
@@ -160,7 +158,7 @@ class TrainingStep:
         own, t, weights = (torch.cat([x[part] for part in slices]) for x in (losses, draws.t, draws.weights))
         return StepResult(own, t, weights, grad_norm, skipped)
 
-    def _check(self, x_start: Tensor, y: Tensor | None) -> None:
+    def _check(self, x_start: Tensor, given: Mapping[str, Tensor]) -> None:
         """Raise UsageError if a batch cannot be trained on."""
         if not len(x_start) or not x_start.is_floating_point():
             raise UsageError(f"x_start is {x_start.dtype} {tuple(x_start.shape)}; it must be float images in [-1, 1]")
@@ -169,10 +167,14 @@ class TrainingStep:
             if not -1.001 <= low <= high <= 1.001 and not self.unbounded:
                 raise UsageError(f"x_start has values from {low:g} to {high:g}; images must be scaled to [-1, 1]")
             self._checked = True
-        if y is not None and y.shape != x_start.shape[:1]:
+        if "y" in given and given["y"].shape != x_start.shape[:1]:
+            y = given["y"]
             raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x_start)},)")
-        if self.label_dropout and y is None:
-            raise UsageError(f"label_dropout is {self.label_dropout}, and there are no labels y")
+        for name, value in given.items():
+            if len(value) != len(x_start):
+                raise UsageError(f"{name} has {len(value)} rows, and there are {len(x_start)} images")
+        if self.label_dropout and not given.keys() & ABSENT.keys():
+            raise UsageError(f"label_dropout is {self.label_dropout}, and there are no labels y and no conditions")
         if len(x_start) % self.gradient_accumulation:
             raise UsageError(f"{len(x_start)} images do not divide into {self.gradient_accumulation} micro-batches")
 
@@ -211,8 +213,8 @@ class TrainingStep:
             t, weights = t.to(device), weights.to(device)
         noise = torch.randn(batch, *shape, device=device, generator=generator)
         flip = torch.rand(batch, device=device, generator=generator) < (0.5 if self.random_flip else 0.0)
-        unlabelled = torch.rand(batch, device=device, generator=generator) < self.label_dropout
-        return Draws(t, weights, noise, flip, unlabelled)
+        dropped = torch.rand(batch, device=device, generator=generator) < self.label_dropout
+        return Draws(t, weights, noise, flip, dropped)
 
     def state_dict(self) -> dict[str, Any]:
         """The state beside weights and averages: the optimizer's, the loss scale and the history of losses."""
@@ -239,6 +241,11 @@ class TrainingStep:
             self._importance.load_state_dict(state["importance"])
         if self.accelerator.scaler and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def mirror(value: Tensor, flip: Tensor, ndim: int) -> Tensor:
+    """Images (B, C, *sizes), of `ndim` axes, mirrored where `flip` (B,) is true; what has other axes, as it is."""
+    return torch.where(flip.view(-1, *[1] * (ndim - 1)), value.flip(-1), value) if value.ndim == ndim else value
 
 
 def micro_batch_slices(batch_size: int, rank: int, processes: int, accumulation: int) -> list[slice]:

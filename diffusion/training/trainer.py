@@ -17,7 +17,7 @@ from torch.compiler import set_stance
 from diffusion.config.schema import Config
 from diffusion.data.base import Batch, DataSet, load, part
 from diffusion.data.loader import batch_indices, step_batches
-from diffusion.data.values import shrink, to_uint8, to_x_start
+from diffusion.data.values import to_uint8
 from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, name_some, one_line
 from diffusion.parallel.compilation import compile_network
 from diffusion.parallel.cores import CORES
@@ -29,7 +29,7 @@ from diffusion.run import checkpoint
 from diffusion.run.checkpoint import Checkpoint, Weights
 from diffusion.run.folder import RunFolder, append_line
 from diffusion.run.grids import save_grid
-from diffusion.run.loaded import Run
+from diffusion.run.loaded import Given, Run
 from diffusion.run.start import changes, continued_config, origin_of, start_from
 from diffusion.sampling import batches
 from diffusion.training.build import build_step, learning_rate
@@ -106,14 +106,17 @@ class Trainer:
         self.dataset, self.class_names = self.data.dataset, self.data.class_names
         self.process = config.diffusion.process()
         torch.manual_seed(seed_for(train.seed, "weights"))
-        self.network = config.network(len(self.class_names))
+        self.network = config.network(len(self.class_names), self.data.vectors.size)
         self.origin, notes = (saved.origin if saved else None), list[str]()
         if saved:
             checkpoint.check_fits(self.network, files["model.safetensors"], saved.path)
             self.network.load_state_dict(files["model.safetensors"])
         elif train.init_from is not None:
             source, notes = start_from(Path(train.init_from), self.network, config, self.class_names)
+            if source.vectors.widths == self.data.vectors.widths:  # as its weights know them
+                self.data = self.data._replace(vectors=source.vectors)
             notes, self.origin = notes + seen_before(source, self.data), origin_of(source)
+        self.sampled = Run(config, self.network, self.class_names, accelerator.device, vectors=self.data.vectors)
         self.training_step = build_step(config, self.network, self.process, accelerator)
         self.ema, self.meter = self.training_step.ema, Meter(accelerator)
         self.parts: dict[str, Any] = {"step": self.training_step, "meter": self.meter}
@@ -198,8 +201,8 @@ class Trainer:
             lr = learning_rate(train, self.step)
             for group in step.optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            images, y = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in next(data))
-            result = step(to_x_start(images), y if self.class_names else None)
+            x_start, given = self.sampled.given(next(data))
+            result = step(x_start, **given)
             meter.update(result.losses, result.weights, result.t * 4 // self.process.num_timesteps)
             meter.count_step(self.step, result.skipped)
             yield from self._after_step(lr, result.grad_norm)
@@ -277,15 +280,13 @@ class Trainer:
         share = math.ceil(config.sample.n / accelerator.num_processes)
         # All processes generate as many, so that gathering is one call; the surplus of the last is cut off.
         indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        labels, small = list(range(len(self.class_names))) or None, None
-        if config.data.low_res_size is not None:  # some images of the data, shrunk, are enlarged
+        given: Given = {"y": torch.arange(len(self.class_names))} if self.class_names else {}
+        if config.data.image_channels or self.data.vectors.size:  # those of some images of the data
             some = np.resize(part(len(self.dataset), config.sample.n), indices.stop)
-            images, y = load(self.dataset, some.tolist())
-            small, labels = shrink(to_x_start(images), config.data.low_res_size), y.tolist() if labels else None
-        run = Run(config, self.network, self.class_names, accelerator.device)
+            given = self.sampled.raw(load(self.dataset, some.tolist()))[1]
         options: dict[str, Any] = {"seed": config.train.seed, "progress": self._signals.interruptible}
         with self._average():
-            drawn = list(run.generate(batches(indices, self._micro_batch), labels=labels, low_res=small, **options))
+            drawn = list(self.sampled.generate(batches(indices, self._micro_batch), given, **options))
         images = to_uint8(torch.cat([images for _, images in drawn])).to(accelerator.device)
         images = gather(images)[: config.sample.n]
         self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
@@ -294,9 +295,8 @@ class Trainer:
     def score_held_out(self) -> float | None:
         """The loss of the held-out images after this step, with the first moving average; None without any."""
         if self.data.held_out is not None and self._scored[0] != self.step:
-            network, process, size = self.network, self.process, self._micro_batch
             with self._average():
-                loss = held_out_loss(self.config, network, process, self.data.held_out, self.accelerator, size)
+                loss = held_out_loss(self.sampled, self.data.held_out, self.accelerator, self._micro_batch)
             self._scored = self.step, loss if math.isfinite(loss) else None
         return self._scored[1]
 
@@ -316,8 +316,8 @@ class Trainer:
         averages = {key: to_host(average, main) for key, average in self.ema.averages.items()}
         states = {name: to_host(stateful.state_dict(), main) for name, stateful in self.parts.items()}
 
-        about = {"data": self.data.fingerprint, "held_out_loss": held_out, "origin": self.origin}
-        about["environment"] = self.environment
+        about: dict[str, Any] = {"data": self.data.fingerprint, "held_out_loss": held_out, "origin": self.origin}
+        about |= {"environment": self.environment, "vectors": self.data.vectors}
 
         def write() -> None:
             whole = {key: {**weights, **average} for key, average in averages.items()}  # with the network's buffers

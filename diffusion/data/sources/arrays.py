@@ -1,12 +1,14 @@
 """Images, signals or volumes in a .npy or .npz file, or given by a program."""
 
+import dataclasses
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from diffusion.config.fields import PathText, Positive, section
 from diffusion.data.base import DataConfig, DataSet, Sizes
@@ -52,9 +54,12 @@ class Arrays(ImageFiles):
                 raise UsageError(f"the labels of data.path {self.path} are {given.shape} {given.dtype}; not {right}")
             values, labels = np.unique(given, return_inverse=True)
             classes = tuple(map(str, values))
-        if images.ndim > 2 and images.shape[1] == self.channels != images.shape[-1]:
+        target = self.target
+        if self.condition_channels and not self.condition_images:  # they are the last of these
+            target = dataclasses.replace(target, channels=self.channels + self.condition_channels)
+        if images.ndim > 2 and images.shape[1] == target.channels != images.shape[-1]:
             images = np.moveaxis(images, 1, -1)
-        return FileDataset(ArrayRows(self.path, images), np.arange(len(images)), self.target, labels, classes)
+        return FileDataset(ArrayRows(self.path, images), np.arange(len(images)), target, labels, classes)
 
 
 class ArrayRows(Rows):
@@ -79,6 +84,8 @@ class Memory(DataConfig):
     source: Literal["memory"] = "memory"
     image_size: Sizes = 8
     channels: Positive = 1
+    condition_channels: Annotated[int, Field(ge=0, le=4096)] = 0
+    """how many of the last channels of what is given are condition images"""
     random_flip: bool = False
     """mirror half of the images left to right"""
 

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from diffusion.config.fields import PathText, section
+from diffusion.data.conditions import Vectors, vectors_of
 from diffusion.data.containers import Rows
 from diffusion.data.image_files import FileDataset, ImageFiles
 from diffusion.errors import UsageError, check_name, one_line
@@ -58,8 +59,18 @@ class HuggingFace(ImageFiles):
             if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
                 span = f"labels from {labels.min()} to {labels.max()}, and {len(classes)} classes"
                 raise UsageError(f"data.label_column {label} has {span}: choose none")
+        vectors = Vectors()
+        if self.condition_columns and self.conditions is None:
+            for name in self.condition_columns:
+                check_name("data.condition_columns", name, list(table.features))
+            columns = {name: list(table[name]) for name in self.condition_columns}
+            vectors = vectors_of(columns, len(table), f"data.path {self.path}", lambda i: f"row {i}")
         rows = TableRows(self.path, table.cast_column(image, datasets.Image(decode=False)), image)
-        return FileDataset(rows, np.arange(len(table)), self.target, labels, classes, "", self.on_error)
+        about: dict[str, Any] = dict(on_error=self.on_error, vectors=vectors)
+        return FileDataset(rows, np.arange(len(table)), self.target, labels, classes, **about)
+
+    def where_conditions(self, name: str) -> dict[str, Any]:
+        return {"image_column": name, "label_column": "none", "condition_columns": ()}
 
 
 class TableRows(Rows):
