@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ from torch import Tensor
 from diffusion.commands import terminal
 from diffusion.config.files import parse_value
 from diffusion.config.schema import all_settings
-from diffusion.data.base import DataSet, digest, load
-from diffusion.data.conditions import read_arrays, read_table
+from diffusion.data.base import digest, load
+from diffusion.data.conditions import read_columns
 from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.folder import Folder
 from diffusion.data.values import to_x_start
-from diffusion.errors import UsageError, options_of, prefixed
+from diffusion.errors import UsageError, check_name, options_of, prefixed
 from diffusion.parallel.compilation import compile_network
 from diffusion.parallel.launchers import accelerate_starts, check_launcher, launcher, on_cpu
 from diffusion.parallel.signals import SamplingInterrupted, StopSignals
 from diffusion.run.folder import is_checkpoint, is_run, run_of
-from diffusion.run.loaded import Run
+from diffusion.run.loaded import Run, as_rows
 from diffusion.run.samples import GridStore, SampleStore, Taken, numbered
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import batches, check_finite
@@ -79,24 +79,17 @@ def main() -> None:
         raise UsageError(f"--{empty[0]} is empty")
     run = terminal.open_run(args.ckpt, args.ema)
     run = terminal.sampling_as(run, args, steps=args.steps, **options)
-    low_res, labels = open_low_res(run, args.low_res, args.classes)
-    conditions, image, ranges = parse_conditions(args.condition, run)
-    n = choose_n(args, run, low_res, image)
-    side = max(1, round((n / len(run.labels(args.classes) or [0])) ** (1 / max(1, len(ranges)))))
-    for k, (name, (low, high)) in enumerate(ranges.items()):  # the first changes fastest, after the classes
-        number = np.arange(n) // len(run.labels(args.classes) or [0]) // side**k
-        conditions[name] = np.linspace(low, high, side)[number % side]
-    given = run.chosen(n, args.classes, conditions, image, low_res)
-    if labels is not None:
-        given["y"] = torch.tensor(labels)
+    n, given, columns = choose_conditions(args, run)
+    if args.form is None and n > MAX_IN_GRID:
+        raise UsageError(f"--n is {n}, and a grid shows up to {MAX_IN_GRID}: add --images or --npz")
 
     from accelerate import PartialState
 
     with accelerate_starts():
         state = PartialState(cpu=on_cpu())
     run = run.to(state.device)
-    given |= {"low_res": low_res.to(state.device)} if isinstance(low_res, Run) else {}
-    store = open_store(args, run, n, given, state, columns=side if len(ranges) > 1 else 0)
+    given |= {name: value.to(state.device) for name, value in given.items() if isinstance(value, Run)}
+    store = open_store(args, run, n, given, columns, state)
     if args.compile and (reason := compile_network(run.network, state.device)) and state.is_main_process:
         terminal.print_line(f"sample.py: --compile: nothing is compiled: {reason}", error=True)
     todo, signals = batches(range(n), args.batch_size), StopSignals(1, launcher())
@@ -118,79 +111,54 @@ def main() -> None:
         terminal.print_line(f"{n} images: {store.out.resolve()}")
 
 
-def choose_n(args: argparse.Namespace, run: Run, low_res: Tensor | Run | None, image: Tensor | None) -> int:
-    """How many images to generate. Raises UsageError if they are too many."""
-    counts = [len(images) for images in (low_res, image) if isinstance(images, Tensor)]
-    n: int = args.n or (counts[0] if counts else run.config.sample.n)
-    if isinstance(low_res, Tensor) and n > len(low_res):
-        raise UsageError(f"--n is {n}, and --low_res {args.low_res} holds {len(low_res)} images")
-    if args.form is None and n > MAX_IN_GRID:
-        raise UsageError(f"--n is {n}, and a grid shows up to {MAX_IN_GRID}: add --images or --npz")
-    return n
-
-
-def parse_conditions(words: Sequence[str], run: Run) -> tuple[dict[str, Any], Tensor | None, dict[str, list[float]]]:
-    """What `--condition` names: values by column, condition images, and the ends of ranges by column. Raises UsageError
-    for what cannot be read."""
-    values, ranges, image, data = dict[str, Any](), dict[str, list[float]](), None, run.config.data
-    for word in words:
+def choose_conditions(args: argparse.Namespace, run: Run) -> tuple[int, dict[str, Any], int]:
+    """How many images to generate, from what, and the columns of their grid, 0 where no two ranges span it. Raises
+    UsageError for what cannot be read or does not fit the run."""
+    values, ranges, labels = dict[str, Any](), dict[str, list[float]](), None
+    for word in args.condition + ([] if args.low_res is None else [f"low_res={args.low_res}"]):
         name, equals, text = word.partition("=")
-        with prefixed(f"--condition {word}: "):
-            if not equals:
-                values |= read_table(Path(word), list(run.vectors.widths))
-            elif name == "image" and data.condition_channels:
-                options = dict(channels=data.condition_channels, range=getattr(data, "condition_range", None))
-                shown = open_images(Path(text), data.sizes, **options)
-                image = to_x_start(load(shown, range(len(shown))).images)
-            elif text.endswith(".npy"):
-                values[name] = read_arrays(Path(text))[Path(text).stem]
-            else:
-                try:
-                    numbers = [float(number) for number in text.replace(":", ",").split(",")]
-                except ValueError:
-                    right = "NAME=NUMBER, NAME=LOW:HIGH, NAME=FILE.npy, image=IMAGES or FILE.csv"
-                    raise UsageError(f"it must be {right}") from None
-                (ranges if ":" in text else values)[name] = numbers
-                if ":" in text and len(numbers) != 2:
-                    raise UsageError("a range has two ends, such as angle=-45:45")
-    return values, image, ranges
+        if not equals:
+            table = read_columns(Path(word))
+            for column in run.vectors.widths:
+                check_name(f"a column of {word}", column, list(table))
+            values |= {column: table[column] for column in run.vectors.widths}
+        elif name in run.config.data.condition_shapes:
+            with prefixed(f"{name} {text}: "):
+                values[name], labels = open_images(run, name, Path(text), args.classes)
+        elif ":" in text:
+            ranges[name] = as_rows(name, text.split(":", 1), 1, 2).flatten().tolist()
+        else:
+            values[name] = text.split(",") if not text.endswith(".npy") else read_columns(Path(text))[Path(text).stem]
+    n: int = args.n or next((len(value) for value in values.values() if isinstance(value, Tensor)), run.config.sample.n)
+    classes = len(run.labels(args.classes) or [0])
+    side = max(1, round((n / classes) ** (1 / max(1, len(ranges)))))
+    for k, (name, (low, high)) in enumerate(ranges.items()):  # after the classes, the first one changes fastest
+        values[name] = np.linspace(low, high, side)[np.arange(n) // classes // side**k % side]
+    given = run.chosen(n, args.classes, values)
+    return n, given | ({} if labels is None else {"y": labels}), side if len(ranges) > 1 else 0
 
 
-def open_images(path: Path, sizes: tuple[int, ...], **options: Any) -> DataSet:
-    """The images in a folder, archive or array, resized to `sizes`."""
-    source = Arrays if path.suffix in (".npy", ".npz") else Folder
-    return source(path=str(path), image_size=sizes, **options).open()
-
-
-def open_low_res(run: Run, path: Path | None, classes: str | None) -> tuple[Tensor | Run | None, list[int] | None]:
-    """What `--low_res` names, and the classes that it says, where they are needed. Raises UsageError if it does not
-    fit."""
-    data, names = run.config.data, run.class_names
-    if path is None or data.low_res_size is None:
-        run.check_low_res(None if path is None else torch.empty(0))
-        return None, None
+def open_images(run: Run, name: str, path: Path, classes: str | None) -> tuple[Tensor | Run, Tensor | None]:
+    """Condition images, or a run that generates them; and their classes, if they are needed. Raises UsageError."""
+    data, (channels, *sizes) = run.config.data, run.config.data.condition_shapes[name]
     if not path.exists() or is_run(path) or is_checkpoint(path):
-        base = terminal.open_run(path)
-        run.check_low_res(base)
-        return base, None
-    options: dict[str, Any] = dict(channels=data.channels, range=data.range)
-    sizes = (
-        data.low_res_sizes if path.is_dir() else Arrays(path=str(path), **options).found_sizes()
-    )  # files are resized
-    small = open_images(path, sizes, **options)
-    images, y, *_ = load(small, range(len(small)))
-    run.check_low_res(images)
-    if not names or classes is not None:
-        return to_x_start(images), None
-    if not small.class_names:
-        raise UsageError(f"--low_res {path} does not say the classes, which {run.path} needs: add --classes")
-    with prefixed(f"--low_res {path}: "):
-        numbers = run.labels(small.class_names) or []
-    return to_x_start(images), [numbers[i] for i in y]
+        return terminal.open_run(path), None
+    options: dict[str, Any] = dict(path=str(path), channels=channels)
+    options["range"] = data.range if name == "low_res" else getattr(data, "condition_range", None)
+    if path.suffix in (".npy", ".npz"):
+        images = Arrays(image_size=Arrays(**options).found_sizes(), **options).open()
+    else:
+        images = Folder(image_size=tuple(sizes), **options).open()
+    batch = load(images, range(len(images)))
+    if not run.class_names or classes is not None:
+        return to_x_start(batch.images), None
+    if not images.class_names:
+        raise UsageError(f"it does not say the classes, which {run.path} needs: add --classes")
+    return to_x_start(batch.images), torch.tensor(run.labels(images.class_names))[batch.labels]
 
 
 def open_store(
-    args: argparse.Namespace, run: Run, n: int, given: Mapping[str, Any], state: Any, columns: int
+    args: argparse.Namespace, run: Run, n: int, given: Mapping[str, Any], columns: int, state: Any
 ) -> SampleStore | GridStore:
     """The store that all processes write to, begun or continued. Raises UsageError if it cannot be written."""
     from accelerate.utils import broadcast_object_list
@@ -229,16 +197,12 @@ def open_store(
 
 
 def captions_of(run: Run, given: Mapping[str, Any], n: int) -> list[str]:
-    """The class and the numbers that each image is generated from; none for a run without."""
-    texts, start = [""] * n, 0
-    if run.class_names:
-        texts = [run.class_names[label] for label in np.resize(given["y"].cpu().numpy(), n)]
-    for name, width in run.vectors.widths.items():
-        if width == 1:
-            values = given["vector"][:, start].tolist()
-            texts = [f"{text} {name} {value:.3g}".strip() for text, value in zip(texts, values, strict=True)]
-        start += width
-    return texts if any(texts) else []
+    """The class and the first number of each condition that an image is generated from; none for a run without."""
+    names = [[run.class_names[label] for label in np.resize(given["y"].cpu(), n)]] if "y" in given else []
+    firsts = np.cumsum([0, *run.vectors.widths.values()])
+    for name, first in zip(run.vectors.widths, firsts, strict=False):
+        names.append([f"{name} {value:.3g}" for value in given["vector"][:, first].tolist()])
+    return [" ".join(words) for words in zip(*names, strict=True)]
 
 
 def weights_of(run: Run) -> dict[str, Any]:

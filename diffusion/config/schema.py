@@ -257,8 +257,9 @@ class Config:
         if self.model.class_cond and not num_classes:
             raise UsageError("model.class_cond is true, and there are no classes: set it to false")
         outputs = self.data.channels * (2 if self.diffusion.variance in ("learned", "learned_range") else 1)
-        classes = num_classes if self.model.class_cond else 0
-        return self.model.build(self.data.shape, outputs, classes, vector_size, self.data.image_channels)
+        channels = sum(shape[0] for shape in self.data.condition_shapes.values())
+        conditions = dict(num_classes=num_classes if self.model.class_cond else 0, vector_size=vector_size)
+        return self.model.build(self.data.shape, outputs, **conditions, image_channels=channels)
 
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}

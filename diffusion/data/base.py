@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -19,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion.config.fields import Channels, Finite, ImageSize, PathText, Positive, section
-from diffusion.data.conditions import NO_VECTORS, Rows, Vectors, read_vectors
+from diffusion.data.conditions import NO_VECTORS, Rows, Vectors, conditioned
 from diffusion.data.decode import Target
 from diffusion.data.values import Array, shrink, to_x_start
 from diffusion.errors import UsageError
@@ -170,9 +169,10 @@ class DataConfig:
         return Target(self.sizes, self.channels)
 
     @property
-    def image_channels(self) -> int:
-        """The channels of all condition images that a network is given."""
-        return self.condition_channels + (self.channels if self.low_res_size is not None else 0)
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes (C, *sizes) of the condition images that the network is given: `image` and `low_res`, if any."""
+        shapes = {"image": (self.condition_channels, *self.sizes)} if self.condition_channels else {}
+        return shapes if self.low_res_size is None else shapes | {"low_res": (self.channels, *self.low_res_sizes)}
 
     def given(self, batch: Batch, classes: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Images in [-1, 1] and their conditions by name: `y` if the model has classes, `vector` (not scaled), `image`,
@@ -231,7 +231,7 @@ class ArrayDataset(DataSet):
 
     def fingerprint(self) -> str:
         """A hash of the images, their order, labels and classes."""
-        return digest(self.images.numpy(), self.labels.numpy(), self.class_names, *self.vectors.parts)
+        return digest(self.images.numpy(), self.labels.numpy(), self.class_names, *self.vectors.hashed)
 
     def select(self, indices: NDArray[np.int64]) -> "ArrayDataset":
         numbers = indices if self.numbers is None else self.numbers[indices]
@@ -246,26 +246,10 @@ def open_data(config: DataConfig, split: str = "train") -> DataSet:
     dataset = conditioned(config.open(split), config)
     if len(dataset):
         image = load(dataset, [0]).images[0]
-        if dataset.condition_channels != config.condition_channels:
-            raise UsageError(f"data.condition_channels is {config.condition_channels}, and the images have none")
         if image.shape != config.shape or image.dtype not in (torch.uint8, torch.float32):
             given = f"data.source {config.source} gives images of {image.dtype} {tuple(image.shape)}"
             raise UsageError(f"{given}; they must be torch.uint8 or torch.float32 {config.shape}")
     return dataset
-
-
-def conditioned(dataset: Any, config: DataConfig) -> Any:
-    """A data set with the condition vectors that `data.conditions` names, if any. Raises UsageError if they do not
-    pair with its images."""
-    if config.conditions is None or dataset.vectors.widths:
-        return dataset
-    beside = Path(getattr(config, "path", None) or "", config.conditions)
-    names = [dataset.key_of(i) for i in range(len(dataset))]
-    others = (
-        [name.decode(errors="replace") for name in dataset.container.names] if hasattr(dataset, "container") else []
-    )
-    path = beside if beside.is_file() else Path(config.conditions)
-    return dataclasses.replace(dataset, vectors=read_vectors(path, config.condition_columns, names, others))
 
 
 def with_classes(dataset: Any, names: Sequence[str]) -> Any:

@@ -1,10 +1,10 @@
-"""Conditions beside classes: vectors of numbers and condition images, from files to what a network is given."""
+"""Condition vectors: columns of numbers beside the images, from files to what a network is given."""
 
 import csv
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,17 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.errors import UsageError, check_name, one_line, prefixed
+from diffusion.errors import UsageError, check_name, one_line
 
 Rows = NDArray[np.float32]
-IMAGES_AND_LABELS = {"arr_0", "images", "x", "arr_1", "labels", "y"}
-"""The arrays of an .npz that are no conditions."""
+FILES = "file_name"
+"""The column that names the images."""
+NO_CONDITIONS = {FILES, "label", "arr_0", "images", "x", "arr_1", "labels", "y"}
+"""Columns and arrays that are no conditions."""
 
 
 class Vectors(NamedTuple):
     """A condition vector for each image: columns of numbers, side by side."""
 
-    widths: Mapping[str, int] = MappingProxyType({})
+    widths: Mapping[str, int] = {}
     """of each column, by its name"""
     rows: Rows = np.zeros((0, 0), np.float32)
     """(N, sum of the widths); of no columns (0, 0)"""
@@ -35,18 +37,21 @@ class Vectors(NamedTuple):
         return Vectors(self.widths, self.at(indices)) if self.widths else self
 
     @property
-    def parts(self) -> tuple[Any, ...]:
-        """What a hash of the data is made of."""
+    def hashed(self) -> tuple[Any, ...]:
+        """What a hash of the data is made of: nothing without columns."""
         return (dict(self.widths), self.rows) if self.widths else ()
 
-
-NO_VECTORS = Vectors()
+    def describe(self) -> list[str]:
+        """The columns and their ranges, in a line, if there are any."""
+        parts = zip(self.widths.items(), np.split(self.rows, np.cumsum([*self.widths.values()]), axis=1), strict=False)
+        spans = [f"{name} from {x.min():g} to {x.max():g}" + f" ({w} numbers)" * (w > 1) for (name, w), x in parts]
+        return [f"conditions: {', '.join(spans)}"] if spans else []
 
 
 class Scale(NamedTuple):
     """The columns of a run's condition vectors, and how they are scaled to mean 0 and standard deviation 1."""
 
-    widths: Mapping[str, int] = MappingProxyType({})
+    widths: Mapping[str, int] = {}
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
 
@@ -54,13 +59,10 @@ class Scale(NamedTuple):
     def of(cls, vectors: Vectors) -> "Scale":
         """The scale of the vectors that are trained on. A number that never changes is only shifted."""
         rows = vectors.rows.astype(np.float64)
-        spread = rows.std(0) if vectors.widths else np.zeros(0)
-        spread[spread <= 1e-6 * np.abs(rows).max(0, initial=0)] = 1.0
-        return cls(vectors.widths, rows.mean(0).tolist() if vectors.widths else [], spread.tolist())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return self._asdict() | {"widths": dict(self.widths)}
+        if not vectors.widths:
+            return NO_SCALE
+        spread = np.where(np.ptp(rows, axis=0) > 0, rows.std(0), 1.0)
+        return cls(dict(vectors.widths), rows.mean(0).tolist(), spread.tolist())
 
     @property
     def size(self) -> int:
@@ -69,117 +71,76 @@ class Scale(NamedTuple):
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """Vectors (B, size) as the network is given them."""
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.mean, self.std))
-        return ((vectors.double() - mean.to(vectors.device)) / std.to(vectors.device)).float()
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64).to(vectors.device)
+        return ((vectors.double() - mean) / std).float()
 
 
-NO_SCALE = Scale()
+NO_VECTORS, NO_SCALE = Vectors(), Scale()
 
 
-def vectors_of(columns: Mapping[str, Any], count: int, where: str, name_of: Callable[[int], str] = str) -> Vectors:
-    """Condition vectors of columns, each (count,) or (count, width). Raises UsageError for what is not a finite
-    number."""
+def read_columns(path: Path) -> dict[str, Any]:
+    """The columns of a .csv, the arrays of an .npz, or that of a .npy under its name. Raises UsageError if it cannot be
+    read."""
+    try:
+        if path.suffix in (".npy", ".npz"):
+            loaded: Any = np.load(path, allow_pickle=False)
+            return {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        return {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name is not None}
+    except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, ...
+        raise UsageError(f"{path} cannot be read as .csv, .npy or .npz: {one_line(error)}") from None
+
+
+def conditioned(dataset: Any, config: Any) -> Any:
+    """A data set with the condition vectors that `data.conditions` names, if any.
+
+    Its rows belong to the images that the column `file_name` names, or are in the order of the images. Raises
+    UsageError if an image has no row, a row has no image, or a value is not a finite number.
+    """
+    if config.conditions is None or dataset.vectors.widths:
+        return dataset
+    beside = Path(getattr(config, "path", None) or "", config.conditions)
+    path, names = beside if beside.is_file() else Path(config.conditions), [*map(dataset.key_of, range(len(dataset)))]
+    columns = read_columns(path)
+    chosen = config.condition_columns or [name for name in columns if name not in NO_CONDITIONS]
+    for name in chosen or [f"a column beside {FILES}"]:
+        check_name(f"data.conditions: a column of {path}", name, list(columns))
+    if FILES in columns:
+        table = {str(name).removeprefix("./"): i for i, name in enumerate(columns[FILES])}
+        container = getattr(dataset, "container", None)
+        listed = {*names, *(os.fsdecode(name) for name in (container.names if container else ()))}
+        if missing := sorted(set(names) - table.keys()) or sorted(table.keys() - listed):
+            what = "a row for {}, which is not an image" if missing[0] in table else "no row for {}"
+            raise UsageError(f"data.conditions {path} has {what.format(missing[0])}")
+        if len(table) < len(columns[FILES]):
+            raise UsageError(
+                f"data.conditions {path} lists a file twice: {len(columns[FILES])} rows, {len(table)} files"
+            )
+        columns = {name: [columns[name][table[image]] for image in names] for name in chosen}
+    vectors = vectors_of({name: columns[name] for name in chosen}, f"data.conditions {path}", names)
+    return dataclasses.replace(dataset, vectors=vectors)
+
+
+def vectors_of(columns: Mapping[str, Any], where: str, names: Sequence[str]) -> Vectors:
+    """Condition vectors of columns, each (N,) or (N, width), of images with `names`. Raises UsageError for what is not
+    a finite number."""
     widths, parts = dict[str, int](), list[Rows]()
     for name, values in columns.items():
-        try:
-            numbers = np.asarray(values).astype(np.float32).reshape(len(values), -1)
-        except (ValueError, TypeError):  # text, an empty cell, or lists of several lengths
-            odd = next((i for i, value in enumerate(values) if not _is_numbers(value)), 0)
-            what = f"{name} of {name_of(odd)} is {str(values[odd])[:40]!r}; it must be a finite number"
-            raise UsageError(f"{where}: {what}, or leave the column out with --data.condition_columns") from None
-        if len(numbers) != count or not numbers.size:
-            raise UsageError(f"{where}: {name} has {len(numbers)} rows, and there are {count} images")
-        if not np.isfinite(numbers).all():
-            odd = int(np.flatnonzero(~np.isfinite(numbers).all(1))[0])
-            raise UsageError(f"{where}: {name} of {name_of(odd)} is not a finite number")
-        widths[name], parts = numbers.shape[1], [*parts, numbers]
+        if len(values) != len(names):
+            raise UsageError(f"{where}: {name} has {len(values)} rows, and there are {len(names)} images")
+        if not _are_numbers(values):
+            odd = next((i for i in range(len(values)) if not _are_numbers(values[i : i + 1])), 0)
+            what = f"{name} of {names[odd]} is {str(values[odd])[:40]!r}; it must be a finite number"
+            raise UsageError(f"{where}: {what} (--data.condition_columns chooses columns)")
+        parts.append(np.asarray(values).astype(np.float32).reshape(len(names), -1))
+        widths[name] = parts[-1].shape[1]
     return Vectors(widths, np.concatenate(parts, axis=1))
 
 
-def _is_numbers(value: Any) -> bool:
+def _are_numbers(values: Any) -> bool:
     try:
-        np.asarray(value).astype(np.float32)
-        return True
-    except (ValueError, TypeError):
+        numbers = np.asarray(values).astype(np.float32)
+    except (ValueError, TypeError):  # text, an empty cell, or lists of several lengths
         return False
-
-
-def read_vectors(path: Path, columns: Sequence[str], names: Sequence[str], others: Sequence[str] = ()) -> Vectors:
-    """Condition vectors from a .csv with file_name and columns of numbers, or from a .npy or .npz whose rows are in the
-    order of the images.
-
-    Args:
-        columns: those to take; none: all.
-        names: the images', in order.
-        others: files beside them that may be listed, too.
-
-    Raises UsageError if an image has no row, a row has no image, or something is not a finite number.
-    """
-    where = f"data.conditions {path}"
-    if not path.is_file() or path.suffix not in (".csv", ".npy", ".npz"):
-        raise UsageError(f"{where} is not {'a .csv, .npy or .npz' if path.exists() else 'there'}")
-    if path.suffix == ".csv":
-        return _from_csv(path, columns, names, others)
-    with prefixed("data.conditions: "):
-        arrays = read_arrays(path)
-    wanted = columns or [name for name in arrays if name not in IMAGES_AND_LABELS]
-    for name in wanted:
-        check_name("data.condition_columns", name, list(arrays))
-    if not wanted:
-        raise UsageError(f"{where} holds no arrays but images and labels")
-    return vectors_of({name: arrays[name] for name in wanted}, len(names), where, lambda i: names[i])
-
-
-def read_arrays(path: Path) -> dict[str, Any]:
-    """The arrays of a .npy, under its name, or of a .npz. Raises UsageError if it cannot be read."""
-    try:
-        loaded: Any = np.load(path, allow_pickle=False)
-        return {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, ...
-        raise UsageError(f"{path} cannot be read: {one_line(error)}") from None
-
-
-def read_table(path: Path, needed: Sequence[str]) -> dict[str, list[str]]:
-    """The columns of a .csv. Raises UsageError if it cannot be read, or lacks one that is `needed`."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file, strict=True))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(f"{path} cannot be read: {one_line(error)}") from None
-    names, rows = rows[0] if rows else [], [row for row in rows[1:] if row]
-    if missing := set(needed) - set(names):
-        raise UsageError(f"{path} has the columns {', '.join(names)}, and no {min(missing)}")
-    if odd := [row for row in rows if len(row) != len(names)]:
-        raise UsageError(f"{path} has a row of {len(odd[0])} cells for {len(names)} columns: {','.join(odd[0])[:40]}")
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
-
-
-def _from_csv(path: Path, columns: Sequence[str], names: Sequence[str], others: Sequence[str]) -> Vectors:
-    where = f"data.conditions {path}"
-    with prefixed("data.conditions: "):
-        listed = read_table(path, ["file_name"])
-    files = [name.removeprefix("./") for name in listed.pop("file_name")]
-    listed.pop("label", None)
-    if not listed:
-        raise UsageError(f"{where} has no column of numbers beside file_name")
-    for name in columns:
-        check_name("data.condition_columns", name, list(listed))
-    table = {name: i for i, name in enumerate(files)}
-    if len(table) < len(files):
-        raise UsageError(f"{where} lists {Counter(files).most_common(1)[0][0]} twice")
-    if missing := [name for name in names if name not in table]:
-        raise UsageError(f"{where} has no row for {missing[0]}")
-    if extra := sorted(table.keys() - set(names) - set(others)):
-        raise UsageError(f"{where} has a row for {extra[0]}, which is not an image")
-    chosen = {name: [listed[name][table[image]] for image in names] for name in columns or listed}
-    return vectors_of(chosen, len(names), where, lambda i: names[i])
-
-
-def describe_vectors(vectors: Vectors) -> list[str]:
-    """The columns and their ranges, in a line."""
-    texts, start = list[str](), 0
-    for name, width in vectors.widths.items():
-        values = vectors.rows[:, start : start + width]
-        wide = f" ({width} numbers)" if width > 1 else ""
-        texts, start = [*texts, f"{name}{wide} from {values.min():g} to {values.max():g}"], start + width
-    return [f"conditions: {', '.join(texts)}"] if texts else []
+    return bool(numbers.size and np.isfinite(numbers).all())

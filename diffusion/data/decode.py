@@ -276,11 +276,11 @@ def scale(array: Array, declared: tuple[float, float] | None, unbounded: bool = 
     raise ValueError(f"its values, from {lowest:g} to {highest:g}, are not within data.range [{low:g}, {high:g}]")
 
 
-def stack(images: Sequence[Array]) -> Array:
-    """Images of one shape as a batch: uint8 if all are, else float32 in [-1, 1]."""
+def of_one_type(images: Sequence[Array]) -> Sequence[Array]:
+    """Images as uint8 if all are, else as float32 in [-1, 1]."""
     if all(image.dtype == np.uint8 for image in images):
-        return np.stack(images)
-    return np.stack([image / np.float32(127.5) - 1 if image.dtype == np.uint8 else image for image in images])
+        return images
+    return [image / np.float32(127.5) - 1 if image.dtype == np.uint8 else image for image in images]
 
 
 def preprocess_all(images: NDArray[np.uint8], target: Target) -> NDArray[np.uint8]:

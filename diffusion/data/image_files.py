@@ -14,21 +14,10 @@ import torch
 from pydantic import Field
 
 from diffusion.config.fields import PathText, section
-from diffusion.data.base import (
-    ArrayDataset,
-    DataConfig,
-    DataSet,
-    Labels,
-    Loaded,
-    Range,
-    Sizes,
-    conditioned,
-    digest,
-    part,
-)
-from diffusion.data.conditions import NO_VECTORS, Vectors
+from diffusion.data.base import ArrayDataset, DataConfig, DataSet, Labels, Loaded, Range, Sizes, digest, part
+from diffusion.data.conditions import NO_VECTORS, Vectors, conditioned
 from diffusion.data.containers import PARTNER, Container, stem
-from diffusion.data.decode import MAX_PIXELS, Target, decode, describe, stack
+from diffusion.data.decode import MAX_PIXELS, Target, decode, describe, of_one_type
 from diffusion.data.values import Array
 from diffusion.errors import UsageError, one_line, prefixed
 
@@ -79,9 +68,8 @@ class ImageFiles(DataConfig):
         return Target(self.sizes, self.channels, self.range, self.unbounded, self.background, self.max_pixels)
 
     def open(self, split: str = "train") -> DataSet:
-        dataset = self.paired(split)
-        channels = self.channels + self.condition_channels
-        size = len(dataset) * channels * math.prod(self.sizes) * (1 if self.range is None else 4)
+        dataset, values = self.paired(split), (self.channels + self.condition_channels) * math.prod(self.sizes)
+        size = len(dataset) * values * (1 if self.range is None else 4)
         return dataset.in_memory() if size <= IN_MEMORY_BYTES else dataset
 
     def list_files(self, split: str = "train") -> "FileDataset":
@@ -94,16 +82,11 @@ class ImageFiles(DataConfig):
         dataset: FileDataset = conditioned(self.list_files(split), self)
         if not self.condition_images:
             return dataclasses.replace(dataset, condition_channels=self.condition_channels)
-        alike: dict[str, Any] = dict(
-            channels=self.condition_channels, range=self.condition_range, condition_images=None
-        )
-        alike |= dict(condition_channels=0, conditions=None, unbounded=False, low_res_size=None)
+        alike: dict[str, Any] = dict(condition_images=None, condition_channels=0, conditions=None, low_res_size=None)
+        alike |= dict(channels=self.condition_channels, range=self.condition_range, unbounded=False)
         with prefixed("data.condition_images: "):
             others = dataclasses.replace(self, **alike | self.where_conditions(self.condition_images))
-            return dataset.with_condition_images(others.list_files(split), self.all_conditions_paired)
-
-    all_conditions_paired = True
-    """Whether each condition image must belong to an image."""
+            return dataset.with_condition_images(others.list_files(split))
 
     def where_conditions(self, name: str) -> dict[str, Any]:
         """The settings of this source that name the condition images."""
@@ -157,7 +140,7 @@ class FileDataset(DataSet):
                 return UsageError(f"none of the {len(self)} images can be read: {errors[-1]}")
             images.append(image)
             chosen.append(i)
-        return Loaded(stack(images), self.labels[chosen], self.vectors.at(chosen), errors)
+        return Loaded(np.stack(of_one_type(images)), self.labels[chosen], self.vectors.at(chosen), errors)
 
     def read(self, i: int) -> Array | UsageError:
         """One image, as the network is given it, with its condition image as last channels; or the error."""
@@ -165,7 +148,7 @@ class FileDataset(DataSet):
         condition = self.conditions.read(i) if self.conditions and not isinstance(image, UsageError) else None
         if condition is None or isinstance(condition, UsageError):
             return image if condition is None else condition
-        return np.concatenate(stack([image, condition]), axis=0)
+        return np.concatenate(of_one_type([image, condition]))
 
     def look(self, i: int, decode: Callable[[BinaryIO | Array, Target], Any]) -> Any:
         """What `decode` returns for one file, or the error with its name."""
@@ -187,41 +170,39 @@ class FileDataset(DataSet):
 
     def fingerprint(self) -> str:
         """A hash of the names and sizes of the files, their labels and classes. Their content is not read."""
-        ids, conditions = self.ids, self.vectors.parts + ((self.conditions.fingerprint(),) if self.conditions else ())
-        return digest(self.container.names[ids], self.container.sizes[ids], self.labels, self.class_names, *conditions)
+        ids, files = self.ids, [self.conditions.fingerprint()] if self.conditions else []
+        about = self.labels, self.class_names, *self.vectors.hashed, *files
+        return digest(self.container.names[ids], self.container.sizes[ids], *about)
 
     def select(self, indices: Labels) -> "FileDataset":
-        part: dict[str, Any] = dict(
-            ids=self.ids[indices], labels=self.labels[indices], vectors=self.vectors.select(indices)
-        )
-        return dataclasses.replace(self, **part, conditions=self.conditions and self.conditions.select(indices))
+        conditions, vectors = self.conditions and self.conditions.select(indices), self.vectors.select(indices)
+        part: dict[str, Any] = dict(ids=self.ids[indices], labels=self.labels[indices], vectors=vectors)
+        return dataclasses.replace(self, **part, conditions=conditions)
 
-    def with_condition_images(self, others: "FileDataset", all_paired: bool) -> "FileDataset":
+    def with_condition_images(self, others: "FileDataset") -> "FileDataset":
         """The images with those of `others` that their names belong to, as conditions.
 
-        Raises UsageError if an image has none, or one of another shape, if two have the same name, or with `all_paired`
-        if one is left."""
-        keys = [stem(self.key_of(i)) for i in range(len(self))]
-        theirs = [stem(others.key_of(i)) for i in range(len(others))]
-        own = set(keys)
+        Raises UsageError if an image has none, or one of another shape, if a condition image has no image, or if two
+        have the same name."""
+        keys, theirs = ([stem(data.key_of(i)) for i in range(len(data))] for data in (self, others))
+        own, apart = set(keys), self.container.where != others.container.where
         theirs = [key if key in own else PARTNER.sub("", key) for key in theirs]
-        for names in (keys, theirs):
-            if len(set(names)) < len(names):
-                twice, count = Counter(names).most_common(1)[0]
-                raise UsageError(f"{count} images are called {twice}: --data.include chooses some")
+        name, count = max(*Counter(keys).most_common(1), *Counter(theirs).most_common(1), key=lambda pair: pair[1])
+        if count > 1:
+            raise UsageError(f"{count} images are called {name}: --data.include chooses some")
         found = {key: i for i, key in enumerate(theirs)}
+        known = own | {stem(os.fsdecode(name)) for name in self.container.names} if apart else own
         if missing := [i for i, key in enumerate(keys) if key not in found]:
             raise UsageError(f"there is none for {self.name_of(missing[0])}")
-        if all_paired and (extra := found.keys() - own):
-            raise UsageError(f"{others.name_of(found[min(extra)])} belongs to no image")
+        if extra := [i for i, key in enumerate(theirs) if key not in known]:
+            raise UsageError(f"{others.name_of(extra[0])} belongs to no image")
         pairs = others.select(np.array([found[key] for key in keys]))
         for i in part(len(self), COMPARED).tolist():
-            seen = self.look(i, describe), pairs.look(i, describe)
-            if any(isinstance(one, UsageError) for one in seen):  # reading names it
-                continue
-            size, other = (one[1] for one in seen)
-            if len(size) == len(other) == 2 and abs(size[0] * other[1] / (size[1] * other[0]) - 1) > SHAPES_DIFFER:
-                shapes = f"{other[1]}x{other[0]}, and {self.name_of(i)} {size[1]}x{size[0]}"
+            seen = [self.look(i, describe), pairs.look(i, describe)]
+            sizes = [one[1] for one in seen if not isinstance(one, UsageError) and len(one[1]) == 2]
+            if len(sizes) == 2 and abs(np.divide(*sizes[0]) / np.divide(*sizes[1]) - 1) > SHAPES_DIFFER:
+                (height, width), (own_height, own_width) = sizes[::-1]
+                shapes = f"{width}x{height}, and {self.name_of(i)} {own_width}x{own_height}"
                 raise UsageError(f"{pairs.name_of(i)} is {shapes}: they would be cropped differently")
         return dataclasses.replace(self, conditions=pairs, condition_channels=others.target.channels)
 
@@ -233,7 +214,8 @@ class FileDataset(DataSet):
         readable = np.flatnonzero([not isinstance(result, UsageError) for result in results])
         if errors and (self.on_error == "fail" or not len(readable)):
             raise errors[0]
-        files, images = self.select(readable), torch.from_numpy(stack([results[i] for i in readable]))
-        about: dict[str, Any] = dict(vectors=files.vectors, condition_channels=self.condition_channels)
-        labels, left_out = torch.from_numpy(files.labels), tuple(map(str, errors))
-        return ArrayDataset(images, labels, self.class_names, left_out, files, **about)
+        files, images = self.select(readable), np.stack(of_one_type([results[i] for i in readable]))
+        labels, left_out, about = torch.from_numpy(files.labels), tuple(map(str, errors)), (None, files.vectors)
+        return ArrayDataset(
+            torch.from_numpy(images), labels, self.class_names, left_out, files, *about, self.condition_channels
+        )

@@ -111,7 +111,7 @@ class Subject:
         """What images are generated from: classes as frequent as in the data, and conditions of the data."""
         ordered = np.argsort(np.asarray(self.dataset.labels), kind="stable")
         rows = ordered[(2 * np.arange(self.count) + 1) * len(ordered) // (2 * self.count)]
-        if not self.run.vectors.size and not self.run.config.data.image_channels:
+        if not self.run.vectors.size and not self.run.config.data.condition_shapes:
             return {"y": torch.as_tensor(self.dataset.labels)[rows]} if self.run.class_names else {}
         return self.run.raw(load(self.dataset, rows.tolist()))[1]
 

@@ -27,16 +27,13 @@ class ModelConfig(Section):
     def check_sizes(self, sizes: Sequence[int]) -> None:
         """Raise UsageError, which begins with "size", if the network does not take images of `sizes`."""
 
-    def build(
-        self, shape: Sequence[int], outputs: int, num_classes: int, vector_size: int, image_channels: int
-    ) -> nn.Module:
+    def build(self, shape: Sequence[int], outputs: int, **conditions: int) -> nn.Module:
         """The network with fresh weights.
 
         Args:
             shape: of one image, (C, *sizes).
             outputs: channels of the output, C or 2 C.
-            num_classes: 0 for a network without classes.
-            vector_size: numbers of a condition vector; 0 for none.
-            image_channels: channels of the condition images, `image` and `low_res`; 0 for none.
+            conditions: how large those are that the network is given, 0 for none: `num_classes`; `vector_size`, the
+                numbers of a vector; `image_channels`, those of the condition images.
         """
         raise NotImplementedError

@@ -157,31 +157,28 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(*widths) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, vector: Tensor | None = None,
-        image: Tensor | None = None, low_res: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, **conditions: Tensor) -> Tensor:
         """The output for noisy images.
 
         Args:
             x: (B, in_channels, height, width), its sizes divisible by `patch_size`.
             t: (B,), may be fractional.
             y: (B,) class labels, if and only if the model has classes; -1 is no class.
-            vector, image, low_res: as of `UNetModel`.
+            conditions: as of `UNetModel`.
 
         Returns (B, out_channels, height, width). Raises UsageError if sizes or conditions do not fit.
         """
-        check_input(self, x, y, vector, low_res, image)
+        check_input(self, x, y, conditions)
         with prefixed("the input's "):
             check_patches(x.shape[2:], self.patch_size)
         emb = self.t_embedder["mlp"](timestep_embedding(t, 256))
         if y is not None:
             emb = emb + self._class_embedding(y)
-        if vector is not None:
-            emb = emb + self.vector_emb(vector)
+        if self.vector_size:
+            emb = emb + self.vector_emb(conditions["vector"])
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         where = self.pos_embed if grid == self.grid else positions(grid, self.hidden_size).to(x)[None]
-        h = self.x_embedder["proj"](with_images(x, low_res, image)).movedim(1, -1) + where.view(1, *grid, -1)
+        h = self.x_embedder["proj"](with_images(x, conditions)).movedim(1, -1) + where.view(1, *grid, -1)
         for block in self.blocks:
             h = block(h, emb)
         return rearrange(

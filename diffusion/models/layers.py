@@ -1,7 +1,7 @@
 """The layers of the U-Net, in 1, 2 or 3 dimensions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -126,12 +126,13 @@ class VectorEmbedding(nn.Module):
         return given * F.linear(vector.nan_to_num(), self.weight, self.bias)
 
 
-def with_images(x: Tensor, *images: Tensor | None) -> Tensor:
-    """Images and their condition images, enlarged to the images' sizes, as channels. NaN, no condition, becomes 0."""
+def with_images(x: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    """Images and their condition images `low_res` and `image`, if any, enlarged to the images' sizes, as channels. NaN,
+    no condition, becomes 0."""
     mode, sizes = ("linear", "bilinear", "trilinear")[x.ndim - 3], x.shape[2:]
-    given = [image for image in images if image is not None]
-    same = [image if image.shape[2:] == sizes else F.interpolate(image, sizes, mode=mode) for image in given]
-    return torch.cat([x, *(image.nan_to_num() for image in same)], dim=1) if same else x
+    images = [conditions[name].nan_to_num() for name in ("low_res", "image") if name in conditions]
+    same = [image if image.shape[2:] == sizes else F.interpolate(image, sizes, mode=mode) for image in images]
+    return torch.cat([x, *same], dim=1) if same else x
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:

@@ -63,12 +63,9 @@ class UNet(ModelConfig):
     def check_sizes(self, sizes: Sequence[int]) -> None:
         check_sizes(sizes, len(self.channel_mult))
 
-    def build(
-        self, shape: Sequence[int], outputs: int, num_classes: int, vector_size: int, image_channels: int
-    ) -> UNetModel:
-        options = settings_of(self)
+    def build(self, shape: Sequence[int], outputs: int, **conditions: int) -> UNetModel:
+        options = settings_of(self) | conditions
         del options["network"], options["class_cond"], options["init"]
-        options |= dict(vector_size=vector_size, image_channels=image_channels, num_classes=num_classes or None)
         network = UNetModel(shape[0], out_channels=outputs, dims=len(shape) - 1, **options)
         initialise(network, self.init)
         return network
@@ -103,11 +100,10 @@ class Transformer(ModelConfig):
     def check_sizes(self, sizes: Sequence[int]) -> None:
         check_patches(sizes, self.patch_size)
 
-    def build(self, shape: Sequence[int], outputs: int, num_classes: int, vector_size: int, image_channels: int) -> DiT:
-        options = settings_of(self)
+    def build(self, shape: Sequence[int], outputs: int, **conditions: int) -> DiT:
+        options = settings_of(self) | conditions
         del options["network"], options["class_cond"], options["init"]
-        options |= dict(in_channels=shape[0], num_classes=num_classes, learn_sigma=outputs != shape[0])
-        options |= dict(vector_size=vector_size, image_channels=image_channels)
+        options |= dict(in_channels=shape[0], learn_sigma=outputs != shape[0])
         network = DiT(shape[1:], **options)
         initialise(network, self.init)
         return network

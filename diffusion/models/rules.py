@@ -1,6 +1,6 @@
 """Which widths, heads and sizes the networks can have, and what they can be called with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -69,10 +69,10 @@ def check_patches(sizes: Sequence[int], patch_size: int) -> None:
         raise UsageError(f"size is {size}, which patch_size {patch_size} does not divide")
 
 
-def check_input(network: Any, x: Tensor, y: Tensor | None, vector: Tensor | None, *images: Tensor | None) -> None:
+def check_input(network: Any, x: Tensor, y: Tensor | None, conditions: Mapping[str, Tensor]) -> None:
     """Raise UsageError if a network with `in_channels`, `num_classes`, `vector_size` and `image_channels` (0: none)
     cannot be called with these."""
-    channels, classes, size = network.in_channels, network.num_classes or 0, network.vector_size
+    channels, classes = network.in_channels, network.num_classes
     if (y is not None) != bool(classes):
         has = f"{classes} classes" if classes else "no classes"
         raise UsageError(f"the model has {has}, and the call gives {'no ' if y is None else ''}labels y")
@@ -80,9 +80,8 @@ def check_input(network: Any, x: Tensor, y: Tensor | None, vector: Tensor | None
         raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x)},)")
     if x.shape[1] != channels:
         raise UsageError(f"the input has {x.shape[1]} channels, and the model {channels}")
-    if (None if vector is None else tuple(vector.shape)) != ((len(x), size) if size else None):
-        given = "none" if vector is None else tuple(vector.shape)
-        raise UsageError(f"the model has condition vectors of {size} numbers, and the call gives {given}")
-    if (total := sum(image.shape[1] for image in images if image is not None)) != network.image_channels:
-        needs = f"the model needs {network.image_channels} channels of condition images"
-        raise UsageError(f"{needs}, and the call gives {total}")
+    numbers = sum(value.shape[1] for value in conditions.values() if value.ndim == 2)
+    image_channels = sum(value.shape[1] for value in conditions.values() if value.ndim > 2)
+    if (numbers, image_channels) != (network.vector_size, network.image_channels):
+        has = f"condition vectors of {network.vector_size} numbers and images of {network.image_channels} channels"
+        raise UsageError(f"the model has {has}, and the call gives {numbers} and {image_channels}")

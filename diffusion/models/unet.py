@@ -185,7 +185,7 @@ class UNetModel(nn.Module):
         check_widths(model_channels, channel_mult, attention_resolutions, *heads)
         check_dims(dims)
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
-        self.num_classes, self.dims, self.levels = num_classes, dims, len(channel_mult)
+        self.num_classes, self.dims, self.levels = num_classes or 0, dims, len(channel_mult)
         self.vector_size, self.image_channels = vector_size, image_channels
         # See `parallel.cores`. The gradient of a scalar of Fixup's is a sum over a whole tensor, in parts by thread.
         self.any_threads = use_norm
@@ -207,7 +207,7 @@ class UNetModel(nn.Module):
 
         enter, leave = Linear(model_channels, emb_channels), Linear(emb_channels, emb_channels)
         self.time_embed = nn.Sequential(enter, SiLU(), leave)
-        if num_classes is not None:
+        if num_classes:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
         if vector_size:
             self.vector_emb = VectorEmbedding(vector_size, emb_channels)
@@ -246,30 +246,27 @@ class UNetModel(nn.Module):
         last = zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
         self.out = nn.Sequential(normalization(ch) if use_norm else nn.Identity(), SiLU(), last)
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, *, vector: Tensor | None = None,
-        image: Tensor | None = None, low_res: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, **conditions: Tensor) -> Tensor:
         """The output for noisy images.
 
         Args:
             x: (B, in_channels, ...), its last one (`dims` 1) or two sizes divisible by 2^(levels - 1).
             timesteps: (B,), may be fractional.
             y: (B,) class labels, if and only if the model has classes; -1 is no class (classifier-free guidance).
-            vector: (B, vector_size), if and only if the model has condition vectors; NaN is none.
-            image, low_res: condition images (B, C, ...) of any sizes, `image_channels` in all; NaN is none.
+            conditions: those that the model has: `vector` (B, vector_size), and the images `low_res` and `image`
+                (B, C, ...) of any sizes, `image_channels` in all. NaN is none.
 
         Returns (B, out_channels, ...). Raises UsageError if the size or the conditions do not fit.
         """
-        check_input(self, x, y, vector, low_res, image)
+        check_input(self, x, y, conditions)
         with prefixed("the input's "):
             check_sizes(x.shape[2:], self.levels)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if y is not None:
             emb = emb + self.label_emb(y.clamp(min=0)) * (y >= 0)[:, None]
-        if vector is not None:
-            emb = emb + self.vector_emb(vector)
-        h = with_images(x, low_res, image)
+        if self.vector_size:
+            emb = emb + self.vector_emb(conditions["vector"])
+        h = with_images(x, conditions)
         if self.dims == 2 and x.device.type == "cpu" and not (AVX2 and torch.is_grad_enabled()):
             h = h.contiguous(memory_format=torch.channels_last)
         skips = []

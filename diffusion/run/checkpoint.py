@@ -154,15 +154,8 @@ def save(
     flat = dict(flatten(training))
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in flat.items() if name not in tensors}
-    absent: dict[str, Any] = {
-        "vectors": NO_SCALE,
-        "data": None,
-        "origin": None,
-        "environment": {},
-        "held_out_loss": None,
-    }
+    absent: dict[str, Any] = {"data": None, "origin": None, "environment": {}, "held_out_loss": None}
     state = {"format": FORMAT, "step": step, "class_names": class_names, **absent, **about, "numbers": numbers}
-    state["vectors"] = state["vectors"].as_dict()
     try:
         folder.parent.mkdir(exist_ok=True)  # not the run's own: a run that was moved away must not be begun again
         shutil.rmtree(temporary, ignore_errors=True)
@@ -280,8 +273,8 @@ def open_folder(folder: Path) -> Checkpoint:
     with prefixed(f"checkpoint {folder} cannot be used: "):
         config = load_config(folder / "config.yaml")
     about = {name: state[name] for name in ("step", "data", "origin", "environment", "numbers")}
-    about |= dict(vectors=Scale(**state.get("vectors", {})), class_names=tuple(state["class_names"]))
-    return Checkpoint(folder, config=config, sums=sums, **about)
+    names, vectors = tuple(state["class_names"]), Scale(**state.get("vectors", {}))
+    return Checkpoint(folder, config=config, class_names=names, vectors=vectors, sums=sums, **about)
 
 
 def read_sums(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffusion.config.schema import Config
 from diffusion.data.base import Batch, hold_out, load, open_data, part, with_classes
 from diffusion.data.conditions import NO_SCALE, Scale
 from diffusion.data.values import to_uint8, to_x_start
-from diffusion.errors import UsageError, check_name, did_you_mean, prefixed
+from diffusion.errors import UsageError, did_you_mean, prefixed
 from diffusion.parallel.cores import CORES
 from diffusion.process import GaussianDiffusion
 from diffusion.run.checkpoint import Checkpoint, newest
@@ -97,11 +98,10 @@ class Run:
         return x_start, self.inputs(given)
 
     def inputs(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of `given` that the network is called with, and as it knows them."""
-        data, size = self.config.data, self.vectors.size
-        known = {"y": self.class_names, "vector": size, "image": data.condition_channels, "low_res": data.low_res_size}
-        chosen = {name: value for name, value in given.items() if known[name]}
-        return chosen | ({"vector": self.vectors.scaled(given["vector"])} if size else {})
+        """Those of `given` that the network is called with, as it knows them."""
+        known = {"y": self.class_names, "vector": self.vectors.size, **self.config.data.condition_shapes}
+        chosen = {name: value for name, value in given.items() if known.get(name)}
+        return chosen | ({"vector": self.vectors.scaled(given["vector"])} if self.vectors.size else {})
 
     def labels(self, classes: Classes = None) -> list[int] | None:
         """The numbers of classes, given by number or name; None for a model without classes. Default: all, in turn."""
@@ -137,74 +137,51 @@ class Run:
         except UsageError as error:
             raise UsageError(str(error).replace("sample.", "")) from None
 
-    def check_low_res(self, low_res: Tensor | Self | None) -> None:
-        """Raise UsageError if what an upsampler enlarges does not fit, or this is not an upsampler."""
-        data = self.config.data
-        if low_res is None:
-            return
-        if data.low_res_size is None:
-            raise UsageError(f"low_res: {self.path} is not an upsampler")
-        small = (data.channels, *data.low_res_sizes)
-        shape = tuple(low_res.shape[1:]) if isinstance(low_res, Tensor) else low_res.config.data.shape
-        if shape != small:
-            raise UsageError(f"low_res has images of {shape}; {self.path} enlarges {small}")
-        names = () if isinstance(low_res, Tensor) else low_res.class_names
-        if names and self.class_names not in ((), names):
-            raise UsageError(f"low_res has other classes than {self.path}")
-
     def of_data(self, n: int) -> dict[str, Tensor]:
-        """What n images are generated from, as n images of the run's data have it: held-out ones, if there are any.
+        """The labels and conditions of n images of the run's data, held-out ones if there are any, by column and name.
 
         Raises UsageError if the data cannot be read, or are not those of the run."""
-        with prefixed("conditions are taken from the data of the run, unless all are given: "):
+        with prefixed("conditions that are not given are those of the run's data: "):
             trained, held_out = hold_out(open_data(self.config.data), self.config.data.held_out, self.config.train.seed)
             dataset = held_out or trained
-            if set(self.class_names) - set(dataset.class_names) or self.vectors.widths != dataset.vectors.widths:
-                raise UsageError(f"the data have other classes or conditions than {self.path}")
+            if not {*self.class_names} <= {*dataset.class_names} or self.vectors.widths != dataset.vectors.widths:
+                raise UsageError(f"they have other classes or conditions than {self.path}")
             dataset = with_classes(dataset, self.class_names) if self.class_names else dataset
-            rows = np.resize(part(len(dataset), n), n).tolist()
-            return self.raw(load(dataset, rows))[1]
+            given = self.raw(load(dataset, np.resize(part(len(dataset), n), n).tolist()))[1]
+        columns = given.pop("vector", torch.empty(n, 0)).split([*self.vectors.widths.values()], dim=1)
+        return given | dict(zip(self.vectors.widths, columns, strict=True))
 
-    def chosen(
-        self, n: int, classes: Classes = None, conditions: Mapping[str, Any] | None = None, image: Tensor | None = None,
-        low_res: Tensor | Self | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    def chosen(self, n: int, classes: Classes, conditions: Mapping[str, Any]) -> dict[str, Any]:
         """What n images are generated from (see `sample`). Raises UsageError if it does not fit the run."""
-        given, widths, channels = dict(conditions or {}), self.vectors.widths, self.config.data.condition_channels
-        for name in given:
-            check_name(f"a condition of {self.path}", name, widths or ["none, since it has no condition vectors"])
-        if image is not None and (image.ndim < 3 or tuple(image.shape[1:2]) != (channels,)):
-            raise UsageError(f"image is {tuple(image.shape)}; {self.path} has condition images of {channels} channels")
-        self.check_low_res(low_res)
-        missing = widths.keys() - given.keys() or (channels and image is None)
-        own = self.of_data(n) if missing or (low_res is None and self.config.data.low_res_size is not None) else {}
-        names = low_res if isinstance(low_res, Run) and not self.class_names else self
-        labels = own["y"] if "y" in own and classes is None else names.labels(classes)
-        columns, start = list[Tensor](), 0
-        for name, width in widths.items():
-            column = own["vector"][:, start : start + width] if name not in given else given[name]
-            columns, start = [*columns, as_column(name, column, width, n)], start + width
-        chosen: dict[str, Any] = {"y": labels, "vector": torch.cat(columns, 1) if columns else None}
-        chosen |= {"image": own.get("image") if image is None else image}
-        chosen |= {"low_res": own.get("low_res") if low_res is None else low_res}
-        return {
-            name: torch.as_tensor(value) if name == "y" else value
-            for name, value in chosen.items()
-            if value is not None
-        }
+        widths, shapes = self.vectors.widths, self.config.data.condition_shapes
+        for name in conditions.keys() - {*widths, *shapes}:
+            hint = did_you_mean(name, [*widths, *shapes], f"it has {', '.join([*widths, *shapes]) or 'none'}")
+            raise UsageError(f"{name} is not a condition of {self.path}: {hint}")
+        values = {**(self.of_data(n) if {*widths, *shapes} - conditions.keys() else {}), **conditions}
+        named = values["low_res"] if isinstance(values.get("low_res"), Run) and not self.class_names else self
+        labels = values["y"] if "y" in values and classes is None else named.labels(classes)
+        chosen = {"y": torch.as_tensor(labels)} if labels is not None else {}
+        if widths:
+            chosen["vector"] = torch.cat([as_rows(name, values[name], width, n) for name, width in widths.items()], 1)
+        for name, shape in shapes.items():
+            value, other = values[name], isinstance(values[name], Run)
+            its = value.config.data.shape if other else tuple(value.shape[1:])
+            if its != shape or (other and value.class_names and self.class_names not in ((), value.class_names)):
+                raise UsageError(f"{name} has images of {its} or other classes; {self.path} needs {shape}")
+            chosen[name] = value
+        return chosen
 
     def sample(
         self, n: int | None = None, *, classes: Classes = None, conditions: Mapping[str, Any] | None = None,
-        image: Tensor | None = None, low_res: Tensor | Self | None = None, batch_size: int = 64, seed: int = 0,
-        progress: Any = iter, **flags: Any,
+        low_res: Tensor | Self | None = None, batch_size: int = 64, seed: int = 0, progress: Any = iter, **flags: Any,
     ) -> Tensor:  # fmt: skip
         """Generate images: (n, C, *sizes) in [-1, 1], on the CPU. Image i of a seed is the same at any batch size.
 
         Args:
             n: how many images (default: as in the run's grids).
             classes: numbers or names, taken in turn (default: all).
-            conditions: by column, a number, or rows (N,) or (N, width), taken in turn (default: those of the data).
-            image: condition images (N, C, *sizes) in [-1, 1], taken in turn (default: those of the data).
+            conditions: by column, a number, or rows (N,) or (N, width); and as `image`, images (N, C, *sizes) in
+                [-1, 1]. Rows are taken in turn (default: those of the run's data).
             low_res: for an upsampler, small images (N, C, *sizes) in [-1, 1], or the run that generates them (default:
                 images of the data, shrunk).
             progress: wraps the steps of each batch.
@@ -216,7 +193,7 @@ class Run:
             if not isinstance(value, Integral) or value < least:
                 raise UsageError(f"{name} is {value}; it must be a whole number from {least}")
         run = self.with_sampling(**flags)
-        given = run.chosen(n, classes, conditions, image, low_res)
+        given = run.chosen(n, classes, {**(conditions or {}), **({} if low_res is None else {"low_res": low_res})})
         drawn = run.generate(batches(range(n), batch_size), given, seed=seed, progress=progress)
         return torch.cat([check_finite(batch) for _, batch in drawn])
 
@@ -253,34 +230,31 @@ class Run:
             yield batch, images
 
 
-def as_column(name: str, values: Any, width: int, n: int) -> Tensor:
-    """A column of condition vectors for n images, (n, width): a number, or rows taken in turn. Raises UsageError if
-    they are not finite or of another width."""
-    try:
-        rows = torch.as_tensor(np.asarray(values, np.float32)).reshape(-1, width)
-    except (ValueError, TypeError, RuntimeError):
-        raise UsageError(f"condition {name} is {str(values)[:40]}; it must be rows of {width} numbers") from None
-    if not len(rows) or not rows.isfinite().all():
-        raise UsageError(f"condition {name} is {str(values)[:40]}; it must be finite numbers")
-    return rows[torch.arange(n) % len(rows)]
+def as_rows(name: str, values: Any, width: int, n: int) -> Tensor:
+    """A column of condition vectors for n images, (n, width), from a number or rows that are taken in turn. Raises
+    UsageError if they are no finite numbers, or of another width."""
+    numbers = np.full(width, np.nan)
+    with suppress(ValueError, TypeError):
+        numbers = np.asarray(values).astype(np.float32)
+    if not numbers.size or numbers.size % width or not np.isfinite(numbers).all():
+        raise UsageError(f"condition {name} is {str(values)[:40]}; it must be rows of {width} finite numbers")
+    return torch.from_numpy(np.resize(numbers, (n, width)))
 
 
 def check_guide(run: Run, guide: Run) -> None:
-    """Raise UsageError if a run cannot be guided by another: its images, process or conditions are others."""
+    """Raise UsageError if a run cannot be guided by another: its images or process are others, or it has conditions
+    that the run does not have."""
 
     def meaning(of: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         data, settings = of.config.data, of.config.flat()
         must = {f"diffusion.{name}": settings.get(f"diffusion.{name}") for name in SAME_IN_GUIDE}
-        conditions = {"classes": of.class_names, "conditions": dict(of.vectors.widths)}
-        conditions |= {name: getattr(data, name) for name in ("condition_channels", "low_res_size")}
-        return must | {"images": data.shape, "data.range": data.range}, conditions
+        may = {"classes": of.class_names, "conditions": dict(of.vectors.widths), **data.condition_shapes}
+        return {**must, "images": data.shape, "data.range": data.range}, may
 
-    (must, conditions), (own, own_conditions) = meaning(guide), meaning(run)
-    given = {name: value for name, value in conditions.items() if value}  # it may be without
-    for name, value in (must | given).items():
-        if value != (own | own_conditions)[name]:
-            differ = f"{name} {shown(value)}, and {run.path} {shown((own | own_conditions)[name])}"
-            raise UsageError(f"the guide {guide.path} has {differ}")
+    (must, may), (own_must, own_may) = meaning(guide), meaning(run)
+    for name, value in {**must, **{name: value for name, value in may.items() if value}}.items():
+        if value != (own := {**own_must, **own_may}.get(name)):
+            raise UsageError(f"the guide {guide.path} has {name} {shown(value)}, and {run.path} {shown(own)}")
 
 
 def load_run(path: Path | str, ema: str | None = None) -> Run:

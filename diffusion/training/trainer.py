@@ -281,7 +281,7 @@ class Trainer:
         # All processes generate as many, so that gathering is one call; the surplus of the last is cut off.
         indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         given: Given = {"y": torch.arange(len(self.class_names))} if self.class_names else {}
-        if config.data.image_channels or self.data.vectors.size:  # those of some images of the data
+        if config.data.condition_shapes or self.data.vectors.size:  # those of some images of the data
             some = np.resize(part(len(self.dataset), config.sample.n), indices.stop)
             given = self.sampled.raw(load(self.dataset, some.tolist()))[1]
         options: dict[str, Any] = {"seed": config.train.seed, "progress": self._signals.interruptible}
@@ -317,7 +317,7 @@ class Trainer:
         states = {name: to_host(stateful.state_dict(), main) for name, stateful in self.parts.items()}
 
         about: dict[str, Any] = {"data": self.data.fingerprint, "held_out_loss": held_out, "origin": self.origin}
-        about |= {"environment": self.environment, "vectors": self.data.vectors}
+        about |= {"environment": self.environment, "vectors": self.data.vectors._asdict()}
 
         def write() -> None:
             whole = {key: {**weights, **average} for key, average in averages.items()}  # with the network's buffers

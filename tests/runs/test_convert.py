@@ -31,7 +31,6 @@ from diffusion.interop.diffusers import (
 )
 from diffusion.interop.openai import config_from_flags, parse_flags
 from diffusion.models.dit import DiT
-from diffusion.models.unet import SuperResModel
 from diffusion.randomness import image_noise
 from diffusion.run import checkpoint
 from diffusion.run.checkpoint import Checkpoint, newest
@@ -86,7 +85,8 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     for name in GOLDEN:
         case = golden("unet.json")[name]
-        network = fill((UNetModel if case["model"] == "UNetModel" else SuperResModel)(**case["kwargs"]), case["seed"])
+        small = {"image_channels": case["kwargs"]["in_channels"]} if case["model"] == "SuperResModel" else {}
+        network = fill(UNetModel(**case["kwargs"], **small), case["seed"])
         torch.save(network.state_dict(), folder / f"{name}.pt")
     return folder
 

@@ -91,7 +91,7 @@ def test_a_perfect_model_scores_like_real_images(order, counts):
     between_halves = frechet_distance(a.numpy(), b.numpy())
     for n in (len(data), 300):
         subject = subject_of(data, pool, n, most=300)
-        assert np.bincount(subject.labels, minlength=10) / n == pytest.approx(
+        assert np.bincount(subject.given["y"], minlength=10) / n == pytest.approx(
             np.bincount(data.labels, minlength=10) / len(data), abs=1 / n)  # fmt: skip
         found = {
             name: METRICS[name].score(subject).figures for name in ("frechet", "kid", "precision_recall", "nearest")
@@ -154,11 +154,15 @@ def fixed(num_timesteps):
 @pytest.mark.parametrize("num_timesteps", [100, 1000])
 @pytest.mark.parametrize("n", [1, 8, 26, 103, 999, 1797, 5000])
 def test_the_held_out_loss_is_the_mean_over_t_and_images(n, num_timesteps):
-    process, config = fixed(num_timesteps), small(diffusion__loss="mse", diffusion__weighting="none")
+    process = fixed(num_timesteps)
+    config = small(diffusion__loss="mse", diffusion__weighting="none", diffusion__steps=num_timesteps, sample__steps="",
+                   diffusion__prediction="epsilon", diffusion__variance="fixed_small",
+                   diffusion__rescale_timesteps=False)  # fmt: skip
     loss = known_loss(num_timesteps)
     for labels in (np.sort(np.arange(n) % 10), np.arange(n) % 10):
         data = ArrayDataset(torch.full((n, 1, 2, 2), 0.0), torch.from_numpy(labels), tuple("0123456789"))
-        found = held_out_loss(config, Known(process, loss), process, data, Accelerator(cpu=True), 256)
+        run = Run(config, Known(process, loss), data.class_names)
+        found = held_out_loss(run, data, Accelerator(cpu=True), 256)
         wanted = loss.mean() + labels.mean()
         assert found == pytest.approx(wanted, rel=1e-4 if n <= 1000 else 0.02)
 
@@ -484,7 +488,7 @@ def test_figures_are_compared_with_those_of_before(run, tmp_path, monkeypatch, c
                        (["--out", tmp_path / "every.json"], "is there already: name another"),
                        (["--steps", "0"], "--steps: respacing '0' is not understood"),
                        (["--data.random_flip", "true"], "unrecognized arguments: --data.random_flip"),
-                       (["--metric", "bits_per_dim", "--sets", 2], "--sets is 2, which is of samples")):  # fmt: skip
+                       (["--metric", "bits_per_dim", "--sets", 2], "--sets is of samples")):  # fmt: skip
         code, _, err = script(evaluate, monkeypatch, capsys, *argv, *more)
         assert code == 2, more
         assert says in err

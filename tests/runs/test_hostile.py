@@ -145,7 +145,7 @@ import sys
 from diffusion.data.loader import step_batches
 from diffusion.data.sources.folder import Folder
 data = Folder(path=sys.argv[1], image_size=256).list_files()
-for images, _ in step_batches(data, 4, 0, range(2), [slice(0, 4)], workers=2):
+for images, *_ in step_batches(data, 4, 0, range(2), [slice(0, 4)], workers=2):
     print(tuple(images.shape))
 """
 

@@ -174,7 +174,7 @@ def test_all_metrics_share_the_samples_and_are_written_with_their_settings(run, 
     hashes = {"features", "reference", "data", "classes"}
     assert list(found["settings"]["classes"].values()) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert {name: value for name, value in found["settings"].items() if name not in hashes} == {
-        "n": 24, "sampler": "dpmpp", "steps": 2, "evaluations": 2, "guidance": 1.0, "seed": 0,
+        "n": 24, "sampler": "dpmpp", "steps": 2, "evaluations": 2, "guidance": 1.0, "guide_between": None, "seed": 0,
         "sets": 1, "reference_images": 1797, "options": {"order": 2, "clip_denoised": True},
     }  # fmt: skip
     saved = newest(run, Checkpoint.files)[0]
@@ -231,13 +231,6 @@ def test_what_cannot_be_measured_is_named(run, argv, says, monkeypatch, capsys):
     code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, "--n", 8, "--steps", 2, *argv)
     assert code == 2
     assert says in err
-
-
-def test_samples_of_an_upsampler_are_not_scored(tmp_path, monkeypatch, capsys):
-    Trainer(small(train__steps=1, data__low_res_size=4), tmp_path / "run").run()
-    code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", tmp_path / "run", "--metric", "frechet", "--n", 4)
-    assert code == 2
-    assert "is an upsampler" in err
 
 
 def test_a_missing_package_is_named(run, monkeypatch, capsys):

@@ -175,7 +175,7 @@ def test_a_run_is_loaded_and_sampled(run):
         (r"steps: respacing '0' is not understood", lambda: loaded.sample(1, steps=0)),
         (r"n is 0; it must be a whole number from 1", lambda: loaded.sample(0)),
         (r"seed is -1; it must be a whole number from 0", lambda: loaded.sample(1, seed=-1)),
-        (r"low_res: .* is not an upsampler", lambda: loaded.sample(1, low_res=torch.zeros(1, 1, 4, 4))),
+        (r"low_res is not a condition of .*: it has none", lambda: loaded.sample(1, low_res=torch.zeros(1, 1, 4, 4))),
         (r"--ema is 0\.5; .* has 0\.999, or none", lambda: diffusion.load(run, 0.5)),
         (r"is not a run or a checkpoint: name ", lambda: diffusion.load(run / "samples")),
     ):  # fmt: skip

@@ -43,7 +43,7 @@ def test_preprocessing_is_the_published_one(name):
 
 def test_digits_are_the_shipped_ones():
     data = Digits().open()
-    images, labels = load(data, [0, 1796])
+    images, labels, *_ = load(data, [0, 1796])
     assert (len(data), images.shape, images.dtype) == (1797, (2, 1, 8, 8), torch.uint8)
     assert labels.tolist() == [0, 8]
     assert data.class_names == tuple("0123456789")
@@ -203,7 +203,7 @@ def test_processes_and_micro_batches_share_out_the_same_images():
     data = Digits().open()
 
     def of(parts):
-        return [images for images, _ in step_batches(data, 8, 0, range(3, 6), parts)]
+        return [images for images, *_ in step_batches(data, 8, 0, range(3, 6), parts)]
 
     whole = of([slice(0, 8)])
     halves = of([slice(0, 4), slice(4, 8)])
@@ -371,7 +371,7 @@ def test_odd_files_that_are_not_read_are_named_and_can_be_skipped(tmp_path, kind
     lazy = dataclasses.replace(config, on_error="skip").list_files()
     lazy.labels = np.array([1, 1])
     lazy.fingerprint()
-    images, labels, wrong = lazy.__getitems__([0, 1, 0])
+    images, labels, _, wrong = lazy.__getitems__([0, 1, 0])
     assert len(wrong) == (2 if path < good else 1)
     assert (images[:, 0] == RED[0]).all()
     assert labels.tolist() == [1, 1, 1]

@@ -125,12 +125,6 @@ def test_what_it_cannot_be_is_refused(model, data, says):
         config_of({"model": {"network": "dit"} | model, "data": data})
 
 
-def test_an_upsampler_is_refused_before_the_first_step():
-    config = config_of({"model": {"network": "dit"}, "data": {"source": "memory", "image_size": 8, "low_res_size": 4}})
-    with pytest.raises(UsageError, match=r"data.low_res_size is for model.network unet"):
-        config.network(10)
-
-
 @pytest.mark.parametrize(
     ("x", "y", "says"),
     [((2, 3, 8, 7), [0, 1], "the input's size is 8x7"), ((2, 1, 8, 8), [0, 1], "the input has 1 channels"),

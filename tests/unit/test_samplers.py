@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_guidance_is_that_of_ho_and_salimans(scale):
     model = conditional_unet()
     x, t, y = torch.randn(4, 3, 8, 8), torch.full((4,), 300.0), torch.tensor([0, 1, 2, 4])
     with torch.no_grad():
-        out = guided(model, scale, 3, y)(x, t)
+        out = guided(partial(model, y=y), partial(model, y=torch.full_like(y, -1)), scale, 3)(x, t)
         with_class, without = model(x, t, y), model(x, t, torch.full_like(y, -1))
     w = scale - 1
     torch.testing.assert_close(out[:, :3], (1 + w) * with_class[:, :3] - w * without[:, :3], atol=1e-5, rtol=1e-5)
@@ -93,15 +95,15 @@ def test_a_guided_upsampler_sees_the_small_image_both_times():
     seen = []
 
     def model(x, t, y, low_res):
-        seen.append((y, low_res))
+        seen.append((y.tolist(), low_res))
         return torch.zeros(len(x), 6, 8, 8)
 
     low_res = torch.randn(3, 3, 4, 4)
     labels = torch.tensor([1, 2, 3])
     for batch in batches(range(3), 2):
         here = slice(batch.start, batch.stop)
-        sample_batch(process("cosine", 1000, "2"), model, (3, 8, 8), batch, labels=labels[here], low_res=low_res[here],
-                     guidance=2.0)  # fmt: skip
-    assert [y.tolist() for y, _ in seen] == [[-1, -1, 1, 2]] * 2 + [[-1, 3]] * 2
-    assert torch.equal(seen[0][1], torch.cat([low_res[:2], low_res[:2]]))
-    assert torch.equal(seen[2][1], torch.cat([low_res[2:], low_res[2:]]))
+        sample_batch(process("cosine", 1000, "2"), model, (3, 8, 8), batch, labels=labels[here],
+                     conditions={"low_res": low_res[here]}, guidance=2.0)  # fmt: skip
+    assert [y for y, _ in seen] == [[1, 2], [-1, -1]] * 2 + [[3], [-1]] * 2
+    assert all(torch.equal(small, low_res[:2]) for _, small in seen[:4])
+    assert all(torch.equal(small, low_res[2:]) for _, small in seen[4:])

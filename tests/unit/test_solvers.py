@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -228,7 +229,8 @@ def test_guidance_reaches_the_solvers():
     p, model = process("linear", 1000, "logsnr6"), small_unet(num_classes=5).eval()
     y = torch.tensor([1, 4])
     with torch.no_grad():
-        by_guidance = dpmpp(p, guided(model, 2.0, 3, y), X_T, no_noise)
+        without_class = partial(model, y=torch.full_like(y, -1))
+        by_guidance = dpmpp(p, guided(partial(model, y=y), without_class, 2.0, 3), X_T, no_noise)
 
         def by_hand(x, t):
             with_class, without = model(x, t, y), model(x, t, torch.full_like(y, -1))

@@ -8,6 +8,7 @@ from torch import nn
 
 from diffusion import GaussianDiffusion, Schedule, UNetModel, UsageError
 from diffusion.config.schema import Config
+from diffusion.data.values import shrink
 from diffusion.losses import training_losses
 from diffusion.models.layers import zero_module
 from diffusion.randomness import generator_for
@@ -217,9 +218,9 @@ def test_a_share_of_the_images_loses_its_class():
 def test_an_upsampler_is_given_the_mean_of_each_area(classes):
     """Of the clean image, flipped like it."""
     network, x = Recording(), images(4)
-    step = step_of(network, random_flip=True, low_res_size=4)
+    step = step_of(network, random_flip=True)
     for _ in range(20):
-        step(x, torch.arange(4) if classes else None)
+        step(x, torch.arange(4) if classes else None, low_res=shrink(x, 4))
     assert all((y is not None) == classes for y in network.labels)
     clean, flips = x.view(4, 1, 4, 2, 4, 2).mean((3, 5)), 0
     for small in torch.cat(network.low_res):
@@ -268,7 +269,7 @@ def test_wrong_names_and_shapes_get_one_line_from_python_too():
          lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), sampler="plms")),
         ("eta is 3; it must be from 0 to 1",
          lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), sampler="ddim", options={"eta": 3})),
-        ("guidance is 2; it must be a number of at least 0, and without labels 1",
+        ("guidance is 2; it must be a number of at least 0, and without labels, conditions or a guide 1",
          lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), guidance=2)),
         ("there must be images, and labels from -1", lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(0))),
         ("grad_clip is -1.0, which is out of range", lambda: step_of(unet(), grad_clip=-1.0)),

@@ -29,16 +29,10 @@ class Folder(ImageFiles):
     include: str | None = None
     """pattern of the images to use, such as *.input.png or train/*; null: all"""
 
-    @property
-    def all_conditions_paired(self) -> bool:  # type: ignore[override]
-        return self.include is None or self._is_pattern(self.condition_images or "")
-
     def where_conditions(self, name: str) -> dict[str, Any]:
-        where = {"include": name} if self._is_pattern(name) else {"path": name, "include": None}
-        return where | {"labels": "none"}
-
-    def _is_pattern(self, name: str) -> bool:
-        return "*" in name and not os.path.exists(name)
+        if "*" in name:
+            return {"include": name}
+        return {"path": name, "include": self.include if name == self.path else None}
 
     def check_outside(self, out: Path, flag: str) -> None:
         """Raise UsageError if what is written would become data."""

@@ -64,7 +64,7 @@ class HuggingFace(ImageFiles):
             for name in self.condition_columns:
                 check_name("data.condition_columns", name, list(table.features))
             columns = {name: list(table[name]) for name in self.condition_columns}
-            vectors = vectors_of(columns, len(table), f"data.path {self.path}", lambda i: f"row {i}")
+            vectors = vectors_of(columns, f"data.path {self.path}", [f"row {i}" for i in range(len(table))])
         rows = TableRows(self.path, table.cast_column(image, datasets.Image(decode=False)), image)
         about: dict[str, Any] = dict(on_error=self.on_error, vectors=vectors)
         return FileDataset(rows, np.arange(len(table)), self.target, labels, classes, **about)
