@@ -35,8 +35,8 @@ def train(
     """A run on images from Python, begun or continued: `for step, metrics in diffusion.train(...): ...` trains it.
 
     Args:
-        data: images (N, C, *sizes), uint8 or float in [-1, 1]; a pair of them and labels (N,); a folder; or a map-style
-            data set of pairs (image, label).
+        data: images (N, C, *sizes), uint8 or float in [-1, 1]; a pair of them and labels (N,); a folder; a map-style
+            data set of pairs (image, label); or a mapping of `images`, `labels` and columns of condition vectors.
         out: the run's folder.
         settings: by name, such as {"train.steps": 100}. `model.class_cond` is true where labels are given.
         config: that the settings override: a YAML file, or a shipped configuration such as folder_small.

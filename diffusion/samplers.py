@@ -273,3 +273,14 @@ def guided(
         return torch.cat([mean, output[:, channels:]], dim=1)
 
     return denoiser
+
+
+def noise_between(process: GaussianDiffusion, low: float, high: float) -> Callable[[Tensor], bool]:
+    """Whether the noise level sigma / alpha at a timestep as the network is given it, (B,), lies from `low` to `high`.
+    Raises UsageError where that of no timestep does."""
+    levels = process.tables["sigma"] / np.maximum(process.tables["alpha"], 1e-300)
+    inside = process.network_t(torch.from_numpy(np.flatnonzero((low <= levels) & (levels <= high)))).tolist()
+    if not inside:
+        span = f"the steps' noise levels sigma / alpha are from {levels.min():.3g} to {levels.max():.3g}"
+        raise UsageError(f"guide_between is [{low:g}, {high:g}], and {span}")
+    return lambda t: t[0].item() in inside

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from diffusion.errors import UsageError, check_name, check_options
 from diffusion.losses import Denoiser
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
-from diffusion.samplers import SAMPLERS, Progress, check_process, guided
+from diffusion.samplers import SAMPLERS, Progress, check_process, guided, noise_between
 
 ABSENT = {"y": -1, "vector": math.nan, "image": math.nan}
 """What conditions are dropped by, in training and for guidance. (What an upsampler enlarges is never dropped.)"""
@@ -29,17 +28,6 @@ def drop(conditions: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]
         name: value.masked_fill(dropped.view(-1, *[1] * (value.ndim - 1)), ABSENT[name]) if name in ABSENT else value
         for name, value in conditions.items()
     }
-
-
-def noise_between(process: GaussianDiffusion, low: float, high: float) -> Callable[[Tensor], bool]:
-    """Whether the noise level sigma / alpha at a timestep as the network is given it, (B,), lies from `low` to `high`.
-    Raises UsageError where that of no timestep does."""
-    levels = process.tables["sigma"] / np.maximum(process.tables["alpha"], 1e-300)
-    inside = process.network_t(torch.from_numpy(np.flatnonzero((low <= levels) & (levels <= high)))).tolist()
-    if not inside:
-        span = f"the steps' noise levels sigma / alpha are from {levels.min():.3g} to {levels.max():.3g}"
-        raise UsageError(f"guide_between is [{low:g}, {high:g}], and {span}")
-    return lambda t: t[0].item() in inside
 
 
 def batches(indices: range, size: int) -> list[range]:

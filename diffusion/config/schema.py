@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from itertools import chain
@@ -25,7 +26,7 @@ from diffusion.models.base import ModelConfig
 from diffusion.models.networks import NETWORKS
 from diffusion.optimizers import LR_SCHEDULES, OPTIMIZERS
 from diffusion.process import PREDICTIONS, GaussianDiffusion, VarianceType
-from diffusion.samplers import SAMPLERS, check_process, usual_steps
+from diffusion.samplers import SAMPLERS, check_process, noise_between, usual_steps
 from diffusion.schedule import SCHEDULES, Respacing, Schedule
 from diffusion.timesteps import TIMESTEP_SAMPLERS
 
@@ -222,11 +223,10 @@ class Config:
             raise UsageError(
                 "sample.clip_denoised is true, and data.unbounded too, whose values it cuts: set it to false"
             )
-        between = self.sample.guide_between
-        if between is not None and between[0] >= between[1]:
-            raise UsageError(f"sample.guide_between is {list(between)}; it must rise")
         with prefixed("sample.steps: "):
             check_process(self.sample.sampler, self.sample.options, self.sampling_process())
+        with prefixed("sample."):
+            noise_between(self.sampling_process(), *(self.sample.guide_between or (0.0, math.inf)))
 
     def resolved(self) -> Self:
         """This configuration with the size of the first image of the data, if `data.image_size` is null."""

@@ -153,6 +153,7 @@ class Subject:
             classes = {name: n for name, n in zip(self.dataset.class_names, counts, strict=False) if n}
             sampling = "sampler", "options", "guidance", "guide_between"
             settings |= {name: getattr(config.sample, name) for name in sampling}
+            settings |= {"guide": guide.saved.fingerprint(guide.ema)} if (guide := self.run.guide) else {}
             settings |= {"steps": config.sample_steps(), "sets": sets, "classes": classes}
             settings |= {"features": self.reference.extractor.name, "reference_images": len(images)}
             settings["reference"] = digest(images.numpy())

@@ -11,6 +11,7 @@ import torch
 from diffusion.config.files import find_config, read_yaml
 from diffusion.config.schema import by_section, config_of, override
 from diffusion.data.base import ArrayDataset, DataSet
+from diffusion.data.conditions import NO_VECTORS, vectors_of
 from diffusion.errors import UsageError
 from diffusion.training.trainer import Trainer
 
@@ -28,20 +29,29 @@ def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config:
     else:
         dataset = images_of(data)
         shape = dataset.images.shape
-        found = {"source": "memory", "image_size": shape[2:], "channels": shape[1]}
+        extra = sections["data"].get("condition_channels", 0)
+        found = {"source": "memory", "image_size": shape[2:], "channels": shape[1] - extra}
         if same := found.keys() & sections["data"].keys():
             raise UsageError(f"data.{min(same)} is that of the images, which are {tuple(shape)}: leave it out")
         sections["data"] |= found
         sections["model"].setdefault("class_cond", bool(dataset.class_names))
     override(base, sections)
-    return Trainer(config_of(base).resolved(), Path(out), warnings.warn, dataset)
+    run = config_of(base).resolved()
+    if isinstance(dataset, ArrayDataset):
+        dataset.condition_channels = run.data.condition_channels
+    return Trainer(run, Path(out), warnings.warn, dataset)
 
 
 def images_of(data: Any) -> ArrayDataset:
-    """Images in memory: of a tensor (N, C, *sizes), a pair of it and labels (N,), or a map-style data set of pairs.
+    """Images in memory: of a tensor (N, C, *sizes), a pair of it and labels (N,), a map-style data set of pairs, or a
+    mapping of images, labels and columns of condition vectors.
 
     Raises UsageError if they are something else."""
+    columns = dict[str, Any]()
     try:
+        if isinstance(data, Mapping):
+            columns = {name: values for name, values in data.items() if name not in ("images", "labels")}
+            data = data["images"], data.get("labels")
         if not isinstance(data, tuple | torch.Tensor | np.ndarray):  # a data set
             items = [data[i] for i in range(len(data))]
             data = torch.stack([torch.as_tensor(image) for image, _ in items]), [label for _, label in items]
@@ -56,4 +66,5 @@ def images_of(data: Any) -> ArrayDataset:
         raise UsageError(f"data is {what}; it must be (N, C, *sizes), uint8 or float in [-1, 1], and labels (N,)")
     values, index = torch.unique(numbers, return_inverse=True)
     names = () if labels is None else tuple(map(str, values.tolist()))
-    return ArrayDataset(images if images.dtype == torch.uint8 else images.float(), index, names)
+    vectors = vectors_of(columns, "data", [f"number {i}" for i in range(len(images))]) if columns else NO_VECTORS
+    return ArrayDataset(images if images.dtype == torch.uint8 else images.float(), index, names, vectors=vectors)
