@@ -84,6 +84,8 @@ def choose_data(args: argparse.Namespace, run: Run) -> DataConfig:
     shape = data.shape if data.any_size or data.source == trained.source else native().shape
     if shape != trained.shape:
         raise UsageError(f"data.source is {data.source} of {shape}; the model's images are {trained.shape}")
+    if data.condition_shapes != trained.condition_shapes:
+        raise UsageError(f"the condition images are {data.condition_shapes}, the model's {trained.condition_shapes}")
     if args.split == "held_out" and not data.held_out:
         raise UsageError("--split is held_out, and the run held nothing out: data.held_out is 0")
     if args.split not in (*data.splits, "held_out"):
@@ -112,6 +114,9 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
         dataset = with_classes(dataset, names)
     elif names not in ((), dataset.class_names) and not (saved.step == 0 and names == numbers):  # of a converted model
         raise UsageError(f"the data's classes are {dataset.class_names}; those of {saved.path} are {names}")
+    if dataset.vectors.widths != run.vectors.widths:
+        its, own = (", ".join(one.widths) or "none" for one in (dataset.vectors, run.vectors))
+        raise UsageError(f"the data's conditions are {its}; those of {saved.path} are {own}")
     whole = dataset
     if args.classes is not None:
         chosen = np.isin(np.asarray(dataset.labels), run.labels(args.classes) or [])

@@ -130,7 +130,7 @@ def choose_conditions(args: argparse.Namespace, run: Run) -> tuple[int, dict[str
         else:
             values[name] = text.split(",") if not text.endswith(".npy") else read_columns(Path(text))[Path(text).stem]
     n: int = args.n or next((len(value) for value in values.values() if isinstance(value, Tensor)), run.config.sample.n)
-    classes = len(run.labels(args.classes) or [0])
+    classes = len(run.labels(args.classes) or [0]) if ranges else 1
     side = max(1, round((n / classes) ** (1 / max(1, len(ranges)))))
     for k, (name, (low, high)) in enumerate(ranges.items()):  # after the classes, the first one changes fastest
         values[name] = np.linspace(low, high, side)[np.arange(n) // classes // side**k % side]

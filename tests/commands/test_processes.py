@@ -32,6 +32,8 @@ def outputs(run):
     inputs = {"y": torch.arange(64) % 10}
     if saved.config.data.low_res_size is not None:
         inputs["low_res"] = torch.randn(64, 1, 4, 4, generator=generator)
+    if saved.vectors.size:
+        inputs["vector"] = torch.randn(64, saved.vectors.size, generator=generator)
     with torch.no_grad():
         return torch.stack([saved.network(files[f"{name}.safetensors"]).eval()(x, t, **inputs)
                             for name in ("model", "ema_0.999")])  # fmt: skip
@@ -52,14 +54,17 @@ def go_back(run, step, copy):
 
 
 def test_one_process_and_two_with_accumulation_agree_after_50_steps_and_continue_each_other(tmp_path):
-    """With importance sampling, whose history is that of the whole batch, dropped classes, and an upsampler."""
+    """With importance sampling, whose history is that of the whole batch, dropped conditions: classes, vectors, and the
+    small images of an upsampler."""
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(1797, 5)))
     values = dict(train__steps=50, train__log_every=1, train__lr=1e-4, train__optimizer="adamw", checkpoint__every=25,
                   train__timestep_sampler="loss_second_moment", diffusion__steps=20, train__label_dropout=0.3,
-                  data__low_res_size=4)  # fmt: skip
+                  data__low_res_size=4, data__conditions=str(tmp_path / "vectors.npy"))  # fmt: skip
     config = small(**values)
     flags = [*PLAIN, "--train.steps", 50, "--train.lr", "1e-4", "--checkpoint.every", 25, "--sample.every", 0,
              "--train.timestep_sampler", "loss_second_moment", "--diffusion.steps", 20, "--train.label_dropout", 0.3,
-             "--data.low_res_size", 4, "--train.gradient_accumulation"]  # fmt: skip
+             "--data.low_res_size", 4, "--data.conditions", tmp_path / "vectors.npy",
+             "--train.gradient_accumulation"]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     Trainer(config, one).run()
     assert "on 2 x cpu" in together("train.py", "--out", two, *flags, 2)

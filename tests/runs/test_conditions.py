@@ -152,8 +152,8 @@ def test_two_ranges_span_a_grid_and_a_table_gives_every_column(tmp_path, monkeyp
     drawn = from_command(tmp_path / "run", monkeypatch, capsys, tmp_path, "--condition", tmp_path / "t.csv", n=2)
     wanted = loaded.sample(2, conditions={"a": [3, 4], "b": [0.5, 1]})
     assert torch.equal(drawn, ((wanted[:, 0] + 1) * 127.5).round().clamp(0, 255).byte())
-    code, out, err = script(sample, monkeypatch, capsys, "--ckpt", tmp_path / "run", "--condition", "a=0:30", "--n", 9,
-                            "--captions")  # fmt: skip
+    argv = ["--ckpt", tmp_path / "run", "--condition", "a=0:30", "--n", 9, "--captions"]
+    code, out, err = script(sample, monkeypatch, capsys, *argv)
     assert code == 0, err
     assert Image.open(out.split(": ")[1].strip()).height > 3 * 64  # a grid with lines of text
 
@@ -217,8 +217,8 @@ def test_data_from_python_have_conditions_too(tmp_path):
 @pytest.mark.parametrize("guide", ["itself", "past", "average", "plain"])
 def test_a_guide_of_scale_one_is_none_to_the_bit_and_others_extrapolate(run, plain, guide):
     loaded = diffusion.load(run)
-    other = {"itself": lambda: loaded, "past": lambda: diffusion.load(run / "checkpoints/step_00000003"),
-             "average": lambda: diffusion.load(run, "none"), "plain": lambda: diffusion.load(plain)}[guide]()  # fmt: skip
+    others = {"past": (run / "checkpoints/step_00000003", None), "average": (run, "none"), "plain": (plain, None)}
+    other = diffusion.load(*others.get(guide, (run, None)))
     without = loaded.sample(4)
     assert torch.equal(loaded.sample(4, guide=other, guidance=1.0), without)
     guided = loaded.sample(4, guide=other, guidance=3.0)
@@ -313,3 +313,18 @@ def test_a_conditional_run_is_scored_and_guided_from_the_command(run, monkeypatc
     code, out, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, "--steps", 3, "--n", 8)
     assert code == 0, err
     assert "bits per dimension: 8 images" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--data.condition_columns", "[angle]"], "the data's conditions are angle; those of"),
+        (["--data.condition_channels", "0", "--data.channels", "2"], "the model's images are (1, 8, 8)"),
+        (["--data.source", "digits"], "condition images are {}, the model's {'image': (1, 8, 8)}"),
+    ],
+    ids=["columns", "channels", "source"],
+)
+def test_data_of_other_conditions_are_not_scored(run, monkeypatch, capsys, changes, says):
+    code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", run, "--steps", 3, "--n", 8, *changes)
+    assert code == 2
+    assert says in err
