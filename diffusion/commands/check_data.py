@@ -4,6 +4,8 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, print_line, progress_bar
 from diffusion.data.base import DataSet, hold_out, load, open_data, part
@@ -32,7 +34,7 @@ def main() -> None:
         data.check_outside(args.sheet, "--sheet")
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(data, ImageFiles):  # an unreadable file is named, and the others are read
-        dataset: DataSet = dataclasses.replace(data, on_error="fail").list_files()
+        dataset: DataSet = dataclasses.replace(data, on_error="fail").paired()
     else:
         dataset = open_data(data)
     with progress_bar(len(dataset), shown=True) as bar:
@@ -51,10 +53,14 @@ def main() -> None:
         print_line(f"{len(held_out)} of them are held out, {seen} of which are the same as images that are trained on")
     _print(flat, "of a single value")
     _print([" = ".join(group) for group in duplicates], "groups of images that are the same")
-    sheet = to_x_start(load(readable, part(len(readable), ON_SHEET).tolist())[0])
-    if data.random_flip:
+    batch = load(readable, part(len(readable), ON_SHEET).tolist())
+    sheets = [to_x_start(images) for images in (batch.images, batch.condition_images) if images.shape[1]]
+    for sheet in sheets if data.random_flip else ():
         sheet[1::2] = sheet[1::2].flip(-1)
-    save_grid(to_uint8(sheet), args.sheet, by="check-data")
+    images, *others = sheets
+    beside = [x if x.shape == images.shape else x.mean(1, keepdim=True).expand_as(images) for x in others]
+    captions = [", ".join(f"{value:.3g}" for value in row[:4]) for row in batch.vectors.tolist() if row]
+    save_grid(to_uint8(torch.cat([images, *beside], dim=-1)), args.sheet, captions=captions, by="check-data")
     print_line(f"fingerprint {readable.fingerprint()}; what the network would see: {args.sheet.resolve()}")
 
 

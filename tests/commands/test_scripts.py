@@ -145,6 +145,41 @@ def test_the_commands_of_the_documentation_work(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.rglob("*.png"))
 
 
+class Sentences:
+    """Somebody else's model of sentences."""
+
+    def __init__(self, name): ...
+
+    def encode(self, sentences):
+        return np.array([[len(text), text.count("a"), text.count("e")] for text in sentences], np.float32)
+
+
+def test_the_recipes_of_conditions_work(tmp_path, monkeypatch, capsys):
+    """The blocks of the page in their order, the training cut short, on images with masks and captions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Sentences))
+    for folder, mode in (("photos", "RGB"), ("masks", "L")):
+        (tmp_path / folder).mkdir()
+        for i in range(32):
+            Image.effect_noise((32, 32), 10 + i).convert(mode).save(f"{folder}/{i}{'_mask' if mode == 'L' else ''}.png")
+    Path("captions.txt").write_text("".join(f"image {i}\n" for i in range(32)))
+    quick = f"{SHORT} --train.steps 3 --checkpoint.every 2 --model.channel_mult [1,1,1]"
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "docs/conditions.md").read_text(), re.DOTALL)
+    lines = [line for kind, block in blocks for line in (block.splitlines() if kind == "sh" else [block])]
+    assert len([line for line in lines if line.startswith("python ")]) == 12
+    for line in lines:
+        if not line.startswith("python "):
+            exec(line, {})
+            continue
+        line = line.replace("step_00000250", "step_00000002").replace(" --train.steps 2000", "")
+        line = line.replace("--guide_between", "--steps 8 --guide_between")
+        _, *argv = shlex.split(f"{line} {quick}" if "train.py" in line else line)
+        code, _, err = script({"train.py": train, "sample.py": sample}[argv[0]], monkeypatch, capsys, *argv[1:])
+        assert code == 0, (line, err)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(list(Path("runs").glob("*/samples/*.png"))) == 5 + 7
+
+
 def test_the_python_examples_of_the_readme_are_short():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
