@@ -17,6 +17,7 @@ import diffusion
 import evaluate
 import sample
 from diffusion import UsageError
+from diffusion.commands import convert
 from diffusion.data.base import open_data
 from diffusion.data.conditions import Scale
 from diffusion.data.sources.digits import Digits
@@ -209,6 +210,13 @@ def test_data_from_python_have_conditions_too(tmp_path):
     assert run.sample(3, conditions={"size": 4, "image": torch.zeros(1, 1, 8, 8)}).shape == (3, 1, 8, 8)
     with pytest.raises(UsageError, match=r"conditions that are not given are those of the run's data: .* memory"):
         run.sample(3, conditions={"size": 4})
+
+
+@pytest.mark.parametrize("form", ["openai", "diffusers"])
+def test_conditions_are_not_lost_in_another_format(run, monkeypatch, capsys, tmp_path, form):
+    code, _, err = script(convert, monkeypatch, capsys, form, run, "--out", tmp_path / "out")
+    assert code == 2
+    assert f"has condition vectors or images, which {form} cannot express" in err
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------
