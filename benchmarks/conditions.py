@@ -11,8 +11,8 @@ runs/conditions/, in a few minutes on two cores; what is there is not trained ag
 
 guide: each run, of one data set and several seeds, is scored without guidance, by classifier-free guidance, and guided
 by its own checkpoint at a quarter of its steps, everywhere and between two noise levels: Fréchet distances, precision
-and recall of --sets sets of --n samples, means over runs and sets with 95% intervals over all. Results are kept in
-OUT.json after each set.
+and recall of --sets sets of --n samples, means over runs and sets with 95% intervals over all, and the difference of
+the same run and set to no guidance. Results are kept in OUT.json after each set.
 """
 
 from __future__ import annotations
@@ -169,12 +169,18 @@ def guide(ckpts: list[Path], out: Path, n: int, sets: int) -> str:
             results.setdefault(arm, []).append(found | {"evaluations": subject.evaluations or 0})
             keep(kept, results)
             print(arm, ckpt, seed, found, flush=True)
-    rows = []
+    rows, heads = (
+        [],
+        ["guided by", "Fréchet distance", "recall", "precision", "evaluations", "sets", "distance less none"],
+    )
     for arm, scores in results.items():
         cells = ["{:.3f} ± {:.3f}".format(*interval([score[name] for score in scores]))
-                 for name in ("frechet", "precision", "recall")]  # fmt: skip
-        rows.append([arm, *cells, f"{np.mean([score['evaluations'] for score in scores]):.0f}", str(len(scores))])
-    text = table(["guided by", "Fréchet distance", "precision", "recall", "evaluations", "sets"], rows)
+                 for name in ("frechet", "recall", "precision")]  # fmt: skip
+        less = [score["frechet"] - other["frechet"] for score, other in zip(scores, results["none"], strict=False)]
+        paired = "{:+.3f} ± {:.3f}".format(*interval(less)) if arm != "none" else ""
+        evaluations = f"{np.mean([score['evaluations'] for score in scores]):.0f}"
+        rows.append([arm, *cells, evaluations, str(len(scores)), paired])
+    text = table(heads, rows)
     out.with_suffix(".md").write_text(text + "\n")
     return text
 

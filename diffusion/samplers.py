@@ -258,12 +258,10 @@ def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffus
 def guided(
     model: Denoiser, guide: Denoiser, scale: float, channels: int, within: Callable[[Tensor], bool] = lambda t: True
 ) -> Denoiser:
-    """Guidance: the mean channels of `guide`'s output are extrapolated through those of `model`, whose others stay.
+    """The mean channels of `guide`'s output, extrapolated through those of `model` where `within` holds.
 
     It is classifier-free guidance (Ho & Salimans 2022, eq. 6, whose 1 + w is `scale`) if the guide is the model without
-    conditions, and autoguidance (Karras et al. 2024, eq. 3) if it is a worse version of the model. Only timesteps of
-    which `within` holds are guided (Kynkäänniemi et al. 2024, eq. 5).
-    """
+    conditions, and autoguidance (Karras et al. 2024, eq. 3) if it is a worse version of it."""
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
         output = model(x, t)
@@ -276,8 +274,7 @@ def guided(
 
 
 def noise_between(process: GaussianDiffusion, low: float, high: float) -> Callable[[Tensor], bool]:
-    """Whether the noise level sigma / alpha at a timestep as the network is given it, (B,), lies from `low` to `high`.
-    Raises UsageError where that of no timestep does."""
+    """Whether sigma / alpha at a network's timesteps lies from `low` to `high`. Raises UsageError where none does."""
     levels = process.tables["sigma"] / np.maximum(process.tables["alpha"], 1e-300)
     inside = process.network_t(torch.from_numpy(np.flatnonzero((low <= levels) & (levels <= high)))).tolist()
     if not inside:

@@ -14,20 +14,10 @@ from torch import Tensor
 
 from diffusion.errors import UsageError, check_name, check_options
 from diffusion.losses import Denoiser
+from diffusion.models.conditions import ABSENT, drop
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
 from diffusion.samplers import SAMPLERS, Progress, check_process, guided, noise_between
-
-ABSENT = {"y": -1, "vector": math.nan, "image": math.nan}
-"""What conditions are dropped by, in training and for guidance. (What an upsampler enlarges is never dropped.)"""
-
-
-def drop(conditions: Mapping[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
-    """Conditions without those of the images where `dropped` (B,) is true."""
-    return {
-        name: value.masked_fill(dropped.view(-1, *[1] * (value.ndim - 1)), ABSENT[name]) if name in ABSENT else value
-        for name, value in conditions.items()
-    }
 
 
 def batches(indices: range, size: int) -> list[range]:
@@ -52,7 +42,7 @@ def sample_batch(
         conditions: the network's others by name: vector, image, low_res, each of len(batch) rows.
         guidance: see `guided`; 1 is none.
         guide: called with x_t and its timestep input; None: the model without labels, vector and image.
-        guide_between: the noise levels sigma / alpha that are guided; None: all.
+        guide_between: the noise levels sigma / alpha that are guided.
         progress: wraps the steps.
 
     Returns images (len(batch), *shape) in [-1, 1] on the CPU.
@@ -62,19 +52,16 @@ def sample_batch(
     check_name("sampler", sampler, SAMPLERS)
     check_options(SAMPLERS[sampler].run, options or {})
     check_process(sampler, options or {}, process)
-    given = {} if labels is None else {"y": labels}
-    given |= conditions or {}
+    given = {**({} if labels is None else {"y": labels}), **(conditions or {})}
     if not 0 <= guidance < math.inf or (guidance != 1 and guide is None and not given.keys() & ABSENT.keys()):
-        right = "at least 0, and without labels, conditions or a guide 1"
-        raise UsageError(f"guidance is {guidance}; it must be a number of {right}")
+        raise UsageError(f"guidance is {guidance}; it must be at least 0, and without labels, conditions or a guide 1")
     if not batch or (labels is not None and labels.min() < -1):
         raise UsageError(f"batch is {batch} and labels {labels}; there must be images, and labels from -1 (no class)")
     device = torch.device(device)
     inputs = {name: value.to(device) for name, value in given.items()}
     denoiser: Denoiser = partial(model, **inputs)
     if guidance != 1:
-        everywhere = torch.ones(len(batch), dtype=torch.bool, device=device)
-        guide = guide or partial(model, **drop(inputs, everywhere))
+        guide = guide or partial(model, **drop(inputs, torch.ones(len(batch), dtype=torch.bool, device=device)))
         within = [noise_between(process, *guide_between)] if guide_between is not None else []
         denoiser = guided(denoiser, guide, guidance, shape[0], *within)
     x_T = image_noise(batch, shape, device, seed, "x_T")

@@ -17,7 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffusion.errors import prefixed
-from diffusion.models.layers import VectorEmbedding, timestep_embedding, with_images, zero_module
+from diffusion.models.conditions import VectorEmbedding, with_images
+from diffusion.models.layers import timestep_embedding, zero_module
 from diffusion.models.rules import check_input, check_patches, check_transformer
 
 

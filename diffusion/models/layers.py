@@ -1,7 +1,7 @@
 """The layers of the U-Net, in 1, 2 or 3 dimensions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -112,27 +112,6 @@ def conv_nd(dims: int, *args: Any, **kwargs: Any) -> Conv1d | Conv2d | Conv3d:
     """A convolution over `dims` axes (1, 2 or 3), with the arguments of `nn.Conv2d`."""
     kinds: dict[int, Any] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
     return kinds[dims](*args, **kwargs)
-
-
-class VectorEmbedding(nn.Module):
-    """A linear layer for condition vectors (B, size) that starts at zero. Of NaN, which is no condition, it gives 0."""
-
-    def __init__(self, size: int, channels: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(channels, size)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, vector: Tensor) -> Tensor:
-        given = ~vector.isnan().any(1, keepdim=True)
-        return given * F.linear(vector.nan_to_num(), self.weight, self.bias)
-
-
-def with_images(x: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """Images and their condition images `low_res` and `image`, if any, enlarged to the images' sizes, as channels. NaN,
-    no condition, becomes 0."""
-    mode, sizes = ("linear", "bilinear", "trilinear")[x.ndim - 3], x.shape[2:]
-    images = [conditions[name].nan_to_num() for name in ("low_res", "image") if name in conditions]
-    same = [image if image.shape[2:] == sizes else F.interpolate(image, sizes, mode=mode) for image in images]
-    return torch.cat([x, *same], dim=1) if same else x
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:

@@ -21,18 +21,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.errors import UsageError, prefixed
+from diffusion.models.conditions import VectorEmbedding, with_images
 from diffusion.models.layers import (
     Conv1d,
     Downsample,
     Linear,
     SiLU,
     Upsample,
-    VectorEmbedding,
     conv_nd,
     folded,
     normalization,
     timestep_embedding,
-    with_images,
     zero_module,
 )  # fmt: skip
 from diffusion.models.rules import check_dims, check_input, check_sizes, check_widths
@@ -160,9 +159,8 @@ class UNetModel(nn.Module):
         use_new_attention_order: split q, k and v across heads.
         image_size: of no effect, since the network runs at any size; the sequel's class has it.
         use_norm: normalise; without normalisation, see `diffusion.models.initialisation`.
-        vector_size: condition on vectors of so many numbers, through a layer that starts at zero; 0 for none.
-        image_channels: channels of condition images, which are concatenated to x; 0 for none. With those of x, and
-            `low_res` as the condition, it is the published SuperResModel (section 6 of the sequel).
+        vector_size: condition on vectors of so many numbers (0: none), through a layer that starts at zero.
+        image_channels: of condition images, concatenated to x. With those of x, it is the published SuperResModel.
 
     Raises UsageError if `check_widths` does.
     """
@@ -253,8 +251,7 @@ class UNetModel(nn.Module):
             x: (B, in_channels, ...), its last one (`dims` 1) or two sizes divisible by 2^(levels - 1).
             timesteps: (B,), may be fractional.
             y: (B,) class labels, if and only if the model has classes; -1 is no class (classifier-free guidance).
-            conditions: those that the model has: `vector` (B, vector_size), and the images `low_res` and `image`
-                (B, C, ...) of any sizes, `image_channels` in all. NaN is none.
+            conditions: `vector` (B, vector_size), `low_res` and `image` (B, C, ...), as far as the model has them.
 
         Returns (B, out_channels, ...). Raises UsageError if the size or the conditions do not fit.
         """

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
 from diffusion.losses import LossType, training_losses, unweighted
+from diffusion.models.conditions import ABSENT, drop
 from diffusion.optimizers import ANY_THREADS
 from diffusion.parallel.cores import CORES
 from diffusion.parallel.launchers import on_cpu
 from diffusion.parallel.sharding import shard_like, to_full
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import generator_for, seed_for
-from diffusion.sampling import ABSENT, drop
 from diffusion.timesteps import LogitNormal, LossSecondMoment
 
 LOSS_SCALES = 1.0, 2.0**24
@@ -73,7 +73,7 @@ class TrainingStep:
         seed: of timesteps, noise, flips, dropout and dropped conditions.
         gradient_accumulation: micro-batches that each process's share of a batch is split into.
         grad_clip: the largest norm of the gradient.
-        label_dropout: share of the images that are trained on without label, vector and image (see `sampling.ABSENT`).
+        label_dropout: share of the images that are trained on without label, vector and image.
         random_flip: mirror half of the images, and their condition images, along their last axis.
         unbounded: images may have values beyond [-1, 1].
         accelerator: of several processes or mixed precision; by default a plain one.

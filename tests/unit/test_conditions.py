@@ -19,8 +19,8 @@ from diffusion.data.sources.digits import Digits
 from diffusion.data.sources.folder import Folder
 from diffusion.data.summary import describe_data
 from diffusion.losses import training_losses
+from diffusion.models.conditions import drop
 from diffusion.models.networks import NETWORKS
-from diffusion.sampling import drop
 from diffusion.training.build import build_step
 
 NAMES = ["b/3.png", "a/1.png", "a/2.png"]

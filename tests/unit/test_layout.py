@@ -9,7 +9,7 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "diffusion"
 MATHEMATICS = ["schedule", "process", "losses", "timesteps", "samplers", "likelihood", "ema", "randomness", "sampling"]
-NETWORK = ["models.layers", "models.rules", "models.unet", "models.dit", "models.initialisation"]
+NETWORK = ["models.conditions", "models.layers", "models.rules", "models.unet", "models.dit", "models.initialisation"]
 LAYERS = [
     ["errors", "parallel.sharding"],
     [*MATHEMATICS, *NETWORK],

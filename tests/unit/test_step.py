@@ -269,7 +269,7 @@ def test_wrong_names_and_shapes_get_one_line_from_python_too():
          lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), sampler="plms")),
         ("eta is 3; it must be from 0 to 1",
          lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), sampler="ddim", options={"eta": 3})),
-        ("guidance is 2; it must be a number of at least 0, and without labels, conditions or a guide 1",
+        ("guidance is 2; it must be at least 0, and without labels, conditions or a guide 1",
          lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(1), guidance=2)),
         ("there must be images, and labels from -1", lambda: sample_batch(PROCESS, unet(), (1, 8, 8), range(0))),
         ("grad_clip is -1.0, which is out of range", lambda: step_of(unet(), grad_clip=-1.0)),
