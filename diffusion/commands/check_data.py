@@ -4,8 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, print_line, progress_bar
 from diffusion.data.base import DataSet, hold_out, load, open_data, part
@@ -15,7 +13,7 @@ from diffusion.data.summary import check_images, describe_data
 from diffusion.data.values import to_uint8, to_x_start
 from diffusion.errors import UsageError
 from diffusion.files.atomic import written_by
-from diffusion.run.grids import PNG_MARK, save_grid
+from diffusion.run.grids import PNG_MARK, beside, save_grid
 
 ON_SHEET = 100
 
@@ -54,13 +52,12 @@ def main() -> None:
     _print(flat, "of a single value")
     _print([" = ".join(group) for group in duplicates], "groups of images that are the same")
     batch = load(readable, part(len(readable), ON_SHEET).tolist())
-    sheets = [to_x_start(images) for images in (batch.images, batch.condition_images) if images.shape[1]]
-    for sheet in sheets if data.random_flip else ():
+    images, conditions = to_x_start(batch.images), to_x_start(batch.condition_images)
+    for sheet in (images, conditions) if data.random_flip else ():
         sheet[1::2] = sheet[1::2].flip(-1)
-    images, *others = sheets
-    beside = [x if x.shape == images.shape else x.mean(1, keepdim=True).expand_as(images) for x in others]
+    sheet = beside(images, conditions if conditions.shape[1] else None)
     captions = [", ".join(f"{value:.3g}" for value in row[:4]) for row in batch.vectors.tolist() if row]
-    save_grid(to_uint8(torch.cat([images, *beside], dim=-1)), args.sheet, captions=captions, by="check-data")
+    save_grid(to_uint8(sheet), args.sheet, captions=captions, by="check-data")
     print_line(f"fingerprint {readable.fingerprint()}; what the network would see: {args.sheet.resolve()}")
 
 

@@ -18,7 +18,7 @@ from diffusion.data.base import digest, load
 from diffusion.data.conditions import read_columns
 from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.folder import Folder
-from diffusion.data.values import to_x_start
+from diffusion.data.values import to_uint8, to_x_start
 from diffusion.errors import UsageError, check_name, options_of, prefixed
 from diffusion.parallel.compilation import compile_network
 from diffusion.parallel.launchers import accelerate_starts, check_launcher, launcher, on_cpu
@@ -174,7 +174,10 @@ def open_store(
 
     def at(out: Path) -> SampleStore | GridStore:
         if form is None:
-            return GridStore(out, columns or len(labels or ()), captions_of(run, given, n) if args.captions else ())
+            shown = to_uint8(given["image"]) if "image" in given else None
+            return GridStore(
+                out, columns or len(labels or ()), captions_of(run, given, n) if args.captions else (), shown
+            )
         return SampleStore(out, form, n, config.data.shape, labels, settings, config.data.range)
 
     guided = f"_guidance{sample.guidance:g}" if sample.guidance != 1 else ""

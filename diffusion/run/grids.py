@@ -44,6 +44,16 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return to_pil(F.pad(sheet, (border, 0, border, 0), value=255))
 
 
+def beside(images: Tensor, conditions: Tensor | None) -> Tensor:
+    """Images with their condition images, if any, to their left, taken in turn; grey where their channels differ."""
+    if conditions is None:
+        return images
+    left = conditions[torch.arange(len(images)) % len(conditions)].to(images.device)
+    if left.shape != images.shape:
+        left = left.mean(1, keepdim=True, dtype=torch.float).to(images).expand_as(images)
+    return torch.cat([left, images], dim=-1)
+
+
 def _plot(signal: Tensor) -> Tensor:
     """A signal (C, length), uint8, as lines from left to right: (1, TILE, width)."""
     width = min(4 * TILE, max(TILE, signal.shape[1]))

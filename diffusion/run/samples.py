@@ -28,7 +28,7 @@ from diffusion.data.decode import PIL_MODES
 from diffusion.data.values import to_stored, to_uint8
 from diffusion.errors import UsageError
 from diffusion.files.atomic import lock, replace_bytes, unlock
-from diffusion.run.grids import png, save_grid
+from diffusion.run.grids import beside, png, save_grid
 
 Form = Literal["images", "npz"]
 SETTINGS = "samples.json"
@@ -55,8 +55,8 @@ class GridStore:
     Its methods are those of `SampleStore`.
     """
 
-    def __init__(self, out: Path, classes: int, captions: Sequence[str] = ()):
-        self.out, self.classes, self.captions = out, classes, captions
+    def __init__(self, out: Path, classes: int, captions: Sequence[str] = (), conditions: Tensor | None = None):
+        self.out, self.classes, self.captions, self.conditions = out, classes, captions, conditions
         self.drawn: dict[int, Tensor] = {}
 
     def begin(self) -> None:
@@ -76,6 +76,7 @@ class GridStore:
         if main:
             images = torch.cat([drawn[batch.start] for batch in batches])
             self.out = next(path for path in numbered(self.out) if not os.path.lexists(path))  # one may be new
+            images = beside(images, self.conditions)
             save_grid(images, self.out, self.classes, captions=self.captions, by="sample")
 
     def close(self) -> None: ...

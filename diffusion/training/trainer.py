@@ -28,7 +28,7 @@ from diffusion.randomness import seed_for
 from diffusion.run import checkpoint
 from diffusion.run.checkpoint import Checkpoint, Weights
 from diffusion.run.folder import RunFolder, append_line
-from diffusion.run.grids import save_grid
+from diffusion.run.grids import beside, save_grid
 from diffusion.run.loaded import Given, Run
 from diffusion.run.start import changes, continued_config, origin_of, start_from
 from diffusion.sampling import batches
@@ -282,13 +282,14 @@ class Trainer:
         indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         given: Given = {"y": torch.arange(len(self.class_names))} if self.class_names else {}
         if config.data.condition_shapes or self.data.vectors.size:  # those of some images of the data
-            some = np.resize(part(len(self.dataset), config.sample.n), indices.stop)
+            some = np.resize(part(len(self.dataset), config.sample.n), config.sample.n)
             given = self.sampled.raw(load(self.dataset, some.tolist()))[1]
         options: dict[str, Any] = {"seed": config.train.seed, "progress": self._signals.interruptible}
         with self._average():
             drawn = list(self.sampled.generate(batches(indices, self._micro_batch), given, **options))
         images = to_uint8(torch.cat([images for _, images in drawn])).to(accelerator.device)
         images = gather(images)[: config.sample.n]
+        images = beside(images, to_uint8(given["image"]) if "image" in given else None)
         self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
         self._trackers.log_grid(self.last_grid, self.step)
 

@@ -75,6 +75,21 @@ def test_a_run_with_conditions_is_continued_to_the_bit(run, data, tmp_path):
     assert diffusion.load(run).vectors == Scale.of(open_data(config(data).data).vectors)
 
 
+def test_grids_show_condition_images_beside_what_was_drawn(run, monkeypatch, capsys, tmp_path):
+    loaded = diffusion.load(run)
+    own = {name: value for name, value in loaded.of_data(4).items() if name != "y"}
+    code, _, err = script(sample, monkeypatch, capsys, "--ckpt", run, "--n", 4, "--out", tmp_path / "a.png")
+    assert code == 0, err
+    for path in (tmp_path / "a.png", run / "samples/step_00000006.png"):
+        sheet = np.asarray(Image.open(path))
+        assert sheet.shape[1] > 1.9 * sheet.shape[0]  # two by two, each of twice the width
+        half, other = sheet[3:33:4, 3:33:4], sheet[3:33:4, 35:65:4]
+        if path.name == "a.png":
+            assert abs(((own["image"][0, 0] + 1) * 127.5).numpy() - half).max() <= 1
+        assert (half[:, 4:] == 0).all()  # the right half of a left half
+        assert (other[:, 4:] != 0).any()
+
+
 def test_other_columns_are_not_the_same_run(run, data):
     with pytest.raises(UsageError, match=r"data.condition_columns was \[\] and is \[.angle.\]"):
         Trainer(config(data, data__condition_columns=["angle"]), run)
