@@ -211,12 +211,7 @@ class Config:
         if self.data.image_size is not None:
             with prefixed("data.image_"):
                 self.model.check_sizes(self.data.sizes)
-        share, factor, data = self.train.label_dropout, self.train.scalar_lr_factor, self.data
-        if share and not (
-            self.model.class_cond or data.conditions or data.condition_columns or data.condition_channels
-        ):
-            nothing = "but model.class_cond is false, and data has no conditions: nothing to drop"
-            raise UsageError(f"train.label_dropout is {share}, {nothing}")
+        factor = self.train.scalar_lr_factor
         if factor != 1 and getattr(self.model, "init", None) != "fixup":
             raise UsageError(f"train.scalar_lr_factor is {factor}, but only model.init fixup has scalars")
         if self.data.unbounded and self.sample.options["clip_denoised"]:

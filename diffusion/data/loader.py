@@ -82,7 +82,8 @@ def step_batches(
             if batch.replaced:
                 replaced(batch.replaced)
             tensors = Batch.of(batch, dataset.condition_channels)
-            yield Batch(*(tensor.pin_memory() for tensor in tensors)) if torch.cuda.is_available() else tensors
+            pinned = torch.cuda.is_available()
+            yield Batch(*(tensor.pin_memory() if pinned and tensor.numel() else tensor for tensor in tensors))
     except OSError as error:
         _kill(set(multiprocessing.active_children()) - others)  # else torch waits 5 seconds for each
         # torch's half-made iterator complains when it is freed, which is now.

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from diffusion.config.schema import Config
 from diffusion.data.base import DataSet, count_seen, hold_out, open_data
-from diffusion.data.conditions import Scale
+from diffusion.data.conditions import Scale, conditioned
 from diffusion.data.sources.folder import Folder
 from diffusion.data.summary import describe_data
 from diffusion.errors import UsageError
@@ -43,7 +43,7 @@ def open_run_data(
     if isinstance(config.data, Folder):
         config.data.check_outside(out, "--out")
     with accelerator.main_process_first():  # one process downloads, or makes an index; the others find it there
-        whole = open_data(config.data) if given is None else given
+        whole = open_data(config.data) if given is None else conditioned(given, config.data)
         dataset, held_out = hold_out(whole, config.data.held_out, config.train.seed)
     if len(dataset) < config.train.batch_size:
         beside = f", beside {len(held_out)} held out" if held_out else ""
@@ -53,6 +53,9 @@ def open_run_data(
     if config.model.class_cond and not class_names:
         reason = getattr(getattr(dataset, "files", None) or dataset, "no_classes", "") or config.data.source
         raise UsageError(f"model.class_cond is true, but the data have no classes ({reason}): set it to false")
+    dropout, nothing = config.train.label_dropout, not class_names and not dataset.vectors.widths
+    if dropout and nothing and not config.data.condition_channels:
+        raise UsageError(f"train.label_dropout is {dropout}, and there are no classes and no conditions to drop")
     if saved and saved.class_names != class_names:
         here, there = (", ".join(names) or "none" for names in (class_names, saved.class_names))
         raise UsageError(f"the data's classes are {here}, and {there} in {out}")

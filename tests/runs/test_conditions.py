@@ -225,6 +225,11 @@ def test_data_from_python_have_conditions_too(tmp_path):
     assert run.sample(3, conditions={"size": 4, "image": torch.zeros(1, 1, 8, 8)}).shape == (3, 1, 8, 8)
     with pytest.raises(UsageError, match=r"conditions that are not given are those of the run's data: .* memory"):
         run.sample(3, conditions={"size": 4})
+    np.save(tmp_path / "sizes.npy", sizes)
+    table = settings | {"data.conditions": str(tmp_path / "sizes.npy"), "train.label_dropout": 0.5}
+    diffusion.train(images, tmp_path / "other", table).close()
+    with pytest.raises(UsageError, match=r"label_dropout is 0.5, and there are no classes and no conditions to drop"):
+        diffusion.train(images[:, :1], tmp_path / "third", {"train.label_dropout": 0.5, "train.batch_size": 8})
 
 
 @pytest.mark.parametrize("form", ["openai", "diffusers"])

@@ -237,7 +237,6 @@ def test_what_is_saved_loads_as_the_same(tmp_path):
         (["--train={'steps': null}"], "--train is a section"),
         (["--conf", "configs/digits.yaml"], "unknown key conf: did you mean config?"),
         (["--train.label_dropout", "1"], "train.label_dropout is 1; it must be less than 1"),
-        (["--model.class_cond", "false", "--train.label_dropout", "0.1"], "data has no conditions: nothing to drop"),
         (["--sample.guide_between", "[2,1]"], "sample.guide_between is [2, 1], and the steps' noise levels"),
         (["--data.low_res_size", "8"], "data.low_res_size is 8; it must be below data.image_size"),
         (["--model.num_head_channels", "48"], "model.num_head_channels is 48, which does not divide 32 channels"),
