@@ -124,6 +124,8 @@ class DataConfig:
     splits: ClassVar[tuple[str, ...]] = ("train",)
     any_size: ClassVar[bool] = False
     """Whether images of several sizes belong to the source."""
+    has_columns: ClassVar[bool] = False
+    """Whether the source has columns of its own."""
     # Sources that have these as settings declare them as fields.
     random_flip = False
     condition_images = cast(str | None, None)
@@ -138,6 +140,8 @@ class DataConfig:
         if self.unbounded and not isinstance((self.range or (0,))[0], float):  # whole numbers are written as integers
             right = "with data.unbounded, it must be of decimals, such as [-5.5, 5.5]"
             raise UsageError(f"data.range is {self.range and list(self.range)}; {right}")
+        if self.condition_columns and self.conditions is None and not self.has_columns:
+            raise UsageError(f"data.condition_columns is {list(self.condition_columns)}: name data.conditions, too")
         for name, size in (("image_size", self.image_size), ("low_res_size", self.low_res_size)):
             if isinstance(size, tuple) and (len(size) not in (1, 2, 3) or min(size) < 1):
                 raise UsageError(f"data.{name} is {list(size)}; it must be one to three sizes of at least 1")

@@ -154,6 +154,8 @@ def rewritten(**changed):
         ({"conditions": "images/b/3.png"}, None, "images/b/3.png cannot be read as .csv, .npy or .npz"),
         ({"conditions": "two.npy"}, None, "two.npy: two has 2 rows, and there are 3 images"),
         ({"conditions": "bad.npy"}, None, "bad.npy: bad of a/2.png is 'inf'; it must be a finite number"),
+        ({"condition_images": None, "condition_channels": 1}, None, "is 1: name data.condition_images, too"),
+        ({"conditions": None, "condition_columns": ["size"]}, None, "is ['size']: name data.conditions, too"),
         ({"condition_images": "masks", "condition_channels": 0}, None, "data.condition_channels is 0, and data.cond"),
         ({**MASKS, "condition_images": "fewer"}, None, "data.condition_images: there is none for images/b/3.png"),
         ({**MASKS, "condition_images": "more"}, None, "data.condition_images: more/x.png belongs to no image"),
@@ -328,3 +330,28 @@ def test_conditions_train(name):
     x = Digits().open().images[:64].float() / 127.5 - 1
     losses = [step(x, image=x).losses.mean().item() for _ in range(40)]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_columns_of_a_table_are_conditions(tmp_path):
+    """Numbers, vectors such as embeddings, and a second column of images."""
+    datasets = pytest.importorskip("datasets")
+    from diffusion.data.sources.huggingface import HuggingFace
+
+    rows = {"image": [Image.new("L", (8, 8), i) for i in range(4)],
+            "depth": [Image.new("L", (8, 8), 10 * i) for i in range(4)],
+            "text": [[i, -i, 0.5] for i in range(4)], "angle": [0.0, 1.0, 2.0, 3.0], "name": list("abcd")}  # fmt: skip
+    kinds = {"image": datasets.Image(), "depth": datasets.Image()}
+    table = datasets.Dataset.from_dict(rows)
+    for column, kind in kinds.items():
+        table = table.cast_column(column, kind)
+    table.save_to_disk(tmp_path / "table")
+    settings = dict(path=str(tmp_path / "table"), image_size=8, channels=1, condition_images="depth",
+                    condition_channels=1)  # fmt: skip
+    dataset = open_data(HuggingFace(**settings, condition_columns=["angle", "text"]))
+    assert levels(dataset) == ([0, 1, 2, 3], [0, 10, 20, 30])
+    assert dataset.vectors.widths == {"angle": 1, "text": 3}
+    assert load(dataset, [3]).vectors.tolist() == [[3, 3, -3, 0.5]]
+    for columns, says in ((["angel"], "is angel; it must be one of .*did you mean angle"),
+                          (["name"], "name of row 0 is 'a'; it must be a finite number")):  # fmt: skip
+        with pytest.raises(UsageError, match=says):
+            open_data(HuggingFace(**settings, condition_columns=columns))

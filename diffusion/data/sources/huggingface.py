@@ -29,6 +29,7 @@ class HuggingFace(ImageFiles):
     """column of labels; null: the first of type ClassLabel, if any; none: no classes"""
 
     splits = ("train", "test")
+    has_columns = True
 
     def list_files(self, split: str = "train") -> FileDataset:
         try:
