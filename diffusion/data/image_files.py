@@ -86,8 +86,8 @@ class ImageFiles(DataConfig):
                     f"data.condition_channels is {self.condition_channels}: name data.condition_images, too"
                 )
             return dataclasses.replace(dataset, condition_channels=self.condition_channels)
-        alike: dict[str, Any] = dict(condition_images=None, condition_channels=0, conditions=None, low_res_size=None)
-        alike |= dict(channels=self.condition_channels, range=self.condition_range, unbounded=False)
+        alike: dict[str, Any] = dict(condition_images=None, condition_channels=0, conditions=None, condition_columns=())
+        alike |= dict(low_res_size=None, channels=self.condition_channels, range=self.condition_range, unbounded=False)
         with prefixed("data.condition_images: "):
             others = dataclasses.replace(self, **alike | self.where_conditions(self.condition_images))
             return dataset.with_condition_images(others.list_files(split))

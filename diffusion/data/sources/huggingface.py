@@ -71,7 +71,7 @@ class HuggingFace(ImageFiles):
         return FileDataset(rows, np.arange(len(table)), self.target, labels, classes, **about)
 
     def where_conditions(self, name: str) -> dict[str, Any]:
-        return {"image_column": name, "label_column": "none", "condition_columns": ()}
+        return {"image_column": name, "label_column": "none"}
 
 
 class TableRows(Rows):
