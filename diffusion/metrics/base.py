@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.data.base import DataSet, digest, load, part
+from diffusion.data.base import DataSet, Labels, digest, load, part
 from diffusion.data.values import to_uint8, to_x_start
 from diffusion.metrics.features import FEATURES, Extractor
 from diffusion.run.loaded import Run
@@ -107,10 +107,14 @@ class Subject:
         return self.run.with_sampling(steps=self.steps or None)
 
     @property
-    def given(self) -> dict[str, Tensor]:
-        """What images are generated from: classes as frequent as in the data, and conditions of the data."""
+    def rows(self) -> Labels:
+        """The image of the data whose class and conditions each generated one has: classes are as frequent as there."""
         ordered = np.argsort(np.asarray(self.dataset.labels), kind="stable")
-        rows = ordered[(2 * np.arange(self.count) + 1) * len(ordered) // (2 * self.count)]
+        return ordered[(2 * np.arange(self.count) + 1) * len(ordered) // (2 * self.count)]
+
+    def given(self, batch: range) -> dict[str, Tensor]:
+        """What a batch of images is generated from."""
+        rows = self.rows[batch.start : batch.stop]
         if not self.run.vectors.size and not self.run.config.data.condition_shapes:
             return {"y": torch.as_tensor(self.dataset.labels)[rows]} if self.run.class_names else {}
         return self.run.raw(load(self.dataset, rows.tolist()))[1]
@@ -126,10 +130,8 @@ class Subject:
         calls, run, share = list[int](), self.sampled, self._share(self.count)
         bar = self.bar(len(share) * run.config.sampling_process().num_timesteps)
         networks = [one.network for one in (run, run.guide) if one is not None]
-        counters = [
-            network.register_forward_pre_hook(lambda network, inputs: calls.append(len(inputs[0])))
-            for network in networks
-        ]
+        count = lambda network, inputs: calls.append(len(inputs[0]))  # noqa: E731
+        counters = [network.register_forward_pre_hook(count) for network in networks]
         images = run.generate(share, self.given, seed=self.seed, progress=bar)
         gathered = gather_object([to_uint8(check_finite(batch)) for _, batch in images])
         for counter in counters:

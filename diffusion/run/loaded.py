@@ -1,7 +1,7 @@
 """A trained model, from its run: the network, the process, and sampling with the flags of `sample.py`."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from numbers import Integral
@@ -26,9 +26,9 @@ from diffusion.sampling import batches, check_finite, sample_batch
 
 Classes = Sequence[int | str] | str | int | Tensor | None
 """Class numbers or names: several, words separated by commas, or one; None: all."""
-Given = Mapping[str, Any]
-"""What images are generated from, by name, each with rows of which image i takes row i modulo their number: labels `y`,
-`vector` (not scaled), `image` and `low_res`, which may also be a run that generates it."""
+Given = Mapping[str, Any] | Callable[[range], dict[str, Tensor]]
+"""What images are generated from, by name: labels `y`, `vector` (not scaled), `image` and `low_res`, which may also be
+a run that generates it. Image i takes row i modulo their number. Or a function of a batch, that returns its rows."""
 SAME_IN_GUIDE = "steps", "schedule", "zero_terminal_snr", "prediction", "rescale_timesteps", "s_max"
 """Settings of the process that a guide shares."""
 
@@ -212,10 +212,14 @@ class Run:
         config, settings = self.config, self.config.sample
         shared = {name: getattr(settings, name) for name in ("sampler", "options", "guidance", "guide_between")}
         process, shape = config.sampling_process(), config.data.shape
-        tensors = {name: value for name, value in (given or {}).items() if not isinstance(value, Run)}
-        small = (given or {}).get("low_res")
+        every = {} if callable(given) else dict(given or {})
+        small, tensors = (
+            every.get("low_res"),
+            {name: value for name, value in every.items() if not isinstance(value, Run)},
+        )
         for batch in indices:
             rows = {name: value[[i % len(value) for i in batch]].to(self.device) for name, value in tensors.items()}
+            rows = given(batch) if callable(given) else rows
             if isinstance(small, Run):
                 [(_, drawn)] = small.generate([batch], tensors, **options)
                 rows["low_res"] = (to_x_start(to_uint8(drawn)) if config.data.range is None else drawn).to(self.device)

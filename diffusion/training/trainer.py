@@ -29,7 +29,7 @@ from diffusion.run import checkpoint
 from diffusion.run.checkpoint import Checkpoint, Weights
 from diffusion.run.folder import RunFolder, append_line
 from diffusion.run.grids import beside, save_grid
-from diffusion.run.loaded import Given, Run
+from diffusion.run.loaded import Run
 from diffusion.run.start import changes, continued_config, origin_of, start_from
 from diffusion.sampling import batches
 from diffusion.training.build import build_step, learning_rate
@@ -280,7 +280,7 @@ class Trainer:
         share = math.ceil(config.sample.n / accelerator.num_processes)
         # All processes generate as many, so that gathering is one call; the surplus of the last is cut off.
         indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        given: Given = {"y": torch.arange(len(self.class_names))} if self.class_names else {}
+        given: dict[str, Tensor] = {"y": torch.arange(len(self.class_names))} if self.class_names else {}
         if config.data.condition_shapes or self.data.vectors.size:  # those of some images of the data
             some = np.resize(part(len(self.dataset), config.sample.n), config.sample.n)
             given = self.sampled.raw(load(self.dataset, some.tolist()))[1]

@@ -325,7 +325,7 @@ def test_metrics_use_the_conditions_of_the_data(data):
     subject = Subject(scored, dataset, state, Reference(dataset, state.device, "pixels"), 20)
     order = np.argsort(dataset.labels.numpy(), kind="stable")[(2 * np.arange(20) + 1) * N // 40]
     assert torch.equal(subject.samples, dataset.images[order, :1])
-    assert torch.equal(subject.given["y"], dataset.labels[order])
+    assert torch.equal(subject.given(range(20))["y"], dataset.labels[order])
 
 
 def test_a_conditional_run_is_scored_and_guided_from_the_command(run, monkeypatch, capsys, tmp_path):
