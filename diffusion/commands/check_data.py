@@ -55,9 +55,9 @@ def main() -> None:
     images, conditions = to_x_start(batch.images), to_x_start(batch.condition_images)
     for sheet in (images, conditions) if data.random_flip else ():
         sheet[1::2] = sheet[1::2].flip(-1)
-    sheet = beside(images, conditions if conditions.shape[1] else None)
+    sheet = beside(to_uint8(images), conditions if conditions.shape[1] else None)
     captions = [", ".join(f"{value:.3g}" for value in row[:4]) for row in batch.vectors.tolist() if row]
-    save_grid(to_uint8(sheet), args.sheet, captions=captions, by="check-data")
+    save_grid(sheet, args.sheet, captions=captions, by="check-data")
     print_line(f"fingerprint {readable.fingerprint()}; what the network would see: {args.sheet.resolve()}")
 
 

@@ -18,7 +18,7 @@ from diffusion.data.base import digest, load
 from diffusion.data.conditions import read_columns
 from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.folder import Folder
-from diffusion.data.values import to_uint8, to_x_start
+from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError, check_name, options_of, prefixed
 from diffusion.parallel.compilation import compile_network
 from diffusion.parallel.launchers import accelerate_starts, check_launcher, launcher, on_cpu
@@ -41,9 +41,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--n", type=terminal.number_from(1), help="how many images (default: as in the run's grids)")
     add("--classes", help="class numbers or names, separated by commas, in turn (default: all, or those of --low_res)")
     text = (
-        "NAME=NUMBER, or several in turn; NAME=LOW:HIGH, a range; NAME=FILE.npy; image=IMAGES; or FILE.csv of columns"
+        "NAME=NUMBER,..., taken in turn; NAME=LOW:HIGH; NAME=FILE.npy; image=IMAGES; or FILE.csv (default: the data's)"
     )
-    text += " (default: conditions of the run's data)"
     add("--condition", action="append", default=[], metavar="NAME=VALUE", help=text)
     terminal.add_sampling(parser)
     text = "a count, sections like 10,15,20, ddim50, logsnr10, karras10, or a list like [0, 250, 999] (default: grids')"
@@ -96,11 +95,10 @@ def main() -> None:
     mine = [batch for batch in todo[state.process_index :: state.num_processes] if not store.is_done(batch)]
     passes = sum(one.config.sampling_process().num_timesteps for one in (run, *given.values()) if isinstance(one, Run))
     bar = terminal.progress_bar(len(mine) * passes, state.is_main_process and bool(mine))
-    common: dict[str, Any] = {"seed": args.seed}
-    common["progress"] = lambda steps: signals.interruptible(terminal.advance(bar, steps))
+    progress = lambda steps: signals.interruptible(terminal.advance(bar, steps))  # noqa: E731
     with closing(store), bar, signals:
         try:
-            for batch, images in run.generate(mine, given, **common):
+            for batch, images in run.generate(mine, given, seed=args.seed, progress=progress):
                 store.write(batch, check_finite(images))
         except SamplingInterrupted:
             done = sum(len(batch) for batch in todo if store.is_done(batch))
@@ -164,9 +162,9 @@ def open_store(
     from accelerate.utils import broadcast_object_list
 
     form, config, sample = args.form, run.config, run.config.sample
-    settings = weights_of(run) | {"sampler": sample.sampler, "options": sample.options, "guidance": sample.guidance}
-    settings |= {"steps": config.sample_steps(), "seed": args.seed, "batch_size": args.batch_size}
-    settings |= {"device": state.device.type, "guide_between": sample.guide_between}
+    drawn = {name: getattr(sample, name) for name in ("sampler", "options", "guidance", "guide_between")}
+    settings = weights_of(run) | drawn | {"steps": config.sample_steps(), "seed": args.seed}
+    settings |= {"device": state.device.type, "batch_size": args.batch_size}
     for name, value in (dict(given) | {"guide": run.guide}).items():
         if name != "y" and value is not None:
             settings[name] = weights_of(value) if isinstance(value, Run) else digest(value.cpu().numpy())
@@ -174,10 +172,8 @@ def open_store(
 
     def at(out: Path) -> SampleStore | GridStore:
         if form is None:
-            shown = to_uint8(given["image"]) if "image" in given else None
-            return GridStore(
-                out, columns or len(labels or ()), captions_of(run, given, n) if args.captions else (), shown
-            )
+            captions = captions_of(run, given, n) if args.captions else ()
+            return GridStore(out, columns or len(labels or ()), captions, given.get("image"))
         return SampleStore(out, form, n, config.data.shape, labels, settings, config.data.range)
 
     guided = f"_guidance{sample.guidance:g}" if sample.guidance != 1 else ""

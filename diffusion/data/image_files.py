@@ -82,9 +82,8 @@ class ImageFiles(DataConfig):
         dataset: FileDataset = conditioned(self.list_files(split), self)
         if not self.condition_images:
             if self.condition_channels and dataset.target.channels == self.channels:
-                raise UsageError(
-                    f"data.condition_channels is {self.condition_channels}: name data.condition_images, too"
-                )
+                given = f"data.condition_channels is {self.condition_channels}"
+                raise UsageError(f"{given}: name data.condition_images, too")
             return dataclasses.replace(dataset, condition_channels=self.condition_channels)
         alike: dict[str, Any] = dict(condition_images=None, condition_channels=0, conditions=None, condition_columns=())
         alike |= dict(low_res_size=None, channels=self.condition_channels, range=self.condition_range, unbounded=False)

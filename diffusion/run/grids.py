@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.data.decode import PIL_MODES
+from diffusion.data.values import to_uint8
 from diffusion.files.atomic import replace_bytes
 
 PNG_MARK = "Software\0diffusion {}"
@@ -45,13 +46,13 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 
 def beside(images: Tensor, conditions: Tensor | None) -> Tensor:
-    """Images with their condition images, if any, to their left, taken in turn; grey where their channels differ."""
+    """Images, uint8, with their condition images in [-1, 1], if any, to their left, taken in turn; grey where their
+    channels differ."""
     if conditions is None:
         return images
-    left = conditions[torch.arange(len(images)) % len(conditions)].to(images.device)
-    if left.shape != images.shape:
-        left = left.mean(1, keepdim=True, dtype=torch.float).to(images).expand_as(images)
-    return torch.cat([left, images], dim=-1)
+    left = conditions[torch.arange(len(images)) % len(conditions)]
+    left = left if left.shape == images.shape else left.mean(1, keepdim=True).expand(images.shape)
+    return torch.cat([to_uint8(left).to(images.device), images], dim=-1)
 
 
 def _plot(signal: Tensor) -> Tensor:

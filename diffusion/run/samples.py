@@ -76,8 +76,7 @@ class GridStore:
         if main:
             images = torch.cat([drawn[batch.start] for batch in batches])
             self.out = next(path for path in numbered(self.out) if not os.path.lexists(path))  # one may be new
-            images = beside(images, self.conditions)
-            save_grid(images, self.out, self.classes, captions=self.captions, by="sample")
+            save_grid(beside(images, self.conditions), self.out, self.classes, captions=self.captions, by="sample")
 
     def close(self) -> None: ...
 

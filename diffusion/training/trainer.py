@@ -289,7 +289,7 @@ class Trainer:
             drawn = list(self.sampled.generate(batches(indices, self._micro_batch), given, **options))
         images = to_uint8(torch.cat([images for _, images in drawn])).to(accelerator.device)
         images = gather(images)[: config.sample.n]
-        images = beside(images, to_uint8(given["image"]) if "image" in given else None)
+        images = beside(images, given.get("image"))
         self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
         self._trackers.log_grid(self.last_grid, self.step)
 
