@@ -276,8 +276,10 @@ def guided(
 def noise_between(process: GaussianDiffusion, low: float, high: float) -> Callable[[Tensor], bool]:
     """Whether sigma / alpha at a network's timesteps lies from `low` to `high`. Raises UsageError where none does."""
     levels = process.tables["sigma"] / np.maximum(process.tables["alpha"], 1e-300)
-    inside = process.network_t(torch.from_numpy(np.flatnonzero((low <= levels) & (levels <= high)))).tolist()
-    if not inside:
+    steps = [*np.flatnonzero((low <= levels) & (levels <= high))]
+    steps += [-1] if low <= 0 and process.schedule.is_flow else []  # the data
+    inside = process.network_t(torch.tensor(steps, dtype=torch.int64)).tolist()
+    if low >= high or not steps:
         span = f"the steps' noise levels sigma / alpha are from {levels.min():.3g} to {levels.max():.3g}"
         raise UsageError(f"guide_between is [{low:g}, {high:g}], and {span}")
     return lambda t: t[0].item() in inside

@@ -32,7 +32,7 @@ def main() -> None:
         data.check_outside(args.sheet, "--sheet")
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(data, ImageFiles):  # an unreadable file is named, and the others are read
-        dataset: DataSet = dataclasses.replace(data, on_error="fail").paired()
+        dataset: DataSet = dataclasses.replace(data, on_error="fail").with_conditions()
     else:
         dataset = open_data(data)
     with progress_bar(len(dataset), shown=True) as bar:

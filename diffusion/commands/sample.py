@@ -115,7 +115,9 @@ def choose_conditions(args: argparse.Namespace, run: Run) -> tuple[int, dict[str
     values, ranges, labels = dict[str, Any](), dict[str, list[float]](), None
     for word in args.condition + ([] if args.low_res is None else [f"low_res={args.low_res}"]):
         name, equals, text = word.partition("=")
-        if not equals:
+        if twice := {name, *(() if equals else run.vectors.widths)} & {*values, *ranges}:
+            raise UsageError(f"--condition {word}: {min(twice)} is given twice")
+        if not equals and run.vectors.widths:
             table = read_columns(Path(word))
             for column in run.vectors.widths:
                 check_name(f"a column of {word}", column, list(table))
@@ -123,23 +125,28 @@ def choose_conditions(args: argparse.Namespace, run: Run) -> tuple[int, dict[str
         elif name in run.config.data.condition_shapes:
             with prefixed(f"{name} {text}: "):
                 values[name], labels = open_images(run, name, Path(text), args.classes)
+        elif text.endswith(".npy"):
+            [values[name]] = read_columns(Path(text)).values()
         elif ":" in text:
             ranges[name] = as_rows(name, text.split(":", 1), 1, 2).flatten().tolist()
         else:
-            values[name] = text.split(",") if not text.endswith(".npy") else read_columns(Path(text))[Path(text).stem]
-    n: int = args.n or next((len(value) for value in values.values() if isinstance(value, Tensor)), run.config.sample.n)
-    classes = len(run.labels(args.classes) or [0]) if ranges else 1
+            values[name] = text.split(",") if equals else None
+    rows = [name for name in values if run.vectors.widths.get(name) == 1 or np.ndim(values[name]) > 1]
+    several = [len(values[name]) for name in rows if len(values[name]) > 1 or isinstance(values[name], Tensor)]
+    n: int = args.n or max(several, default=run.config.sample.n)
+    chosen = args.classes or (list(run.class_names) if ranges and run.class_names else None)
+    classes = len(run.labels(chosen) or [0]) if ranges else 1
     side = max(1, round((n / classes) ** (1 / max(1, len(ranges)))))
     for k, (name, (low, high)) in enumerate(ranges.items()):  # after the classes, the first one changes fastest
-        values[name] = np.linspace(low, high, side)[np.arange(n) // classes // side**k % side]
-    given = run.chosen(n, args.classes, values)
+        values[name] = np.linspace(low, high, side)[np.arange(n) // classes // side**k % side, None]
+    given = run.chosen(n, chosen, values)
     return n, given | ({} if labels is None else {"y": labels}), side if len(ranges) > 1 else 0
 
 
 def open_images(run: Run, name: str, path: Path, classes: str | None) -> tuple[Tensor | Run, Tensor | None]:
     """Condition images, or a run that generates them; and their classes, if they are needed. Raises UsageError."""
     data, (channels, *sizes) = run.config.data, run.config.data.condition_shapes[name]
-    if not path.exists() or is_run(path) or is_checkpoint(path):
+    if name == "low_res" and (not path.exists() or is_run(path) or is_checkpoint(path)):
         return terminal.open_run(path), None
     options: dict[str, Any] = dict(path=str(path), channels=channels)
     options["range"] = data.range if name == "low_res" else getattr(data, "condition_range", None)

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion.config.files import parse_value
-from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line
+from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line, prefixed
 from diffusion.parallel.cores import CORES
 from diffusion.run.loaded import Run, load_run
 from diffusion.samplers import SAMPLERS
@@ -68,13 +68,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--guide", type=non_empty_path, help=text)
     add("--guide_ema", help="which moving average guides, or none: of --guide, else of --ckpt's own checkpoint")
     text = "noise levels sigma / alpha that are guided, such as '[0.3, 5]' (default: the grids', usually all)"
-    add("--guide_between", type=lambda value: parse_value(value, "--guide_between"), help=text)
+    add("--guide_between", type=lambda text: parse_value(text or "''", "--guide_between"), help=text)
 
 
 def sampling_as(run: Run, args: argparse.Namespace, **flags: Any) -> Run:
     """A run with the flags of `add_sampling`, and others. Raises UsageError where they do not fit."""
     if args.guide is not None or args.guide_ema is not None:
-        flags["guide"] = open_run(args.guide or run.path, args.guide_ema)
+        with prefixed("the guide: "):
+            flags["guide"] = open_run(args.guide or run.path, args.guide_ema)
         if args.guidance is None and run.config.sample.guidance == 1:
             raise UsageError("a guide is named, and --guidance is 1, which is none: add --guidance 2")
     shared = {name: getattr(args, name) for name in ("sampler", "guidance", "guide_between")}

@@ -132,11 +132,13 @@ class DataConfig:
     condition_channels = 0
     on_error = "fail"
     range = cast(Range, None)
+    condition_range = cast(Range, None)
     unbounded = False
 
     def __post_init__(self) -> None:
-        if self.range is not None and self.range[0] >= self.range[1]:
-            raise UsageError(f"data.range is {list(self.range)}; it must rise")
+        for name, span in (("range", self.range), ("condition_range", self.condition_range)):
+            if span is not None and span[0] >= span[1]:
+                raise UsageError(f"data.{name} is {list(span)}; it must rise")
         if self.unbounded and not isinstance((self.range or (0,))[0], float):  # whole numbers are written as integers
             right = "with data.unbounded, it must be of decimals, such as [-5.5, 5.5]"
             raise UsageError(f"data.range is {self.range and list(self.range)}; {right}")
@@ -247,7 +249,7 @@ class ArrayDataset(DataSet):
 def open_data(config: DataConfig, split: str = "train") -> DataSet:
     """Open the data set of a configuration. Raises UsageError if it cannot be read, or has images of another shape or
     type than the configuration says."""
-    dataset = conditioned(config.open(split), config)
+    dataset = conditioned(config.open(split), config, split)
     if len(dataset):
         image = load(dataset, [0]).images[0]
         if image.shape != config.shape or image.dtype not in (torch.uint8, torch.float32):

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from diffusion.errors import UsageError, check_name, one_line
 
-Rows = NDArray[np.float32]
+Rows = NDArray[np.float64]
 FILES = "file_name"
 """The column that names the images."""
-NO_CONDITIONS = {FILES, "label", "arr_0", "images", "x", "arr_1", "labels", "y"}
-"""Columns and arrays that are no conditions."""
+IMAGES_AND_LABELS = {FILES, "arr_0", "images", "x", "arr_1", "labels", "y"}
+"""The arrays of an .npz that are no conditions."""
+RESERVED = {"y", "image", "low_res", "vector", "label"}
+"""Names of inputs that columns cannot have."""
 
 
 class Vectors(NamedTuple):
@@ -26,12 +28,12 @@ class Vectors(NamedTuple):
 
     widths: Mapping[str, int] = {}
     """of each column, by its name"""
-    rows: Rows = np.zeros((0, 0), np.float32)
+    rows: Rows = np.zeros((0, 0))
     """(N, sum of the widths); of no columns (0, 0)"""
 
     def at(self, indices: Sequence[int] | NDArray[np.int64]) -> Rows:
         """The rows at `indices`, (B, sum of the widths)."""
-        return self.rows[np.asarray(indices, np.int64)] if self.widths else np.zeros((len(indices), 0), np.float32)
+        return self.rows[np.asarray(indices, np.int64)] if self.widths else np.zeros((len(indices), 0))
 
     def select(self, indices: NDArray[np.int64]) -> "Vectors":
         return Vectors(self.widths, self.at(indices)) if self.widths else self
@@ -41,11 +43,11 @@ class Vectors(NamedTuple):
         """What a hash of the data is made of: nothing without columns."""
         return (dict(self.widths), self.rows) if self.widths else ()
 
-    def describe(self) -> list[str]:
-        """The columns and their ranges, in a line, if there are any."""
+    def describe(self, source: str | None) -> list[str]:
+        """The columns and their ranges, in a line, if there are any. `source` is the file that they are from."""
         parts = zip(self.widths.items(), np.split(self.rows, np.cumsum([*self.widths.values()]), axis=1), strict=False)
         spans = [f"{name} from {x.min():g} to {x.max():g}" + f" ({w} numbers)" * (w > 1) for (name, w), x in parts]
-        return [f"conditions: {', '.join(spans)}"] if spans else []
+        return [f"conditions{f' of {source}' if source else ''}: {', '.join(spans)}"] if spans else []
 
 
 class Scale(NamedTuple):
@@ -58,7 +60,7 @@ class Scale(NamedTuple):
     @classmethod
     def of(cls, vectors: Vectors) -> "Scale":
         """The scale of the vectors that are trained on. A number that never changes is only shifted."""
-        rows = vectors.rows.astype(np.float64)
+        rows = vectors.rows
         if not vectors.widths:
             return NO_SCALE
         spread = np.where(np.ptp(rows, axis=0) > 0, rows.std(0), 1.0)
@@ -71,8 +73,8 @@ class Scale(NamedTuple):
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """Vectors (B, size) as the network is given them."""
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64).to(vectors.device)
-        return ((vectors.double() - mean) / std).float()
+        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)
+        return ((vectors.cpu() - mean) / std).float()  # not every device computes in double precision
 
 
 NO_VECTORS, NO_SCALE = Vectors(), Scale()
@@ -84,63 +86,75 @@ def read_columns(path: Path) -> dict[str, Any]:
     try:
         if path.suffix in (".npy", ".npz"):
             loaded: Any = np.load(path, allow_pickle=False)
-            return {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            arrays = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            return {name: np.atleast_1d(array) for name, array in arrays.items()}
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        return {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name is not None}
+            reader = csv.DictReader(file, strict=True)
+            names, rows = list(reader.fieldnames or ()), list(reader)
     except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, ...
         raise UsageError(f"{path} cannot be read as .csv, .npy or .npz: {one_line(error)}") from None
+    if len({*names, ""}) <= len(names) or not rows:
+        raise UsageError(f"{path} must have a row of names, no two alike, and rows of cells: it has {', '.join(names)}")
+    if longer := [row for row in rows if None in row]:
+        raise UsageError(f"{path} has a row with more cells than columns: {', '.join(map(str, longer[0].values()))}")
+    return {name: [row[name] for row in rows] for name in names}
 
 
-def conditioned(dataset: Any, config: Any) -> Any:
+def conditioned(dataset: Any, config: Any, split: str = "train") -> Any:
     """A data set with the condition vectors that `data.conditions` names, if any.
 
-    Its rows belong to the images that the column `file_name` names, or are in the order of the images. Raises
-    UsageError if an image has no row, a row has no image, or a value is not a finite number.
+    Rows of a .csv belong to the images that its column `file_name` names; those of other files without such a column
+    are in the order of the images. Raises UsageError if an image has no row, a row has no image, or a value is not a
+    finite number.
     """
     if config.conditions is None or dataset.vectors.widths:
         return dataset
-    beside = Path(getattr(config, "path", None) or "", config.conditions)
-    path, names = beside if beside.is_file() else Path(config.conditions), [*map(dataset.key_of, range(len(dataset)))]
-    columns = read_columns(path)
-    chosen = config.condition_columns or [name for name in columns if name not in NO_CONDITIONS]
-    for name in chosen or [f"a column beside {FILES}"]:
-        check_name(f"data.conditions: a column of {path}", name, list(columns))
+    path, names = Path(config.conditions), [*map(dataset.key_of, range(len(dataset)))]
+    path = path if path.is_file() else Path(getattr(config, "path", None) or "", path)
+    columns, where, is_table = read_columns(path), f"data.conditions {path}", path.suffix == ".csv"
+    left_out = {FILES, "label"} if is_table else IMAGES_AND_LABELS if path.suffix == ".npz" else set()
+    chosen = config.condition_columns or [name for name in columns if name not in left_out]
+    for name in [*(chosen or [f"a column beside {FILES}"]), *([FILES] if is_table else [])]:
+        check_name(f"{where}: a column", name, list(columns))
     if FILES in columns:
         table = {str(name).removeprefix("./"): i for i, name in enumerate(columns[FILES])}
         container = getattr(dataset, "container", None)
         listed = {*names, *(os.fsdecode(name) for name in (container.names if container else ()))}
         if missing := sorted(set(names) - table.keys()) or sorted(table.keys() - listed):
             what = "a row for {}, which is not an image" if missing[0] in table else "no row for {}"
-            raise UsageError(f"data.conditions {path} has {what.format(missing[0])}")
-        if len(table) < len(columns[FILES]):
-            raise UsageError(
-                f"data.conditions {path} lists a file twice: {len(columns[FILES])} rows, {len(table)} files"
-            )
+            raise UsageError(f"{where} has {what.format(missing[0])}")
+        for name in (FILES, *chosen):
+            if len(columns[name]) != len(table):
+                raise UsageError(f"{where} has {len(columns[name])} rows of {name}, and names {len(table)} files")
         columns = {name: [columns[name][table[image]] for image in names] for name in chosen}
-    vectors = vectors_of({name: columns[name] for name in chosen}, f"data.conditions {path}", names)
-    return dataclasses.replace(dataset, vectors=vectors)
+    elif split != "train":
+        raise UsageError(f"{where} has its rows in the order of the training images, and not those of {split}")
+    return dataclasses.replace(dataset, vectors=vectors_of({name: columns[name] for name in chosen}, where, names))
 
 
 def vectors_of(columns: Mapping[str, Any], where: str, names: Sequence[str]) -> Vectors:
-    """Condition vectors of columns, each (N,) or (N, width), of images with `names`. Raises UsageError for what is not
-    a finite number."""
+    """Condition vectors of columns, each (N,) or (N, width), of images with `names`, sorted by the columns' names.
+    Raises UsageError for what is not a finite number, and for a name that has another meaning."""
     widths, parts = dict[str, int](), list[Rows]()
-    for name, values in columns.items():
+    for name, values in sorted(columns.items()):
+        if name in RESERVED:
+            raise UsageError(f"{where}: a condition cannot be called {name}, which means something else: rename it")
         if len(values) != len(names):
             raise UsageError(f"{where}: {name} has {len(values)} rows, and there are {len(names)} images")
         if not _are_numbers(values):
             odd = next((i for i in range(len(values)) if not _are_numbers(values[i : i + 1])), 0)
             what = f"{name} of {names[odd]} is {str(values[odd])[:40]!r}; it must be a finite number"
             raise UsageError(f"{where}: {what} (--data.condition_columns chooses columns)")
-        parts.append(np.asarray(values).astype(np.float32).reshape(len(names), -1))
+        parts.append(np.asarray(values).astype(np.float64).reshape(len(names), -1))
         widths[name] = parts[-1].shape[1]
     return Vectors(widths, np.concatenate(parts, axis=1))
 
 
 def _are_numbers(values: Any) -> bool:
     try:
-        numbers = np.asarray(values).astype(np.float32)
+        array = np.asarray(values)
+        with np.errstate(over="ignore"):
+            numbers = array.astype(np.float32)  # what networks compute in
     except (ValueError, TypeError):  # text, an empty cell, or lists of several lengths
         return False
-    return bool(numbers.size and np.isfinite(numbers).all())
+    return bool(numbers.size and array.dtype.kind not in "cmM" and np.isfinite(numbers).all())

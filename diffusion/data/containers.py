@@ -7,7 +7,8 @@ import stat
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -175,6 +176,28 @@ def stem(name: str) -> str:
 
 PARTNER = re.compile(r"[._-](masks?|seg|labels?|depth|gt)$", re.IGNORECASE)
 """What the name of a mask or depth map adds to that of its image, as in a_mask.png."""
+
+
+def paired(names: Sequence[str], others: Sequence[str], left: Collection[str] = ()) -> list[int]:
+    """For each name, the index of the one of `others` that belongs to it: it has the same path up to the suffix, or, if
+    not all have, begins alike, as a.mask.png and a_mask.png do for a.png.
+
+    Raises UsageError if there is none or several, or if another belongs neither to a name nor to one of those `left`.
+    """
+    exact = {os.path.splitext(name)[0] for name in names} <= {os.path.splitext(name)[0] for name in others}
+    key_of = (lambda name: os.path.splitext(name)[0]) if exact else stem
+    keys = [key_of(name) for name in names]
+    own = set(keys)
+    theirs = [key if (key := key_of(name)) in own else PARTNER.sub("", key) for name in others]
+    for key, count in Counter(keys).most_common(1) + Counter(theirs).most_common(1):
+        if count > 1:
+            raise UsageError(f"{count} images are called {key}: --data.include chooses some")
+    found, known = {key: i for i, key in enumerate(theirs)}, own | set(map(key_of, left))
+    if missing := [name for name, key in zip(names, keys, strict=True) if key not in found]:
+        raise UsageError(f"there is none for {missing[0]}")
+    if extra := [name for name, key in zip(others, theirs, strict=True) if key not in known]:
+        raise UsageError(f"{extra[0]} belongs to no image")
+    return [found[key] for key in keys]
 
 
 def is_clutter(name: str) -> bool:

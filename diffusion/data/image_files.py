@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ from pydantic import Field
 from diffusion.config.fields import PathText, section
 from diffusion.data.base import ArrayDataset, DataConfig, DataSet, Labels, Loaded, Range, Sizes, digest, part
 from diffusion.data.conditions import NO_VECTORS, Vectors, conditioned
-from diffusion.data.containers import PARTNER, Container, stem
+from diffusion.data.containers import Container, paired
 from diffusion.data.decode import MAX_PIXELS, Target, decode, describe, of_one_type
 from diffusion.data.values import Array
 from diffusion.errors import UsageError, one_line, prefixed
 
 OnError = Literal["fail", "skip"]
-COMPARED, SHAPES_DIFFER = 100, 0.02
+COMPARED, SHAPES_DIFFER = 1000, 0.02
 """How many pairs of an image and a condition image are compared by shape, and by how much their ratios may differ."""
 IN_MEMORY_BYTES = 64 * 2**20
 """Data up to this size, once preprocessed, are read into memory at the start."""
@@ -62,13 +61,15 @@ class ImageFiles(DataConfig):
         super().__post_init__()
         if self.condition_images is not None and not self.condition_channels:
             raise UsageError("data.condition_channels is 0, and data.condition_images is set: 1 grey, 3 RGB, ...")
+        if self.condition_range is not None and self.condition_images is None:
+            raise UsageError("data.condition_range is of data.condition_images, and there are none: leave it out")
 
     @property
     def target(self) -> Target:
         return Target(self.sizes, self.channels, self.range, self.unbounded, self.background, self.max_pixels)
 
     def open(self, split: str = "train") -> DataSet:
-        dataset, values = self.paired(split), (self.channels + self.condition_channels) * math.prod(self.sizes)
+        dataset, values = self.with_conditions(split), (self.channels + self.condition_channels) * math.prod(self.sizes)
         size = len(dataset) * values * (1 if self.range is None else 4)
         return dataset.in_memory() if size <= IN_MEMORY_BYTES else dataset
 
@@ -76,17 +77,18 @@ class ImageFiles(DataConfig):
         """The files, of which none has been read. Raises UsageError if there are none."""
         raise NotImplementedError
 
-    def paired(self, split: str = "train") -> "FileDataset":
+    def with_conditions(self, split: str = "train") -> "FileDataset":
         """The files with their conditions, of which a few headers have been read. Raises UsageError if they do not
         pair."""
-        dataset: FileDataset = conditioned(self.list_files(split), self)
+        dataset: FileDataset = conditioned(self.list_files(split), self, split)
         if not self.condition_images:
             if self.condition_channels and dataset.target.channels == self.channels:
                 given = f"data.condition_channels is {self.condition_channels}"
                 raise UsageError(f"{given}: name data.condition_images, too")
             return dataclasses.replace(dataset, condition_channels=self.condition_channels)
         alike: dict[str, Any] = dict(condition_images=None, condition_channels=0, conditions=None, condition_columns=())
-        alike |= dict(low_res_size=None, channels=self.condition_channels, range=self.condition_range, unbounded=False)
+        alike |= dict(channels=self.condition_channels, range=self.condition_range, condition_range=None)
+        alike |= dict(low_res_size=None, unbounded=False)
         with prefixed("data.condition_images: "):
             others = dataclasses.replace(self, **alike | self.where_conditions(self.condition_images))
             return dataset.with_condition_images(others.list_files(split))
@@ -183,23 +185,12 @@ class FileDataset(DataSet):
         return dataclasses.replace(self, **part, conditions=conditions)
 
     def with_condition_images(self, others: "FileDataset") -> "FileDataset":
-        """The images with those of `others` that their names belong to, as conditions.
-
-        Raises UsageError if an image has none, or one of another shape, if a condition image has no image, or if two
-        have the same name."""
-        keys, theirs = ([stem(data.key_of(i)) for i in range(len(data))] for data in (self, others))
-        own, apart = set(keys), self.container.where != others.container.where
-        theirs = [key if key in own else PARTNER.sub("", key) for key in theirs]
-        name, count = max(*Counter(keys).most_common(1), *Counter(theirs).most_common(1), key=lambda pair: pair[1])
-        if count > 1:
-            raise UsageError(f"{count} images are called {name}: --data.include chooses some")
-        found = {key: i for i, key in enumerate(theirs)}
-        known = own | {stem(os.fsdecode(name)) for name in self.container.names} if apart else own
-        if missing := [i for i, key in enumerate(keys) if key not in found]:
-            raise UsageError(f"there is none for {self.name_of(missing[0])}")
-        if extra := [i for i, key in enumerate(theirs) if key not in known]:
-            raise UsageError(f"{others.name_of(extra[0])} belongs to no image")
-        pairs = others.select(np.array([found[key] for key in keys]))
+        """The images with those of `others` that their names belong to, as conditions. Raises UsageError if `paired`
+        does, or if one of the first `COMPARED` is of another shape than its image."""
+        names, theirs = ([data.key_of(i) for i in range(len(data))] for data in (self, others))
+        left = {os.fsdecode(name) for name in self.container.names}
+        left -= set(theirs) if self.container.where == others.container.where else set()
+        pairs = others.select(np.array(paired(names, theirs, left)))
         for i in part(len(self), COMPARED).tolist():
             seen = [self.look(i, describe), pairs.look(i, describe)]
             sizes = [one[1] for one in seen if not isinstance(one, UsageError) and len(one[1]) == 2]

@@ -48,7 +48,7 @@ def describe_data(config: DataConfig, dataset: DataSet, looked: int = MAX_HEADER
         lines.append(f"the values take up {share:.1%} of the range {low:g} to {high:g}: declare it with --data.range")
     if config.random_flip:
         lines.append("half of the images are mirrored left to right, chosen anew each time (data.random_flip)")
-    lines += dataset.vectors.describe()
+    lines += dataset.vectors.describe(config.conditions)
     if dataset.condition_channels:
         whence = f", from {config.condition_images}" if config.condition_images else ", the last of each image"
         least, most = (to_x_start(end).item() for end in torch.aminmax(conditions))

@@ -89,8 +89,10 @@ class Run:
 
     def raw(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Images in [-1, 1] and what they are generated from, on the device."""
-        on_device = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
-        return self.config.data.given(on_device, bool(self.class_names))
+        tensors = batch._asdict()
+        vectors = tensors.pop("vectors")  # in double precision, which not every device has
+        moved = {name: value.to(self.device, non_blocking=True) for name, value in tensors.items()}
+        return self.config.data.given(Batch(**moved, vectors=vectors), bool(self.class_names))
 
     def given(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Images in [-1, 1] and the conditions that the network is called with, on the device."""
@@ -101,7 +103,8 @@ class Run:
         """Those of `given` that the network is called with, as it knows them."""
         known = {"y": self.class_names, "vector": self.vectors.size, **self.config.data.condition_shapes}
         chosen = {name: value for name, value in given.items() if known.get(name)}
-        return chosen | ({"vector": self.vectors.scaled(given["vector"])} if self.vectors.size else {})
+        chosen |= {"vector": self.vectors.scaled(given["vector"])} if self.vectors.size else {}
+        return {name: value.to(self.device) for name, value in chosen.items()}
 
     def labels(self, classes: Classes = None) -> list[int] | None:
         """The numbers of classes, given by number or name; None for a model without classes. Default: all, in turn."""
@@ -129,6 +132,7 @@ class Run:
         given = {name: value for name, value in flags.items() if value is not None}
         given |= given.pop("options", {})
         guide = given.pop("guide", self.guide)
+        guide = load_run(guide) if isinstance(guide, str | Path) else guide
         if given.get("sampler", self.config.sample.sampler) != self.config.sample.sampler:
             given.setdefault("steps", None)
         try:
@@ -144,7 +148,8 @@ class Run:
         with prefixed("conditions that are not given are those of the run's data: "):
             trained, held_out = hold_out(open_data(self.config.data), self.config.data.held_out, self.config.train.seed)
             dataset = held_out or trained
-            if not {*self.class_names} <= {*dataset.class_names} or self.vectors.widths != dataset.vectors.widths:
+            named = {*self.class_names} in (set(), {*dataset.class_names})
+            if not named or self.vectors.widths != dataset.vectors.widths:
                 raise UsageError(f"they have other classes or conditions than {self.path}")
             dataset = with_classes(dataset, self.class_names) if self.class_names else dataset
             given = self.raw(load(dataset, np.resize(part(len(dataset), n), n).tolist()))[1]
@@ -163,13 +168,24 @@ class Run:
         chosen = {"y": torch.as_tensor(labels)} if labels is not None else {}
         if widths:
             chosen["vector"] = torch.cat([as_rows(name, values[name], width, n) for name, width in widths.items()], 1)
-        for name, shape in shapes.items():
-            value, other = values[name], isinstance(values[name], Run)
-            its = value.config.data.shape if other else tuple(value.shape[1:])
-            if its != shape or (other and value.class_names and self.class_names not in ((), value.class_names)):
-                raise UsageError(f"{name} has images of {its} or other classes; {self.path} needs {shape}")
-            chosen[name] = value
-        return chosen
+        return chosen | {name: self._images(name, values[name], shape) for name, shape in shapes.items()}
+
+    def _images(self, name: str, value: Any, shape: tuple[int, ...]) -> Any:
+        """Condition images as a tensor, or the run that generates them. Raises UsageError if they do not fit."""
+        its: tuple[int, ...] | None = None
+        if isinstance(value, Run):
+            its, conditions = value.config.data.shape, (value.vectors.widths, value.config.data.condition_shapes)
+            same = value.class_names == () or self.class_names in ((), value.class_names)
+            fits = same and conditions in (({}, {}), (self.vectors.widths, {}))
+        else:
+            with suppress(TypeError, ValueError, RuntimeError):
+                value = torch.as_tensor(value).detach().float()
+            its = tuple(value.shape[1:]) if isinstance(value, Tensor) and len(value) else None
+            fits = its is not None and bool(value.isfinite().all()) and (name != "image" or value.abs().max() <= 1.001)
+        if its != shape or not fits:
+            right = f"{shape} in [-1, 1], or a run of the same classes and conditions"
+            raise UsageError(f"{name} has images of {its}, or others than can be: {self.path} needs {right}")
+        return value
 
     def sample(
         self, n: int | None = None, *, classes: Classes = None, conditions: Mapping[str, Any] | None = None,
@@ -218,11 +234,11 @@ class Run:
             {name: value for name, value in every.items() if not isinstance(value, Run)},
         )
         for batch in indices:
-            rows = {name: value[[i % len(value) for i in batch]].to(self.device) for name, value in tensors.items()}
+            rows = {name: value[[i % len(value) for i in batch]] for name, value in tensors.items()}
             rows = given(batch) if callable(given) else rows
             if isinstance(small, Run):
                 [(_, drawn)] = small.generate([batch], tensors, **options)
-                rows["low_res"] = (to_x_start(to_uint8(drawn)) if config.data.range is None else drawn).to(self.device)
+                rows["low_res"] = to_x_start(to_uint8(drawn)) if config.data.range is None else drawn
             inputs = self.inputs(rows)
             with CORES.followed(self.network) as network:
                 other = self.guide
@@ -238,9 +254,10 @@ def as_rows(name: str, values: Any, width: int, n: int) -> Tensor:
     """A column of condition vectors for n images, (n, width), from a number or rows that are taken in turn. Raises
     UsageError if they are no finite numbers, or of another width."""
     numbers = np.full(width, np.nan)
-    with suppress(ValueError, TypeError):
-        numbers = np.asarray(values).astype(np.float32)
-    if not numbers.size or numbers.size % width or not np.isfinite(numbers).all():
+    with suppress(ValueError, TypeError, RuntimeError):
+        numbers = np.asarray(values).astype(np.float64)
+    fits = numbers.shape[-1:] == (width,) if width > 1 or numbers.ndim == 2 else numbers.ndim < 2
+    if not fits or not numbers.size or not np.isfinite(numbers.astype(np.float32)).all():
         raise UsageError(f"condition {name} is {str(values)[:40]}; it must be rows of {width} finite numbers")
     return torch.from_numpy(np.resize(numbers, (n, width)))
 
@@ -252,7 +269,12 @@ def check_guide(run: Run, guide: Run) -> None:
     def meaning(of: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         data, settings = of.config.data, of.config.flat()
         must = {f"diffusion.{name}": settings.get(f"diffusion.{name}") for name in SAME_IN_GUIDE}
-        may = {"classes": of.class_names, "conditions": dict(of.vectors.widths), **data.condition_shapes}
+        may: dict[str, Any] = {
+            "classes": of.class_names,
+            "conditions": dict(of.vectors.widths),
+            **data.condition_shapes,
+        }
+        may |= {"data.condition_range": data.condition_range}
         return {**must, "images": data.shape, "data.range": data.range}, may
 
     (must, may), (own_must, own_may) = meaning(guide), meaning(run)

@@ -16,7 +16,7 @@ from diffusion.run.checkpoint import Checkpoint, Weights, misfits, newest
 from diffusion.run.folder import check_is_run
 
 RESUMABLE = {
-    *(f"data.{name}" for name in ("path", "workers", "allow_change", "on_error")),
+    *(f"data.{name}" for name in ("path", "conditions", "condition_images", "workers", "allow_change", "on_error")),
     "model.use_checkpoint",
     *(f"train.{name}" for name in ("steps", "gradient_accumulation", "lr", "lr_schedule", "scalar_lr_factor")),
     *(f"train.{name}" for name in ("warmup_steps", "weight_decay", "grad_clip", "precision", "compile", "ema_warmup")),

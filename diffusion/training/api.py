@@ -30,7 +30,10 @@ def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config:
         dataset = images_of(data)
         shape = dataset.images.shape
         extra = sections["data"].get("condition_channels", 0)
-        found = {"source": "memory", "image_size": shape[2:], "channels": shape[1] - extra}
+        channels = shape[1] - (extra if isinstance(extra, int) else 0)
+        found = {"source": "memory", "image_size": shape[2:], "channels": channels}
+        if dataset.vectors.widths and "conditions" in sections["data"]:
+            raise UsageError("data.conditions names a file, and data from Python have columns, too: leave one out")
         if same := found.keys() & sections["data"].keys():
             raise UsageError(f"data.{min(same)} is that of the images, which are {tuple(shape)}: leave it out")
         sections["data"] |= found
@@ -50,7 +53,8 @@ def images_of(data: Any) -> ArrayDataset:
     columns = dict[str, Any]()
     try:
         if isinstance(data, Mapping):
-            columns = {name: values for name, values in data.items() if name not in ("images", "labels")}
+            given = {name: values for name, values in data.items() if name not in ("images", "labels")}
+            columns = {name: np.atleast_1d(torch.as_tensor(values).detach()) for name, values in given.items()}
             data = data["images"], data.get("labels")
         if not isinstance(data, tuple | torch.Tensor | np.ndarray):  # a data set
             items = [data[i] for i in range(len(data))]

@@ -115,6 +115,9 @@ class Trainer:
             source, notes = start_from(Path(train.init_from), self.network, config, self.class_names)
             if source.vectors.widths == self.data.vectors.widths:  # as its weights know them
                 self.data = self.data._replace(vectors=source.vectors)
+            elif source.vectors.widths and self.data.vectors.widths:
+                was, now = (", ".join(one.widths) for one in (source.vectors, self.data.vectors))
+                notes.append(f"train.init_from: its condition vectors were {was}, and are {now} here")
             notes, self.origin = notes + seen_before(source, self.data), origin_of(source)
         self.sampled = Run(config, self.network, self.class_names, accelerator.device, vectors=self.data.vectors)
         self.training_step = build_step(config, self.network, self.process, accelerator)

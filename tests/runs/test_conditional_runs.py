@@ -186,8 +186,12 @@ def test_two_ranges_span_a_grid_and_a_table_gives_every_column(tmp_path, monkeyp
         (["--condition", "nowhere.csv"], "nowhere.csv cannot be read as .csv, .npy or .npz"),
         (["--condition", "angle=nowhere.npy"], "nowhere.npy cannot be read as .csv, .npy or .npz"),
         (["--condition", "wrong.csv"], "a column of wrong.csv is angle; it must be one of size"),
-        (["--condition", "image=wide.npy"], "image has images of (1, 8, 16) or other classes"),
-        (["--condition", "image=nowhere"], "nowhere does not exist"),
+        (["--condition", "image=wide.npy"], "image has images of (1, 8, 16), or others than can be: "),
+        (["--condition", "image=nowhere"], "data.path nowhere is not there"),
+        (["--condition", "angle=1", "--condition", "angle=1:2"], "--condition angle=1:2: angle is given twice"),
+        (["--condition", "text=0:1"], "condition text is "),
+        (["--condition", "angle=tall.npy"], "condition angle is "),
+        (["--condition", "text=tall.npy"], "condition text is "),
         (["--guide", "nowhere", "--guidance", "2"], "nowhere does not exist"),
         (["--guide_ema", "none"], "a guide is named, and --guidance is 1, which is none: add --guidance 2"),
         (["--guide_ema", "0.7", "--guidance", "2"], "--ema is 0.7"),
@@ -201,6 +205,7 @@ def test_wrong_conditions_and_guides_get_one_line(run, monkeypatch, capsys, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wrong.csv").write_text("size\n3\n")
     np.save(tmp_path / "wide.npy", np.zeros((2, 8, 16, 1), np.uint8))
+    np.save(tmp_path / "tall.npy", np.zeros((3, 6)))
     flags = [*flags, "--classes", "1"] if "image=wide.npy" in flags else flags
     code, out, err = script(sample, monkeypatch, capsys, "--ckpt", run, "--n", 2, *flags)
     assert (code, out) == (2, "")
@@ -213,6 +218,28 @@ def test_a_run_without_conditions_says_so(plain, monkeypatch, capsys):
     assert code == 2
     assert "angle is not a condition of" in err
     assert "it has none" in err
+
+
+def test_images_from_python_are_checked(run):
+    loaded = diffusion.load(run)
+    as_tensor, as_array = torch.zeros(2, 1, 8, 8), np.zeros((2, 1, 8, 8))
+    drawn = [loaded.sample(2, classes=1, conditions={"image": image, "angle": 1, "text": [1, 2, 3]})
+             for image in (as_tensor, as_array, as_tensor.double())]  # fmt: skip
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    for image in (None, "x", as_tensor[:0], as_tensor * torch.nan, as_tensor + 200, as_tensor[:, :, :4], loaded):
+        with pytest.raises(UsageError, match=r"image has images of .*, or others than can be"):
+            loaded.sample(2, classes=1, conditions={"image": image})
+    by_path = loaded.sample(2, guide=run / "checkpoints/step_00000003", guidance=2.0)
+    assert torch.equal(by_path, loaded.sample(2, guide=diffusion.load(run / "checkpoints/step_00000003"), guidance=2.0))
+
+
+def test_a_cascade_whose_first_stage_has_other_conditions_is_refused(run, tmp_path):
+    Trainer(small(**QUICK | dict(data__low_res_size=4, train__steps=1)), tmp_path / "up").run()
+    upsampler = diffusion.load(tmp_path / "up")
+    assert upsampler.sample(2).shape == (2, 1, 8, 8)  # of the data, shrunk
+    with pytest.raises(UsageError, match=r"low_res has images of \(1, 8, 8\), or others than can be"):
+        upsampler.sample(2, low_res=diffusion.load(run))
 
 
 def test_data_from_python_have_conditions_too(tmp_path):

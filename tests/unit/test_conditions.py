@@ -77,7 +77,7 @@ def test_a_table_and_masks_belong_to_images_by_name(folder, lazy, monkeypatch):
         assert all(vector[0] == 50 * level for vector, level in zip(load(half, range(len(half))).vectors.tolist(),
                                                                    levels(half)[0], strict=True))  # fmt: skip
     lines = describe_data(images(conditions="table.csv", **MASKS), dataset)
-    assert "conditions: size from 50 to 150, turn from -3 to -1" in lines
+    assert "conditions of table.csv: size from 50 to 150, turn from -3 to -1" in lines
     assert any(line.startswith("condition images of 1 channels, from masks") for line in lines)
 
 
@@ -144,10 +144,21 @@ def rewritten(**changed):
     [
         ({}, rewritten()[1:], "table.csv has no row for b/3.png"),
         ({}, [*rewritten(), {"file_name": "c.png", "size": 1}], "has a row for c.png, which is not an image"),
-        ({}, [*rewritten(), rewritten()[0]], "table.csv lists a file twice: 4 rows, 3 files"),
+        ({}, [*rewritten(), rewritten()[0]], "table.csv has 4 rows of file_name, and names 3 files"),
         ({}, rewritten(size="red"), "size of b/3.png is 'red'; it must be a finite number"),
         ({}, rewritten(size="nan"), "size of b/3.png is 'nan'; it must be a finite number"),
         ({}, rewritten(size=""), "size of b/3.png is ''; it must be a finite number"),
+        ({}, [{"id": 1, "size": 2}] * 3, "a column is file_name; it must be one of id, size"),
+        ({}, [row | {"": 3} for row in rewritten()], "must have a row of names, no two alike"),
+        ({}, [row | {"image": 3} for row in rewritten()], "a condition cannot be called image, which means something"),
+        ({"conditions": "long.csv"}, None, "long.csv has a row with more cells than columns: b/3.png, 3, ['5']"),
+        ({"conditions": "alike.csv"}, None, "alike.csv must have a row of names, no two alike, and rows of cells"),
+        ({"conditions": "empty.csv"}, None, "empty.csv must have a row of names, no two alike, and rows of cells"),
+        ({"conditions": "complex.npy"}, None, "complex of a/1.png is '0j'; it must be a finite number"),
+        ({"conditions": "scalar.npy"}, None, "scalar has 1 rows, and there are 3 images"),
+        ({"conditions": "huge.npy"}, None, "huge of a/1.png is '1e+300'; it must be a finite number"),
+        ({**MASKS, "condition_range": [5, 5]}, None, "data.condition_range is [5, 5]; it must rise"),
+        ({"condition_range": [0, 5]}, None, "data.condition_range is of data.condition_images, and there are none"),
         ({"condition_columns": ["sise"]}, rewritten(), "is sise; it must be one of file_name, size (did you mean"),
         ({}, [{"file_name": name} for name in NAMES], "is a column beside file_name; it must be one of file_name"),
         ({"conditions": "none.csv"}, None, "none.csv cannot be read as .csv, .npy or .npz: No such file or directory"),
@@ -157,8 +168,8 @@ def rewritten(**changed):
         ({"condition_images": None, "condition_channels": 1}, None, "is 1: name data.condition_images, too"),
         ({"conditions": None, "condition_columns": ["size"]}, None, "is ['size']: name data.conditions, too"),
         ({"condition_images": "masks", "condition_channels": 0}, None, "data.condition_channels is 0, and data.cond"),
-        ({**MASKS, "condition_images": "fewer"}, None, "data.condition_images: there is none for images/b/3.png"),
-        ({**MASKS, "condition_images": "more"}, None, "data.condition_images: more/x.png belongs to no image"),
+        ({**MASKS, "condition_images": "fewer"}, None, "data.condition_images: there is none for b/3.png"),
+        ({**MASKS, "condition_images": "more"}, None, "data.condition_images: x.png belongs to no image"),
         ({**MASKS, "condition_images": "twice"}, None, "2 images are called a/1: --data.include chooses some"),
         ({**MASKS, "condition_images": "wide"}, None, "wide/a/1.png is 16x8, and images/a/1.png 8x8: they would be"),
         ({**MASKS, "condition_images": "nowhere"}, None, "data.condition_images: data.path nowhere is not there"),
@@ -169,6 +180,11 @@ def test_what_does_not_pair_is_named_in_one_line(folder, settings, rows, says):
     table(folder / "table.csv", rows)
     np.save("two.npy", np.zeros(2))
     np.save("bad.npy", np.array([0, np.inf, 1]))
+    for name, array in (("complex", np.zeros(3, complex)), ("scalar", 3.0), ("huge", np.full(3, 1e300))):
+        np.save(f"{name}.npy", array)
+    for name, text in (("long", "file_name,size\nb/3.png,3,5\n"), ("alike", "file_name,a,a\nb/3.png,3,5\n"),
+                       ("empty", "")):  # fmt: skip
+        (folder / f"{name}.csv").write_text(text)
     for name, files in (("fewer", NAMES[1:]), ("more", [*NAMES, "x.png"]), ("twice", [*NAMES, "a/1.mask.png"]),
                         ("wide", NAMES)):  # fmt: skip
         for file in files:
@@ -178,6 +194,42 @@ def test_what_does_not_pair_is_named_in_one_line(folder, settings, rows, says):
         open_data(images(**{"conditions": "table.csv"} | settings))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_columns_have_one_order_and_rows_one_precision(folder):
+    """However the file is written. Seconds since 1970 do not fit into float32."""
+    rows = [{"file_name": name, "b": 1_700_000_000 + int(name[2]), "a": int(name[2])} for name in NAMES]
+    table(folder / "table.csv", rows)
+    first = open_data(images(conditions="table.csv"))
+    table(folder / "table.csv", [{name: row[name] for name in ("a", "file_name", "b")} for row in rows])
+    second = open_data(images(conditions="table.csv"))
+    assert first.fingerprint() == second.fingerprint()
+    assert list(first.vectors.widths) == ["a", "b"]
+    scaled = Scale.of(first.vectors).scaled(load(first, range(3)).vectors)
+    torch.testing.assert_close(scaled[:, 0], scaled[:, 1])
+
+
+def test_names_pair_that_differ_after_a_dot_and_labels_are_those_of_images(folder):
+    for i in range(3):
+        for root, suffix in (("frames", "png"), ("edges", "bmp")):
+            (folder / root).mkdir(exist_ok=True)
+            Image.new("L", (8, 8), 10 + i if root == "edges" else i).save(folder / root / f"frame.{i:04d}.{suffix}")
+    (folder / "frames/labels.csv").write_text(
+        "file_name,label\n" + "".join(f"frame.{i:04d}.png,{i}\n" for i in range(3))
+    )
+    dataset = open_data(images(path="frames", labels=None, condition_channels=1, condition_images="edges"))
+    assert levels(dataset) == ([0, 1, 2], [10, 11, 12])
+    assert dataset.class_names == ("0", "1", "2")
+    some = open_data(images(path="both", include="a/*.in.png", condition_channels=1, condition_images="*.mask.png"))
+    assert levels(some) == ([1, 2], [10, 20])
+
+
+def test_rows_of_training_images_are_not_those_of_others(tmp_path):
+    np.save(tmp_path / "rows.npy", np.arange(1797))
+    config = Digits(conditions=str(tmp_path / "rows.npy"))
+    assert load(open_data(config), [5]).vectors.item() == 5
+    with pytest.raises(UsageError, match=r"rows.npy has its rows in the order of the training images, and not .* test"):
+        open_data(config, "test")
 
 
 def test_an_unreadable_condition_image_is_named_or_its_image_left_out(folder):

@@ -30,9 +30,8 @@ class Folder(ImageFiles):
     """pattern of the images to use, such as *.input.png or train/*; null: all"""
 
     def where_conditions(self, name: str) -> dict[str, Any]:
-        if "*" in name:
-            return {"include": name}
-        return {"path": name, "include": self.include if name == self.path else None}
+        where = {"include": name} if "*" in name else {"path": name}
+        return {"include": self.include if name == self.path else None, "labels": "none", **where}
 
     def check_outside(self, out: Path, flag: str) -> None:
         """Raise UsageError if what is written would become data."""
