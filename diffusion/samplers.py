@@ -258,10 +258,9 @@ def check_process(name: str, options: Mapping[str, Any], process: GaussianDiffus
 def guided(
     model: Denoiser, guide: Denoiser, scale: float, channels: int, within: Callable[[Tensor], bool] = lambda t: True
 ) -> Denoiser:
-    """The mean channels of `guide`'s output, extrapolated through those of `model` where `within` holds.
-
-    It is classifier-free guidance (Ho & Salimans 2022, eq. 6, whose 1 + w is `scale`) if the guide is the model without
-    conditions, and autoguidance (Karras et al. 2024, eq. 3) if it is a worse version of it."""
+    """The mean channels of `guide`'s output, extrapolated through the model's where `within` holds: classifier-free
+    guidance (Ho & Salimans 2022, eq. 6, whose 1 + w is `scale`) if the guide is the model without conditions,
+    autoguidance (Karras et al. 2024, eq. 3) if it is a worse version."""
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
         output = model(x, t)
@@ -276,8 +275,8 @@ def guided(
 def noise_between(process: GaussianDiffusion, low: float, high: float) -> Callable[[Tensor], bool]:
     """Whether sigma / alpha at a network's timesteps lies from `low` to `high`. Raises UsageError where none does."""
     levels = process.tables["sigma"] / np.maximum(process.tables["alpha"], 1e-300)
-    steps = [*np.flatnonzero((low <= levels) & (levels <= high))]
-    steps += [-1] if low <= 0 and process.schedule.is_flow else []  # the data
+    data = [-1] if low <= 0 and process.schedule.is_flow else []
+    steps = [*np.flatnonzero((low <= levels) & (levels <= high)), *data]
     inside = process.network_t(torch.tensor(steps, dtype=torch.int64)).tolist()
     if low >= high or not steps:
         span = f"the steps' noise levels sigma / alpha are from {levels.min():.3g} to {levels.max():.3g}"

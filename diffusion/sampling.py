@@ -57,7 +57,6 @@ def sample_batch(
         raise UsageError(f"guidance is {guidance}; it must be at least 0, and without labels, conditions or a guide 1")
     if not batch or (labels is not None and labels.min() < -1):
         raise UsageError(f"batch is {batch} and labels {labels}; there must be images, and labels from -1 (no class)")
-    device = torch.device(device)
     inputs = {name: value.to(device) for name, value in given.items()}
     denoiser: Denoiser = partial(model, **inputs)
     if guidance != 1:

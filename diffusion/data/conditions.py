@@ -153,8 +153,8 @@ def vectors_of(columns: Mapping[str, Any], where: str, names: Sequence[str]) -> 
 def _are_numbers(values: Any) -> bool:
     try:
         array = np.asarray(values)
-        with np.errstate(over="ignore"):
-            numbers = array.astype(np.float32)  # what networks compute in
+        with np.errstate(over="ignore"):  # float32 is what networks compute in
+            finite = np.isfinite(array.astype(np.float32)) if array.dtype.kind not in "cmM" else np.array(False)
     except (ValueError, TypeError):  # text, an empty cell, or lists of several lengths
         return False
-    return bool(numbers.size and array.dtype.kind not in "cmM" and np.isfinite(numbers).all())
+    return bool(finite.size and finite.all())

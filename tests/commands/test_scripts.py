@@ -396,7 +396,7 @@ def test_guidance_changes_the_pictures_of_a_run_that_was_trained_for_it(cascade,
     ("flags", "says"),
     [
         (["--ckpt", "base", "--low_res", "base"], "low_res is not a condition of"),
-        (["--ckpt", "upsampler", "--low_res", "upsampler"], "low_res has images of (1, 8, 8) or other classes; "),
+        (["--ckpt", "upsampler", "--low_res", "upsampler"], "low_res has images of (1, 8, 8), or others than can be: "),
         (["--ckpt", "upsampler", "--low_res", "bad.npz"], "data.path bad.npz cannot be read as arrays"),
         (
             ["--ckpt", "upsampler", "--low_res", "bad.png", "--classes", "1"],
