@@ -28,7 +28,7 @@ def generator_for(device: torch.device | str, seed: int, *key: int | str) -> tor
     return torch.Generator(device).manual_seed(seed_for(seed, *key))
 
 
-def image_noise(indices: range, shape: Sequence[int], device: torch.device, seed: int, step: int | str) -> Tensor:
+def image_noise(indices: range, shape: Sequence[int], device: torch.device | str, seed: int, step: int | str) -> Tensor:
     """Standard normal noise (len(indices), *shape) for images of `seed` at one step of a sampler, or at "x_T".
 
     Noise is drawn in blocks of `BLOCK` images and cut to `indices`, so an image's noise depends on its index only.
