@@ -40,9 +40,7 @@ class EMA:
             raise UsageError(f"rates are {list(rates)}; they must be different, from 0 to below 1")
         if len(set(lengths)) < len(lengths) or not all(0 < length <= LONGEST for length in lengths):
             raise UsageError(f"lengths are {list(lengths)}; they must be different, above 0 and at most {LONGEST}")
-        self.warmup = warmup
-        self._model = model
-        self._parameters = list(model.parameters())
+        self.warmup, self._model, self._parameters = warmup, model, list(model.parameters())
         self._exponents = {f"length{length}": exponent(length) for length in lengths}
         keys: list[float | str] = [*rates, *self._exponents]
         self.averages = {key: {name: p.detach().clone() for name, p in model.named_parameters()} for key in keys}
@@ -105,8 +103,7 @@ def reconstruct(stored: Sequence[tuple[float, int]], length: float, step: int) -
     with_wanted = np.array([_inner_product(a, wanted) for a in profiles])
     coefficients = np.linalg.lstsq(products, with_wanted)[0]
     reached = 2 * coefficients @ with_wanted - coefficients @ products @ coefficients
-    missing = 1 - reached / _inner_product(wanted, wanted)
-    return coefficients, float(np.sqrt(max(0.0, missing)))
+    return coefficients, float(np.sqrt(max(0.0, 1 - reached / _inner_product(wanted, wanted))))
 
 
 def _inner_product(a: tuple[float, float], b: tuple[float, float]) -> float:

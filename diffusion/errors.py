@@ -6,6 +6,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_type_hints
 
+Errors = type[Exception] | tuple[type[Exception], ...]
+"""What `except` takes."""
+
 
 class UsageError(ValueError):
     """An error that the user can fix. Its message is one line that names the thing, its value, and what would be right.
@@ -37,6 +40,15 @@ def prefixed(prefix: str) -> Iterator[None]:
         raise UsageError(f"{prefix}{error}") from None
 
 
+@contextmanager
+def refusing(message: Callable[[str], str], types: Errors = Exception) -> Iterator[None]:
+    """Turn exceptions of some types into UsageErrors: `message` of what they say, in one line."""
+    try:
+        yield
+    except types as error:
+        raise UsageError(message(one_line(error))) from None
+
+
 def did_you_mean(value: object, options: Collection[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
     """The nearest option to a value, for a message; if none is near, `otherwise`, by default a list of all."""
     near = difflib.get_close_matches(str(value), list(options), 1, cutoff)
@@ -53,8 +65,7 @@ def check_name(what: str, value: object, options: Collection[str]) -> None:
 
 def options_of(component: Callable[..., Any]) -> dict[str, Any]:
     """The options of a component, its keyword-only parameters, with their defaults."""
-    parameters = inspect.signature(component).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p.default for p in inspect.signature(component).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def check_options(component: Callable[..., Any], options: Mapping[str, Any]) -> None:

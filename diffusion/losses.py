@@ -45,14 +45,12 @@ def training_losses(
         return {"loss": vb * process.num_timesteps if loss_type == "rescaled_kl" else vb}
     mean_output = output.chunk(2, dim=1)[0] if process.learns_variance else output
     mse = mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
-    if weights is not None:
-        mse = mse * weights
+    mse = mse if weights is None else mse * weights
     if not process.learns_variance:
         return {"loss": mse, "mse": mse}
     frozen = torch.cat([mean_output.detach(), output.chunk(2, dim=1)[1]], dim=1)
     vb = variational_bound(process, frozen, x_start, x_t, t)
-    if loss_type == "rescaled_mse":
-        vb = vb * (process.num_timesteps / 1000)
+    vb = vb * (process.num_timesteps / 1000) if loss_type == "rescaled_mse" else vb
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
 

@@ -9,11 +9,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.errors import UsageError, check_name
-from diffusion.schedule import Schedule
+from diffusion.schedule import Array, Schedule
 
 VarianceType = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 
@@ -111,13 +110,12 @@ class GaussianDiffusion:
         pred_xstart = self.predict_xstart(output, x_t, t, clip_denoised)
         posterior_mean, posterior_log_variance = self.q_posterior(pred_xstart, x_t, t)
         mean_output, variance_output = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
-        if self.variance_type == "fixed_small":
-            log_variance = posterior_log_variance
-        elif self.variance_type == "fixed_large":
+        log_variance = posterior_log_variance  # of fixed_small
+        if self.variance_type == "fixed_large":
             log_variance = self.at("fixed_large_log_variance", t, x_t)
         elif self.variance_type == "learned":
             log_variance = variance_output
-        else:
+        elif self.variance_type == "learned_range":
             fraction = (variance_output + 1) / 2
             log_variance = fraction * self.at("log_betas", t, x_t) + (1 - fraction) * posterior_log_variance
         # The mean follows from the predicted x_0, except where the network predicts the mean itself.
@@ -138,7 +136,7 @@ class GaussianDiffusion:
             return float(i == -1), float(i != -1)
         return float(self.tables["alpha"][i]), float(self.tables["sigma"][i])
 
-    def squared_error(self, prediction: str) -> NDArray[np.float64]:
+    def squared_error(self, prediction: str) -> Array:
         """The squared error of a prediction where that of the predicted x_0 is 1: (T,)."""
         of_x_start, of_noise = PREDICTIONS[prediction](self)
         return (of_x_start - of_noise * self.tables["alpha"] / self.tables["sigma"]) ** 2
@@ -166,20 +164,19 @@ class GaussianDiffusion:
         return self._on_device[name, device]
 
 
-def _path_tables(schedule: Schedule, rescale_timesteps: bool) -> dict[str, NDArray[Any]]:
-    path, steps = schedule.path, schedule.original_steps
+def _path_tables(schedule: Schedule, rescale_timesteps: bool) -> dict[str, Any]:
+    path = schedule.path
     tables = {"alpha": path.alphas, "sigma": path.sigmas, "snr": (path.alphas / path.sigmas) ** 2}
     tables |= {"alpha_slope": path.alpha_slopes, "sigma_slope": path.sigma_slopes}
     if schedule.is_flow:  # and, as number -1, at the data
         s = np.append(path.s, 0.0)
         return tables | {"network_t": 1000 * s if rescale_timesteps else 1 - s}
-    network_t = np.array(schedule.timestep_map, dtype=np.float32)
-    if rescale_timesteps:  # float32 as in the published code: the embedding's fastest sinusoid sees the difference
-        network_t = network_t * np.float32(1000 / steps)
-    return tables | {"network_t": network_t}
+    # float32 as in the published code: the embedding's fastest sinusoid sees the difference.
+    scale = np.float32(1000 / schedule.original_steps if rescale_timesteps else 1)
+    return tables | {"network_t": np.array(schedule.timestep_map, dtype=np.float32) * scale}
 
 
-def _diffusion_tables(betas: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
+def _diffusion_tables(betas: Array) -> dict[str, Array]:
     alphas_cumprod = np.cumprod(1 - betas)
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
     # q(x_{t-1} | x_t, x_0), eqs. 10 and 11. Its variance is 0 at t = 0, so its logarithm uses that of t = 1.
@@ -187,19 +184,14 @@ def _diffusion_tables(betas: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
     first_variance = posterior_variance[1:2] if len(betas) > 1 else betas
     with np.errstate(divide="ignore"):  # infinite in pure noise
         recip_alphas_cumprod = 1 / alphas_cumprod
-    return {
-        "betas": betas,
-        "log_betas": np.log(betas),
-        "alphas_cumprod": alphas_cumprod,
-        "log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod),
-        "sqrt_recip_alphas_cumprod": np.sqrt(recip_alphas_cumprod),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip_alphas_cumprod - 1),
-        "posterior_variance": posterior_variance,
-        "posterior_log_variance_clipped": np.log(np.append(first_variance, posterior_variance[1:])),
-        "posterior_mean_coef1": betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod),
-        "posterior_mean_coef2": (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
-        "fixed_large_log_variance": np.log(np.append(first_variance, betas[1:])),
-    }
+    tables = {"betas": betas, "log_betas": np.log(betas), "alphas_cumprod": alphas_cumprod}
+    tables |= {"log_one_minus_alphas_cumprod": np.log(1 - alphas_cumprod), "posterior_variance": posterior_variance}
+    tables |= {"sqrt_recip_alphas_cumprod": np.sqrt(recip_alphas_cumprod)}
+    tables |= {"sqrt_recipm1_alphas_cumprod": np.sqrt(recip_alphas_cumprod - 1)}
+    tables |= {"posterior_log_variance_clipped": np.log(np.append(first_variance, posterior_variance[1:]))}
+    tables |= {"posterior_mean_coef1": betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod)}
+    tables |= {"posterior_mean_coef2": (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod)}
+    return tables | {"fixed_large_log_variance": np.log(np.append(first_variance, betas[1:]))}
 
 
 def previous_x(process: GaussianDiffusion) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from diffusion.errors import UsageError, check_name
 
+Array = NDArray[np.float64]
 Respacing = str | int | Sequence[int]
 """Which timesteps of a schedule are kept (see `place_timesteps`)."""
 LOWEST_LOG_SNR = -5.1
@@ -24,16 +26,16 @@ LOWEST_LOG_SNR = -5.1
 class Path(NamedTuple):
     """The path of each timestep, (T,), over s, which goes from 0 (the data) to 1 (the noise)."""
 
-    s: NDArray[np.float64]
-    alphas: NDArray[np.float64]
-    sigmas: NDArray[np.float64]
-    alpha_slopes: NDArray[np.float64]
+    s: Array
+    alphas: Array
+    sigmas: Array
+    alpha_slopes: Array
     """d alpha / ds"""
-    sigma_slopes: NDArray[np.float64]
+    sigma_slopes: Array
     """d sigma / ds"""
 
 
-def linear_betas(steps: int) -> NDArray[np.float64]:
+def linear(steps: int) -> Array:
     """Betas (steps,) that grow linearly, as in Ho et al. (2020) at 1000 steps, scaled to any `steps`.
 
     Raises UsageError if the scaled schedule would reach 1.
@@ -46,7 +48,7 @@ def linear_betas(steps: int) -> NDArray[np.float64]:
     return betas
 
 
-def cosine_betas(steps: int, max_beta: float = 0.999) -> NDArray[np.float64]:
+def cosine(steps: int, max_beta: float = 0.999) -> Array:
     """Betas (steps,) whose alphas_cumprod falls like a squared cosine (eq. 17), capped at `max_beta`."""
 
     def alpha_bar(u: float) -> float:
@@ -71,12 +73,7 @@ def gvp(steps: int, *, s_max: EndOfPath = 1.0) -> Path:
     return Path(s, alphas, sigmas, -math.pi / 2 * sigmas, math.pi / 2 * alphas)
 
 
-SCHEDULES: dict[str, Callable[..., NDArray[np.float64] | Path]] = {
-    "linear": linear_betas,
-    "cosine": cosine_betas,
-    "flow": flow,
-    "gvp": gvp,
-}
+SCHEDULES: dict[str, Callable[..., Array | Path]] = {"linear": linear, "cosine": cosine, "flow": flow, "gvp": gvp}
 """steps -> betas (steps,), or the path of a flow."""
 
 
@@ -93,10 +90,9 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
         return list(range(steps))
     if respacing.startswith("ddim"):
         wanted = _counts(respacing[4:], respacing)
-        if len(wanted) == 1:
-            for stride in range(1, steps + 1):
-                if len(range(0, steps, stride)) == wanted[0]:
-                    return list(range(0, steps, stride))
+        for kept_at in (range(0, steps, stride) for stride in range(1, steps + 1)):
+            if wanted == [len(kept_at)]:
+                return list(kept_at)
         raise UsageError(f"respacing '{respacing}': no whole stride takes that many of {steps} steps")
     counts = _counts(respacing, respacing)
     size, extra = divmod(steps, len(counts))
@@ -108,15 +104,12 @@ def space_timesteps(steps: int, respacing: str) -> list[int]:
             raise UsageError(f"respacing '{respacing}': {count} steps are more than {where}")
         step = 1.0 if count <= 1 else (length - 1) / (count - 1)
         # Accumulated, not multiplied: at a half, the published code rounds the accumulated value.
-        position = 0.0
-        for _ in range(count):
-            kept.append(start + round(position))
-            position += step
+        kept += [start + round(position) for position in accumulate([0.0, *[step] * (count - 1)])]
         start += length
     return kept
 
 
-def place_timesteps(log_snr: NDArray[np.float64], respacing: Respacing) -> list[int]:
+def place_timesteps(log_snr: Array, respacing: Respacing) -> list[int]:
     """The timesteps that a respacing keeps of a schedule with these log(alpha / sigma), in ascending order.
 
     Beside the strings of `space_timesteps`: `"logsnrN"` keeps N, evenly spaced in log(alpha / sigma) (Lu et al. 2022),
@@ -145,9 +138,8 @@ def place_timesteps(log_snr: NDArray[np.float64], respacing: Respacing) -> list[
         least, most = 1 + len(pure_noise), last + 1 + len(pure_noise)
         raise UsageError(f"respacing '{respacing}': it must be one number, from {least} to {most} of {steps} steps")
     high, low = float(log_snr[0 if count > 1 else last]), float(log_snr[last])
-    if placed[1] == "logsnr":
-        at = np.linspace(high, low, count)
-    else:
+    at = np.linspace(high, low, count)
+    if placed[1] == "karras":
         at = -7 * np.log(np.linspace(math.exp(-high / 7), math.exp(-low / 7), count))
     nearest = np.rint(np.interp(-at, -log_snr, np.arange(len(log_snr)))).astype(int)
     numbers = np.arange(count)
@@ -174,7 +166,7 @@ class Schedule:
         path: the path at the T steps (default: that of the betas).
     """
 
-    betas: NDArray[np.float64] | None
+    betas: Array | None
     timestep_map: tuple[int, ...]
     original_steps: int
     path: Path = None  # type: ignore[assignment]
@@ -219,7 +211,7 @@ class Schedule:
         return Schedule(betas, tuple(kept), steps, path)
 
 
-def with_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]:
+def with_zero_terminal_snr(betas: Array) -> Array:
     """Betas (T,) whose last alphas_cumprod is 0: its square roots shifted, and scaled to keep the first one (Lin et
     al. 2023, algorithm 1). Raises UsageError for a single step."""
     if len(betas) < 2:
@@ -228,7 +220,7 @@ def with_zero_terminal_snr(betas: NDArray[np.float64]) -> NDArray[np.float64]:
     return _betas_of(((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2)
 
 
-def _path_of(betas: NDArray[np.float64]) -> Path:
+def _path_of(betas: Array) -> Path:
     """The path of a diffusion's betas, with the slopes of a parabola through each point and its neighbours."""
     alphas_cumprod = np.cumprod(1 - betas)
     alphas, sigmas, s = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod), np.arange(len(betas) + 1) / len(betas)
@@ -237,5 +229,5 @@ def _path_of(betas: NDArray[np.float64]) -> Path:
     return Path(s[1:], alphas, sigmas, *slopes)
 
 
-def _betas_of(alphas_cumprod: NDArray[np.float64]) -> NDArray[np.float64]:
+def _betas_of(alphas_cumprod: Array) -> Array:
     return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])

@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-History = Annotated[int, (1, 10**4)]
 Share = Annotated[float, (0, 1)]
-Location = Annotated[float, (-10, 10)]
 Scale = Annotated[float, (0.1, 10)]
 
 
@@ -24,7 +22,7 @@ class LossSecondMoment:
         uniform_prob: share of the draws that stays uniform, so that no t is forgotten.
     """
 
-    def __init__(self, num_timesteps: int, *, history: History = 10, uniform_prob: Share = 0.001):
+    def __init__(self, num_timesteps: int, *, history: Annotated[int, (1, 10**4)] = 10, uniform_prob: Share = 0.001):
         self.uniform_prob = uniform_prob
         self._losses = np.zeros((num_timesteps, history))
         self._counts = np.zeros(num_timesteps, dtype=np.int64)
@@ -46,15 +44,13 @@ class LossSecondMoment:
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Record the unweighted losses (n,) of the timesteps (n,), in order. Non-finite losses are ignored."""
-        for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            if not np.isfinite(loss):
-                continue
+        pairs = zip(t.tolist(), losses.tolist(), strict=True)
+        for step, loss in [(step, loss) for step, loss in pairs if np.isfinite(loss)]:
             if self._counts[step] == self._losses.shape[1]:
                 self._losses[step, :-1] = self._losses[step, 1:]
-                self._losses[step, -1] = loss
             else:
-                self._losses[step, self._counts[step]] = loss
                 self._counts[step] += 1
+            self._losses[step, self._counts[step] - 1] = loss
 
     def state_dict(self) -> dict[str, Any]:
         """The history, for a checkpoint."""
@@ -71,7 +67,7 @@ class LogitNormal:
     Losses are not weighted back, so this is also a weighting of timesteps.
     """
 
-    def __init__(self, num_timesteps: int, *, location: Location = 0.0, scale: Scale = 1.0):
+    def __init__(self, num_timesteps: int, *, location: Annotated[float, (-10, 10)] = 0.0, scale: Scale = 1.0):
         ends = (torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64).logit() - location) / scale
         self._probabilities = torch.special.ndtr(ends).diff()
 

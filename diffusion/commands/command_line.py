@@ -1,10 +1,9 @@
 """The command line of a training run: `--config FILE`, `--out FOLDER` and dotted overrides."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusion.commands.terminal import Parser
 from diffusion.config.files import find_config, parse_value, read_yaml
@@ -16,8 +15,7 @@ CONTINUING = {"resume", "resume_from", "resume_from_checkpoint", "ckpt", "checkp
 """Flags of other codebases for resuming."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A parsed command line."""
 
     config: Config
@@ -70,11 +68,9 @@ def run_parser() -> argparse.ArgumentParser:
         several = len(setting.texts) > 1  # components may mean different things by one name
         texts = [f"{', '.join(owners)}: {text}" if several else text for text, owners in setting.texts.items()]
         default = ", ".join(list(setting.defaults)[: 1 if name in ("source", "network") else None])
-        groups[section].add_argument(
-            f"--{key}",
-            metavar="{" + ",".join(setting.words) + "}" if setting.words else name.upper(),
-            help=f"{'; '.join(texts)} (default: {default})".replace("%", "%%"),
-        )
+        text = f"{'; '.join(texts)} (default: {default})".replace("%", "%%")
+        value = f"{{{','.join(setting.words)}}}" if setting.words else name.upper()
+        groups[section].add_argument(f"--{key}", metavar=value, help=text)
     return parser
 
 

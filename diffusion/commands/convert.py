@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from diffusion.commands.terminal import Parser, check_writable, non_empty_path, number_from, open_run, print_line
 from diffusion.config.files import save_config
 from diffusion.config.schema import DiffusionConfig
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, refusing
 from diffusion.interop.diffusers import pipeline_writer, read_pipeline
 from diffusion.interop.dit import check_dit, from_dit
 from diffusion.interop.openai import check_unet, from_openai
@@ -52,14 +52,13 @@ def main() -> None:
     if odd := [name for name in meant if getattr(args, name) and not meant[name]]:
         raise UsageError(f"--{odd[0]} has no meaning for {args.format} from {'a run' if from_run else args.source}")
     write, summary = export(args) if from_run else take_in(args)
-    try:
+    full_disk = OSError, RuntimeError, SafetensorError
+    with refusing(lambda reason: f"--out {args.out} cannot be written: {reason}", full_disk):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         # Elsewhere first, so that an incomplete file is never used.
         with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as folder:
             write(Path(folder, args.out.name))
             Path(folder, args.out.name).replace(args.out)
-    except (OSError, RuntimeError, SafetensorError) as error:  # types raised for a full disk
-        raise UsageError(f"--out {args.out} cannot be written: {one_line(error)}") from None
     print_line(f"{args.out.resolve()}: {summary}")
 
 

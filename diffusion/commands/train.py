@@ -26,9 +26,8 @@ def announce(trainer: "Trainer") -> None:
     from diffusion.training.data import describe_run
 
     config, device = trainer.config, trainer.accelerator.device.type
-    begins = f"continues after step {trainer.step}" if trainer.step else "begins"
-    if trainer.origin and not trainer.step:
-        begins = f"begins with the weights of {trainer.origin['path']}"
+    origin = f" with the weights of {trainer.origin['path']}" if trainer.origin else ""
+    begins = f"continues after step {trainer.step}" if trainer.step else f"begins{origin}"
     precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
     where = f"{trainer.accelerator.num_processes} x {device}"
     where += f" of {torch.get_num_threads()} threads" if device == "cpu" else ""

@@ -4,14 +4,10 @@ A component is one entry of a dict: a function whose keyword-only parameters are
 or a section of its own (a data source, a network). A setting of one component given to another is refused by name.
 """
 
-import ast
 import dataclasses
 import functools
-import inspect
 import json
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -122,20 +118,16 @@ def settings_of(section: Any) -> dict[str, Any]:
     return values | options
 
 
+json_schema = functools.cache(lambda cls: TypeAdapter(cls).json_schema())
+"""The JSON schema of a section."""
+
+
 @functools.cache
 def help_texts(cls: type[Any]) -> dict[str, str]:
     """The docstring under each field of a section."""
-    texts: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        for field, doc in pairwise(getattr(definition, "body", ())):
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
-                texts[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
-    return texts
-
-
-json_schema = functools.cache(lambda cls: TypeAdapter(cls).json_schema())
-"""The JSON schema of a section."""
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]  # a schema describes its own
+    entries = [item for base in bases for item in json_schema(base)["properties"].items()]
+    return {name: " ".join(entry["description"].split()) for name, entry in entries if "description" in entry}
 
 
 def types_of(cls: Any, name: str) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from ruamel.yaml.events import AliasEvent
 
 from diffusion.config.fields import shown
 from diffusion.config.schema import SECTIONS, Config, check_keys, config_of
-from diffusion.errors import UsageError, did_you_mean, one_line
+from diffusion.errors import UsageError, did_you_mean, refusing
 from diffusion.files.atomic import replace_text
 
 PACKAGE = Path(__file__).parents[1]
@@ -51,10 +51,9 @@ def _yaml() -> YAML:
     yaml.Composer = _WithoutAliases
     yaml.default_flow_style, yaml.width = False, 10**6
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    tag = "tag:yaml.org,2002:seq"
     for kind in (list, tuple):
-        yaml.representer.add_representer(
-            kind, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-        )
+        yaml.representer.add_representer(kind, lambda to, value: to.represent_sequence(tag, value, flow_style=True))
     return yaml
 
 
@@ -76,10 +75,9 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         raise UsageError(f"--config {path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise UsageError(f"--config {path} is larger than 1 MiB: it is no configuration")
-    try:
+    # YAML's constructors raise whatever an odd tag or number gives.
+    with refusing(lambda reason: f"--config {path} is not YAML: {reason}"):
         content = _yaml().load(path.read_bytes())
-    except Exception as error:  # YAML's constructors raise whatever an odd tag or number gives
-        raise UsageError(f"--config {path} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in SECTIONS):
         raise UsageError(f"--config {path} must be made of sections ({', '.join(SECTIONS)}) of keys")
     check_keys(content)
@@ -88,7 +86,5 @@ def read_yaml(path: Path) -> dict[str, dict[str, Any]]:
 
 def parse_value(text: str, flag: str) -> Any:
     """The value of a flag as YAML reads it. Raises UsageError if it cannot be read."""
-    try:
+    with refusing(lambda reason: f"{flag} is {shown(repr(text))}, which cannot be read: {reason}"):
         return _yaml().load(text)
-    except Exception as error:  # as above
-        raise UsageError(f"{flag} is {shown(repr(text))}, which cannot be read: {one_line(error)}") from None

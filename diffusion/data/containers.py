@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.data.values import Array
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, refusing
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 CLUTTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db"}
@@ -86,11 +86,9 @@ class Directory:
         if (real := os.path.realpath(path)) in visited:
             return
         visited.add(real)
-        try:
+        with refusing(lambda reason: f"data.path {self.root}: {path} cannot be listed: {reason}"):
             # A folder is read under its own name, not that of a link to it, and in the same order everywhere.
             entries = sorted(os.scandir(path), key=lambda entry: (entry.is_symlink(), entry.name))
-        except OSError as error:
-            raise UsageError(f"data.path {self.root}: {path} cannot be listed: {one_line(error)}") from None
         for entry in entries:
             if is_clutter(entry.name):
                 continue
@@ -120,14 +118,8 @@ class Archives:
     def __init__(self, path: Path, archives: Sequence[Path]):
         self.archives, self.where = archives, f"{path}: "
         self._opened: dict[tuple[int, int], Any] = {}
-        members: dict[tuple[int, str], tuple[int, Any]] = {}
-        for shard, archive in enumerate(archives):
-            try:
-                for name, size, member in self._list(shard):
-                    members[shard, name] = size, member  # of one name, the last counts
-            except Exception as error:  # zipfile and tarfile have many types
-                kind = archive.suffix.removeprefix(".")
-                raise UsageError(f"data.path {archive} cannot be read as a {kind} ({one_line(error)})") from None
+        listed = ((shard, file) for shard in range(len(archives)) for file in self._list(shard))
+        members = {(shard, name): rest for shard, (name, *rest) in listed}  # of one name, the last counts
         self.by_shard = len({name for _, name in members}) < len(members)
         prefixes = [f"{archive.name}/" if self.by_shard else "" for archive in archives]
         found = [(prefixes[shard] + name, size, shard, member) for (shard, name), (size, member) in members.items()]
@@ -136,19 +128,21 @@ class Archives:
 
     def _list(self, shard: int) -> Iterator[tuple[str, int, Any]]:
         """The files of an archive: name, size, and member."""
-        if not self.archives[shard].is_file():  # a pipe would block
-            raise ValueError("it is not a file")
-        archive = self._archive(shard)
-        if isinstance(archive, zipfile.ZipFile):
-            members = [(member.filename, member.file_size, member) for member in archive.infolist()]
-        else:
-            members = [(member.name, member.size, member) for member in archive if member.isfile() or member.islnk()]
-        for path, size, member in members:
-            name = path.removeprefix("./")
-            if name.startswith("/") or ".." in name.split("/") or size > MAX_MEMBER:
-                raise ValueError(f"{name} leads out of it, or is longer than {MAX_MEMBER:,} bytes")
-            if not name.endswith("/") and not is_clutter(name):
-                yield name, size, member
+        path = self.archives[shard]
+        with refusing(lambda reason: f"data.path {path} cannot be read as a {path.suffix[1:]} ({reason})"):
+            if not path.is_file():  # a pipe would block
+                raise ValueError("it is not a file")
+            archive = self._archive(shard)
+            if isinstance(archive, zipfile.ZipFile):
+                members = [(member.filename, member.file_size, member) for member in archive.infolist()]
+            else:
+                members = [(file.name, file.size, file) for file in archive if file.isfile() or file.islnk()]
+            for name, size, member in members:
+                name = name.removeprefix("./")
+                if name.startswith("/") or ".." in name.split("/") or size > MAX_MEMBER:
+                    raise ValueError(f"{name} leads out of it, or is longer than {MAX_MEMBER:,} bytes")
+                if not name.endswith("/") and not is_clutter(name):
+                    yield name, size, member
 
     def _archive(self, shard: int) -> Any:
         """An archive, opened once in each process: processes that share a file share its position."""

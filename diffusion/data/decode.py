@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusion.data.values import Array
@@ -138,10 +137,9 @@ def _reads_whole(file: BinaryIO, max_pixels: int) -> bool:
         with open_image(file, max_pixels) as image:
             tags: Any = getattr(image, "tag_v2", {})
             bits, kinds = max(tags.get(BITS, (1,))), tags.get(SAMPLE_FORMAT, (1,))
+            plain = not (bits == 32 and 1 in kinds) and not (bits <= 8 and 2 in kinds)
             if bits > 8 and image.mode not in "IF":
                 plain = image.mode.startswith("I;16") and tags.get(PHOTOMETRIC) == 1
-            else:
-                plain = not (bits == 32 and 1 in kinds) and not (bits <= 8 and 2 in kinds)
             return plain and tags.get(SAMPLES, 1) <= len(image.getbands()) and getattr(image, "n_frames", 1) == 1
     except UnidentifiedImageError:
         return False
@@ -170,8 +168,7 @@ def _tiff(file: BinaryIO, max_pixels: int) -> Iterator[Stored]:
         def channels_last(array: Array) -> Array:
             return array[..., None] if axis < 0 else np.moveaxis(array, axis, -1)
 
-        shape = channels_last(np.broadcast_to(0, series.shape)).shape
-        yield Stored(shape, lambda: channels_last(series.asarray()))
+        yield Stored(channels_last(np.broadcast_to(0, series.shape)).shape, lambda: channels_last(series.asarray()))
 
 
 def preprocess(image: Image.Image, target: Target) -> Array:
@@ -184,8 +181,8 @@ def preprocess(image: Image.Image, target: Target) -> Array:
     if "transparency" in image.info:
         if deep or image.mode.startswith("I"):
             raise ValueError("it has 16 bits and a transparent colour, which are not read together")
-        if _raw_mode(image) in ("L;2", "L;4"):  # PIL scales the pixels to 8 bits, but not this
-            image.info["transparency"] *= 85 if _raw_mode(image) == "L;2" else 17
+        # PIL scales the pixels to 8 bits, but not this.
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits at 255
         if channels not in (1, 3):
@@ -238,8 +235,7 @@ def fit(array: Array, target: Target) -> Array:
     Only images, of two sizes, are resized. Raises ValueError if the array has other axes, sizes or values.
     """
     sizes, channels, shape = target.sizes, target.channels, array.shape
-    if array.ndim == len(sizes) and channels == 1:
-        array = array[..., None]
+    array = array[..., None] if array.ndim == len(sizes) and channels == 1 else array
     if array.ndim != len(sizes) + 1 or array.shape[-1] != channels or 0 in shape:
         axes = ("length", "height, width", "depth, height, width")[len(sizes) - 1]
         raise ValueError(f"{shape} {array.dtype}, not ({axes}, {channels}) as data.channels says")
@@ -283,8 +279,8 @@ def of_one_type(images: Sequence[Array]) -> Sequence[Array]:
     return [image / np.float32(127.5) - 1 if image.dtype == np.uint8 else image for image in images]
 
 
-def preprocess_all(images: NDArray[np.uint8], target: Target) -> NDArray[np.uint8]:
-    """Preprocess images in memory, (N, H, W) or (N, H, W, C): (N, C, *sizes). Those that fit are only reordered."""
+def preprocess_all(images: Array, target: Target) -> Array:
+    """Preprocess uint8 images in memory, (N, H, W) or (N, H, W, C): (N, C, *sizes). Those that fit are reordered."""
     if (images if images.ndim == 4 else images[..., None]).shape[1:] == (*target.sizes, target.channels):
         return images.reshape(*images.shape[:3], target.channels).transpose(0, 3, 1, 2).copy()
     return np.stack([preprocess(Image.fromarray(image), target) for image in images])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffusion.data.base import Labels
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, refusing
 
 Classes = tuple[Labels, tuple[str, ...], str]
 """A label for each file, the classes' names, and why there are none, if so."""
@@ -51,11 +51,12 @@ def no_classes(count: int, reason: str) -> Classes:
     return np.zeros(count, np.int64), (), reason
 
 
-LABELS: dict[str, Callable[[Sequence[str], str], Classes]] = {
-    "folders": from_folders,
-    "prefix": from_prefix,
-    "none": lambda names, path: no_classes(len(names), "data.labels is none"),
-}
+def unlabelled(names: Sequence[str], path: str) -> Classes:
+    """No classes, whatever the names are."""
+    return no_classes(len(names), "data.labels is none")
+
+
+LABELS: dict[str, Callable[..., Classes]] = {"folders": from_folders, "prefix": from_prefix, "none": unlabelled}
 
 
 def from_list(names: Sequence[str], file: str, listed: str | Pairs, unused: Sequence[str] = ()) -> Classes:
@@ -64,7 +65,7 @@ def from_list(names: Sequence[str], file: str, listed: str | Pairs, unused: Sequ
 
     Raises UsageError if an image has no label, or if a label has no image and is not for one of `unused`.
     """
-    try:
+    with refusing(lambda reason: f"data.labels {file} is not a list of files and labels ({reason})"):
         pairs = _parsed(file, listed) if isinstance(listed, str) else listed
         if pairs is None:
             return no_classes(len(names), f"{file} has none")
@@ -73,8 +74,6 @@ def from_list(names: Sequence[str], file: str, listed: str | Pairs, unused: Sequ
             raise ValueError("a file is listed twice, or labels are not all whole numbers or all words")
         if bad := [name for name, label in table.items() if label == "" or str(label).startswith("-")]:
             raise ValueError(f"the label of {bad[0]} is empty or negative")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        raise UsageError(f"data.labels {file} is not a list of files and labels ({one_line(error)})") from None
     if missing := sorted(set(names) - table.keys()):
         raise UsageError(f"data.labels {file} has no label for {missing[0]}")
     if extra := sorted(table.keys() - set(names) - set(unused)):

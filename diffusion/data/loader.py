@@ -1,11 +1,10 @@
 """The order of images as a function of (seed, step), and the processes that read them ahead."""
 
-import multiprocessing
-import multiprocessing.process
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache
+from multiprocessing.process import BaseProcess, active_children
 from typing import Any, cast
 
 import torch
@@ -28,11 +27,9 @@ def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> lis
     dropped, and a batch may span two epochs.
     """
     indices: list[int] = []
-    position = step * batch_size
     while len(indices) < batch_size:
-        epoch, start = divmod(position + len(indices), num_images)
-        order = _epoch_order(num_images, seed, epoch)
-        indices += order[start : start + batch_size - len(indices)].tolist()
+        epoch, start = divmod(step * batch_size + len(indices), num_images)
+        indices += _epoch_order(num_images, seed, epoch)[start : start + batch_size - len(indices)].tolist()
     return indices
 
 
@@ -59,21 +56,14 @@ def step_batches(
     Raises UsageError with the name of a file that cannot be read.
     """
 
-    def shares() -> Iterator[list[int]]:
-        for step in steps:
-            indices = batch_indices(len(dataset), batch_size, seed, step)
-            yield [index for part in slices for index in indices[part]]
+    whole = (batch_indices(len(dataset), batch_size, seed, step) for step in steps)
+    shares = ([index for part in slices for index in indices[part]] for indices in whole)
 
-    loader: DataLoader[Any] = DataLoader(
-        cast(Dataset[Any], dataset),
-        batch_sampler=shares(),
-        collate_fn=lambda batch: batch,
-        num_workers=workers,
-        generator=torch.Generator(),  # else it would draw from the global one, which dropout uses
-        worker_init_fn=_ignore_stop_signals,
-        timeout=POLL_SECONDS if workers else 0,
-    )
-    others = set(multiprocessing.active_children())
+    ahead: Any = dict(num_workers=workers, worker_init_fn=_ignore_stop_signals, timeout=POLL_SECONDS) if workers else {}
+    ahead["generator"] = torch.Generator()  # else it would draw from the global one, which dropout uses
+    images = cast(Dataset[Any], dataset)
+    loader: DataLoader[Any] = DataLoader(images, batch_sampler=shares, collate_fn=lambda batch: batch, **ahead)
+    others = set(active_children())
     try:
         batches = iter(loader)
         while (batch := _next(batches, waiting)) is not None:
@@ -85,14 +75,14 @@ def step_batches(
             pinned = torch.cuda.is_available()
             yield Batch(*(tensor.pin_memory() if pinned and tensor.numel() else tensor for tensor in tensors))
     except OSError as error:
-        _kill(set(multiprocessing.active_children()) - others)  # else torch waits 5 seconds for each
+        _kill(set(active_children()) - others)  # else torch waits 5 seconds for each
         # torch's half-made iterator complains when it is freed, which is now.
         hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
         error.with_traceback(None)
         sys.unraisablehook = hook
         raise UsageError(f"data.workers is {workers}, and they cannot be started: {one_line(error)}") from None
     finally:
-        _kill(set(multiprocessing.active_children()) - others)
+        _kill(set(active_children()) - others)
 
 
 def _next(batches: Iterator[Any], waiting: Callable[[], None]) -> Any:
@@ -106,7 +96,7 @@ def _next(batches: Iterator[Any], waiting: Callable[[], None]) -> Any:
             waiting()
 
 
-def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:
+def _kill(workers: set[BaseProcess]) -> None:
     """Kill workers: they ignore SIGTERM, so Python's atexit would hang."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if workers else None  # torch would take it for a crash
     for worker in workers:

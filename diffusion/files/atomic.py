@@ -70,12 +70,7 @@ _held: set[int] = set()
 """Open locks. Child processes must not inherit them, since they may outlive their parent."""
 
 
-def _let_go() -> None:
-    for descriptor in _held:
-        os.close(descriptor)
-
-
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=lambda: list(map(os.close, _held)))
 
 
 def lock(path: Path, warn: Callable[[str], None] = lambda message: None) -> int:

@@ -10,9 +10,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.serialization import safe_globals
 
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, one_line, refusing
 
 
 def load_plain(path: Path) -> Any:
@@ -25,8 +24,8 @@ def load_plain(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("it is compressed, which torch.save does not do")
-        with warnings.catch_warnings(), safe_globals([argparse.Namespace]):  # settings, in checkpoints of DiT
-            warnings.simplefilter("ignore")  # about files that torch then refuses
+        # Checkpoints of DiT hold settings as a Namespace, and torch warns of files that it then refuses.
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         _check_dense(loaded)
         return loaded
@@ -53,7 +52,5 @@ def _check_dense(value: object, name: str = "a tensor") -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Load a safetensors file into memory. Raises UsageError if it is damaged."""
-    try:
+    with refusing(lambda reason: f"{path} cannot be read: {reason}"):
         return safetensors.torch.load(path.read_bytes())
-    except Exception as error:  # the file system's, safetensors'
-        raise UsageError(f"{path} cannot be read: {one_line(error)}") from None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.config.files import load_config, save_config
 from diffusion.config.schema import Config, config_of
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, refusing
 from diffusion.files.tensors import load_tensors
 from diffusion.interop.openai import EVERY, TRAIN, unet_of
 from diffusion.models.layers import timestep_embedding
@@ -55,10 +55,10 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
         "data.range": data.range is not None,
         "data.low_res_size": data.low_res_size is not None,
         "diffusion.schedule": diffusion.schedule not in (*SCHEDULES, "flow"),
-        "diffusion.prediction": diffusion.prediction not in (["velocity"] if _is_flow(config) else PREDICTIONS),
+        "diffusion.prediction": diffusion.prediction not in (["velocity"] if _kind(config) == FLOW else PREDICTIONS),
         "diffusion.variance": diffusion.variance == "learned",
         "diffusion.respacing": diffusion.respacing != "",
-        "diffusion.rescale_timesteps": _is_flow(config) and not diffusion.rescale_timesteps,
+        "diffusion.rescale_timesteps": _kind(config) == FLOW and not diffusion.rescale_timesteps,
         "diffusion.s_max": diffusion.options.get("s_max", 1.0) != 1.0,
     }
     if refused := [name for name, it_is in inexpressible.items() if it_is]:
@@ -78,14 +78,15 @@ def unet_config(config: Config, num_classes: int) -> dict[str, Any]:
     return settings | dict(num_class_embeds=num_classes if model.class_cond else None) | table
 
 
-def _is_flow(config: Config) -> bool:
-    return config.diffusion.schedule == "flow"
+def _kind(config: Config) -> str:
+    """The class of the scheduler for the process of `config`."""
+    return FLOW if config.diffusion.schedule == "flow" else DIFFUSION
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
     """The arguments of diffusers' scheduler, where they are not its defaults, for the process of `config`."""
     diffusion, steps = config.diffusion, config.diffusion.steps
-    if _is_flow(config):
+    if _kind(config) == FLOW:
         return {}  # 1000 steps, whatever ours are: the network is given 1000 s
     betas = dict(beta_schedule=SCHEDULES[diffusion.schedule], beta_start=0.1 / steps, beta_end=20 / steps)
     types = dict(variance_type=diffusion.variance, prediction_type=PREDICTIONS[diffusion.prediction])
@@ -96,19 +97,14 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 def config_from_diffusers(unet: Settings, scheduler: Settings, classes: int, config: Config | None = None) -> Config:
     """The configuration of a pipeline's network and process, or `config` if the pipeline is of that one. Raises
     UsageError, with the first setting that has no counterpart."""
-    try:
+    with refusing(lambda reason: f"the pipeline has a setting without counterpart: {reason}"):
         kind = scheduler.get("_class_name", DIFFUSION)
         settings = _settings(unet, scheduler, kind)
         config = config or _translate(settings, kind)
-        written = _settings(
-            unet_config(config, classes), scheduler_config(config), FLOW if _is_flow(config) else DIFFUSION
-        )
+        written = _settings(unet_config(config, classes), scheduler_config(config), _kind(config))
         for name, value in settings.items():
             if not (math.isclose(value, written[name]) if isinstance(value, float) else value == written[name]):
                 raise UsageError(f"{name} is {value}, where only {written[name]} can be honoured")
-    except (LookupError, TypeError, ArithmeticError, AttributeError, ValueError, AssertionError) as error:
-        # Any value may stand in a file.
-        raise UsageError(f"the pipeline has a setting without counterpart: {one_line(error)}") from None
     return config
 
 
@@ -191,7 +187,7 @@ def to_diffusers(weights: Weights, model: UNet) -> dict[str, Tensor]:
 
 def _timestep_table(config: Config) -> dict[str, Tensor]:
     """The sinusoids as a weight, which alone gives diffusers' network another number than the scheduler's timestep."""
-    if not config.diffusion.rescale_timesteps or config.diffusion.steps == 1000 or _is_flow(config):
+    if not config.diffusion.rescale_timesteps or config.diffusion.steps == 1000 or _kind(config) == FLOW:
         return {}
     network_t = torch.from_numpy(config.diffusion.process().tables["network_t"])
     return {"time_proj.weight": timestep_embedding(network_t, unet_of(config).model_channels)}
@@ -202,7 +198,7 @@ def from_diffusers(state: Weights, config: Config, num_classes: int) -> dict[str
     rest, weights, model = dict(state), {}, unet_of(config)
     with torch.device("meta"):
         network = config.network(num_classes)
-    try:
+    with refusing(lambda reason: f"the unet has other weights than its config.json says: {reason}"):
         for name, table in _timestep_table(config).items():
             if not torch.allclose(rest.pop(name), table, atol=1e-4):
                 raise UsageError(f"{name} is not a table of sinusoids")
@@ -214,8 +210,6 @@ def from_diffusers(state: Weights, config: Config, num_classes: int) -> dict[str
             weights[name] = value.unsqueeze(-1) if ours.ndim == 3 else value
         if rest:
             raise UsageError(f"{min(rest)} has no place")
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise UsageError(f"the unet has other weights than its config.json says: {one_line(error)}") from None
     return weights
 
 
@@ -224,7 +218,7 @@ def pipeline_writer(saved: Checkpoint, weights: Weights) -> Callable[[Path], Non
     config = saved.config
     settings = unet_config(config, len(saved.class_names))
     diffusers = _import_diffusers()
-    kind = getattr(diffusers, FLOW if _is_flow(config) else DIFFUSION)
+    kind = getattr(diffusers, _kind(config))
     unet, scheduler = diffusers.UNet2DModel(**settings), kind(**scheduler_config(config))
     unet.load_state_dict(to_diffusers(weights, unet_of(config)) | _timestep_table(config))
 
@@ -240,7 +234,7 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
     """Read a pipeline's folder: the configuration, class names (numbers if it has none), and weights. Raises
     UsageError for settings without counterpart. Only safetensors are read."""
     config = None
-    try:
+    with refusing(lambda reason: f"{path} is not a pipeline folder of diffusers: {reason}"):
         files = "unet/config.json", "scheduler/scheduler_config.json"
         unet, scheduler = (json.loads((path / file).read_text()) for file in files)
         kinds = unet["_class_name"], scheduler["_class_name"]
@@ -249,8 +243,6 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
             if len(set(names)) < len(names):
                 raise ValueError("class names must be unique")
             config = load_config(path / "run.yaml")
-    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        raise UsageError(f"{path} is not a pipeline folder of diffusers: {one_line(error)}") from None
     if kinds[0] != "UNet2DModel" or kinds[1] not in (DIFFUSION, FLOW):
         right = f"only UNet2DModel and {DIFFUSION} or {FLOW} can be read"
         raise UsageError(f"{path} holds {kinds[0]} and {kinds[1]}; {right}")
@@ -264,9 +256,7 @@ def read_pipeline(path: Path) -> tuple[Config, tuple[str, ...], dict[str, Tensor
 
 
 def _import_diffusers() -> Any:
-    try:
+    with refusing(lambda reason: "diffusers is not installed: pip install 'diffusers>=0.35'", ImportError):
         import diffusers
-    except ImportError:
-        raise UsageError("diffusers is not installed: pip install 'diffusers>=0.35'") from None
     diffusers.utils.logging.set_verbosity_error()
     return diffusers

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from diffusion.config.schema import Config, config_of
-from diffusion.errors import UsageError, one_line, prefixed
+from diffusion.errors import UsageError, prefixed, refusing
 from diffusion.interop.openai import EVERY, TRAIN, load_state_dict
 from diffusion.models.networks import Transformer
 
@@ -25,7 +25,7 @@ def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, tup
     negated. Raises UsageError if it is neither, or of a width that is not published and without `num_heads`.
     """
     weights = load_state_dict(path)
-    try:
+    with refusing(lambda reason: f"{path} does not hold the weights of a DiT ({reason})"):
         patches, out = weights["x_embedder.proj.weight"], weights["final_layer.linear.weight"]
         positions, (width, channels, patch, _) = weights["pos_embed"].shape[1], patches.shape
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
@@ -35,10 +35,7 @@ def from_dit(path: Path, num_heads: int | None, flow: bool) -> tuple[Config, tup
         learned = out.shape[0] == 2 * patch**2 * channels
         size = math.isqrt(positions) * patch
         for name in ("final_layer.linear.weight", "final_layer.linear.bias") if flow else ():
-            halves = rearrange(weights[name], "(p two c) ... -> two (p c) ...", p=patch**2, two=1 + learned)
-            weights[name] = -halves[0]
-    except (LookupError, ValueError, ArithmeticError, TypeError, RuntimeError) as error:
-        raise UsageError(f"{path} does not hold the weights of a DiT ({one_line(error)})") from None
+            weights[name] = -rearrange(weights[name], "(p two c) ... -> two (p c) ...", p=patch**2, two=1 + learned)[0]
     if num_heads is None and width not in HEADS:
         raise UsageError(f"--num_heads is missing: the weights do not say it, and {width} is no published width")
     data: dict[str, object] = dict(source="folder", image_size=size, channels=channels, random_flip=channels != 4)

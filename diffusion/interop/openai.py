@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.config.fields import has_field
 from diffusion.config.schema import Config, TrainConfig, config_of
-from diffusion.errors import UsageError, did_you_mean
+from diffusion.errors import UsageError, did_you_mean, refusing
 from diffusion.files.tensors import load_plain
 from diffusion.models.networks import UNet
 
@@ -58,11 +58,10 @@ def parse_flags(text: str) -> dict[str, Any]:
 
     Flags count as guided-diffusion's if one of them exists only there.
     """
-    try:
+    pairs = "it must be pairs like --image_size 64 --learn_sigma True"
+    with refusing(lambda reason: f"--flags is {text!r}; {pairs}", ValueError):
         words = shlex.split(text.replace("=", " "))
         given = {flag.removeprefix("--"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
-    except ValueError:
-        raise UsageError(f"--flags is {text!r}; it must be pairs like --image_size 64 --learn_sigma True") from None
     flags = dict(GUIDED if ONLY_GUIDED.keys() & given.keys() else IMPROVED)
     for name, value in given.items():
         if name not in flags:
@@ -81,16 +80,14 @@ def config_from_flags(flags: Mapping[str, Any], upsampler: bool) -> Config:
     mult = flags.get("channel_mult") or CHANNEL_MULT.get(256 if upsampler and size == 512 else size)
     if mult is None:
         raise UsageError(f"--flags has images of {size}, whose widths are not known: {sorted(CHANNEL_MULT)} are")
-    try:
+    numbers = "channel_mult, attention_resolutions and ema_rate are numbers with commas"
+    with refusing(lambda reason: f"--flags: {numbers}", (ValueError, ZeroDivisionError)):
         channel_mult = tuple(float(m) if "." in m else int(m) for m in mult.split(","))
         factors = [size // int(resolution) for resolution in flags["attention_resolutions"].split(",")]
         rates = tuple(float(rate) for rate in flags["ema_rate"].split(","))
-    except (ValueError, ZeroDivisionError):
-        raise UsageError("--flags: channel_mult, attention_resolutions and ema_rate are numbers with commas") from None
     attention = tuple(factor for factor in factors if 0 < factor < 2 ** len(channel_mult))
     low_res = flags["small_size"] if upsampler else None
-    flip = "channel_mult" in flags
-    data = dict(source="folder", image_size=size, channels=3, random_flip=flip, low_res_size=low_res)
+    data = dict(source="folder", image_size=size, channels=3, random_flip="channel_mult" in flags, low_res_size=low_res)
     model = _of_section(UNet, flags)
     model |= dict(model_channels=flags["num_channels"], channel_mult=channel_mult, attention_resolutions=attention)
     prediction = "x_start" if flags["predict_xstart"] else "epsilon"
@@ -131,6 +128,6 @@ def from_openai(path: Path, flag_text: str) -> tuple[Config, tuple[str, ...], di
     flags, weights = parse_flags(flag_text), load_state_dict(path)
     upsampler = weights.get("input_blocks.0.0.weight", torch.empty(0)).shape[1:2] == (6,)
     label_emb = weights.get("label_emb.weight", torch.empty(1000))
-    num_classes = min(label_emb.shape[:1].numel(), label_emb.numel())  # rows without columns take no room in a file
-    names = tuple(map(str, range(num_classes))) if flags["class_cond"] else ()
+    # Rows without columns take no room in a file.
+    names = tuple(map(str, range(min(label_emb.shape[:1].numel(), label_emb.numel())))) if flags["class_cond"] else ()
     return config_from_flags(flags, upsampler), names, weights

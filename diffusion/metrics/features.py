@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffusion.data.base import DataSet, load, part
 from diffusion.data.loader import batch_indices
 from diffusion.data.values import to_uint8, to_x_start
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, refusing
 from diffusion.files.atomic import sha256
 
 CLASSIFIER_IMAGES, CLASSIFIER_STEPS = 20_000, 500
@@ -47,10 +47,8 @@ def classifier(dataset: DataSet, device: torch.device, weights: Path | None) -> 
     if not dataset.class_names or load(dataset, [0]).images.ndim != 4:
         raise UsageError("--features is classifier, which needs images with classes: use pixels or inception")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:CLASSIFIER_IMAGES]
-    batch = load(dataset, order.tolist())
-    net = fit_classifier(to_x_start(batch.images), batch.labels, len(dataset.class_names), 64, CLASSIFIER_STEPS).to(
-        device
-    )
+    batch, classes = load(dataset, order.tolist()), len(dataset.class_names)
+    net = fit_classifier(to_x_start(batch.images), batch.labels, classes, 64, CLASSIFIER_STEPS).to(device)
     spread = net[:-1](to_x_start(load(dataset, part(len(dataset), 1000).tolist()).images).to(device)).std()
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,13 +85,11 @@ def inception(dataset: DataSet, device: torch.device, weights: Path | None) -> E
     check_fidelity()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    try:
+    where = "downloaded: add --features_weights FILE" if weights is None else f"read from {weights}"
+    with refusing(lambda reason: f"Inception's weights cannot be {where} ({reason})"):
         if weights is not None:
             torch.load(weights, weights_only=True, map_location="meta")  # torch-fidelity would run code in the file
         net = FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], weights and str(weights)).to(device)
-    except Exception as error:  # of the download, the file, or the state dict
-        where = "downloaded: add --features_weights FILE" if weights is None else f"read from {weights}"
-        raise UsageError(f"Inception's weights cannot be {where} ({one_line(error)})") from None
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
@@ -103,8 +99,4 @@ def inception(dataset: DataSet, device: torch.device, weights: Path | None) -> E
     return Extractor("inception" if weights is None else f"inception of {sha256(weights)[:16]}", run)
 
 
-FEATURES: dict[str, Callable[[DataSet, torch.device, Path | None], Extractor]] = {
-    "classifier": classifier,
-    "pixels": pixels,
-    "inception": inception,
-}
+FEATURES: dict[str, Callable[..., Extractor]] = {"classifier": classifier, "pixels": pixels, "inception": inception}

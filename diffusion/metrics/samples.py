@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.data.base import digest, part
@@ -36,7 +35,7 @@ def frechet(subject: Subject) -> Score:
     return Score({"frechet": value}, [f"{name}: {value:.4f}"], best="frechet", notes=notes)
 
 
-def frechet_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """The squared distance between the Gaussians fitted to two sets of features (N, D) (Heusel et al., eq. 6)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)

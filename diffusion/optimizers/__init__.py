@@ -14,8 +14,7 @@ from diffusion.optimizers.muon import Muon
 
 Groups = list[dict[str, Any]]
 Decay = Annotated[float, (0, 1e9)]
-Fraction = Annotated[float, (0, 1)]
-DECAY_SHARE = 0.4
+Share = Annotated[float, (0, 1)]
 
 
 def adamw(network: nn.Module, groups: Groups, lr: float, *, weight_decay: Decay = 0.0) -> torch.optim.Optimizer:
@@ -23,9 +22,7 @@ def adamw(network: nn.Module, groups: Groups, lr: float, *, weight_decay: Decay 
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
-def muon(
-    network: nn.Module, groups: Groups, lr: float, *, weight_decay: Decay = 0.0, momentum: Fraction = 0.95
-) -> torch.optim.Optimizer:
+def muon(network: nn.Module, groups: Groups, lr: float, *, weight_decay: Decay = 0.0, momentum: Share = 0.95) -> Muon:
     """Muon for hidden matrices and convolutions (see `Muon`), AdamW for the rest: what is named in the network's
     `outer`, and all that has one dimension."""
     outer: tuple[str, ...] = getattr(network, "outer", ())
@@ -52,7 +49,7 @@ def cosine(step: int, steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def wsd(step: int, steps: int, warmup_steps: int, *, decay_share: Annotated[float, (1e-9, 1)] = DECAY_SHARE) -> float:
+def wsd(step: int, steps: int, warmup_steps: int, *, decay_share: Annotated[float, (1e-9, 1)] = 0.4) -> float:
     """Warm-up, stable, decay: linearly to 0 over the last `decay_share` of the steps. A warm-up that lasts into the
     decay ends where the two meet."""
     return min(1.0, (1 - step / steps) / decay_share)

@@ -33,21 +33,18 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take a step with all gradients."""
-        gradients: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
+        groups = self.param_groups
+        for group in groups:
             if group.get("muon"):
-                mine = {p: p.grad for p in group["params"] if p.grad is not None}
-                self._update(list(mine), list(mine.values()), group)
-                gradients |= mine
-        for p in gradients:  # AdamW passes over parameters without a gradient
-            p.grad = None
+                self._update(group)
+        self.param_groups = [group for group in groups if not group.get("muon")]
         result = super().step(closure)
-        for p, gradient in gradients.items():
-            p.grad = gradient
+        self.param_groups = groups
         return result
 
-    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        taken = 1.0
+    def _update(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        taken, gradients = 1.0, [p.grad for p in parameters]
         if (found_inf := getattr(self, "found_inf", None)) is not None:
             taken, gradients = 1 - found_inf, [gradient.nan_to_num(0, 0, 0) for gradient in gradients]
         for p in parameters:
@@ -60,8 +57,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_mul_(change, (1 - self.momentum) * taken)
         torch._foreach_add_(momenta, change)
         directions = torch._foreach_lerp(gradients, momenta, self.momentum)  # Nesterov's
-        updates = orthogonalise([direction.flatten(1) for direction in directions])
-        for p, update in zip(parameters, updates, strict=True):
+        for p, update in zip(parameters, orthogonalise([each.flatten(1) for each in directions]), strict=True):
             scaled = update.view_as(p) * (0.2 * math.sqrt(max(update.shape))) + group["weight_decay"] * p
             p.sub_(scaled * (group["lr"] * taken))
 
@@ -75,11 +71,9 @@ def orthogonalise(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
     wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
     # By rows, so that the order of the sum does not depend on the number of threads.
     wide = [matrix / (matrix.norm(dim=1).norm() + 1e-7) for matrix in wide]
-    by_size: dict[int, list[int]] = {}
-    for i, matrix in enumerate(wide):
-        by_size.setdefault(len(matrix), []).append(i)
     a, b, c = COEFFICIENTS
-    for size, numbers in by_size.items():
+    for size in {len(matrix) for matrix in wide}:
+        numbers = [i for i, matrix in enumerate(wide) if len(matrix) == size]
         gram = torch.stack([wide[i] @ wide[i].mT for i in numbers])
         total = identity = torch.eye(size, device=gram.device, dtype=gram.dtype)
         for step in range(steps):

@@ -72,15 +72,13 @@ def _rejoin() -> None:
     attempt, world = read("TORCHELASTIC_RESTART_COUNT", "0"), read("WORLD_SIZE", "1")
     if attempt != "0" and world != "1" and world == read("LOCAL_WORLD_SIZE"):
         store = torch.distributed.TCPStore(read("MASTER_ADDR", ""), int(read("MASTER_PORT", "")), is_master=False)
-        fresh, rank = torch.distributed.PrefixStore(f"attempt {attempt}", store), int(read("RANK", ""))
-        backend = "gloo" if on_cpu() else None
-        torch.distributed.init_process_group(backend, store=fresh, rank=rank, world_size=int(world))
+        new, rank = torch.distributed.PrefixStore(f"attempt {attempt}", store), int(read("RANK", ""))
+        torch.distributed.init_process_group("gloo" if on_cpu() else None, store=new, rank=rank, world_size=int(world))
 
 
 def launcher() -> int | None:
     """The process id of the torchrun or accelerate that started this process, if any."""
-    started = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    return os.getppid() if started else None
+    return os.getppid() if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
 
 
 def on_cpu() -> bool:

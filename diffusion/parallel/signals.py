@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ class StopSignals:
             signal.signal(number, handler)
         self._before = {}
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         if self._received is None:
             self._received = time.monotonic(), number
         elif time.monotonic() - self._received[0] > ECHO_SECONDS:

@@ -9,14 +9,13 @@ step_00001500/
     SHA256SUMS             a checksum of each of them, as `sha256sum --check` reads them
 """
 
-import dataclasses
 import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,8 +165,7 @@ def save(
         for name, content in files.items():
             on_cpu = {key: value.detach().cpu().contiguous().clone() for key, value in content.items()}
             safetensors.torch.save_file(on_cpu, temporary / f"{name}.safetensors")
-        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
-        (temporary / SUMS).write_text("".join(sums))
+        (temporary / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())))
         for path in temporary.iterdir():
             shutil.copymode(temporary / STATE, path)  # safetensors creates files that the group cannot read
             to_disk(path)
@@ -182,10 +180,7 @@ def save(
 def flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings by their path, such as "step/optimizer/3/exp_avg"."""
     for name, value in state.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
+        yield from flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,8 +230,8 @@ def prune(run: Path, keep_last: int, keep_every: int) -> None:
             temporary.replace(link)
     for path in folders(run)[keep_last:] if keep_last else []:
         if path != chosen and (not keep_every or step_of(path) % keep_every):
-            removed = path.rename(path.with_name(f".{path.name}.tmp"))  # it must not look like a checkpoint
-            shutil.rmtree(removed, ignore_errors=True)
+            # Renamed first: what is half removed must not look like a checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")), ignore_errors=True)
 
 
 def newest(path: Path, use: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
@@ -251,8 +246,7 @@ def newest(path: Path, use: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
     for folder in folders(path):
         try:
             checkpoint = open_folder(folder)
-            result = use(checkpoint)
-            return dataclasses.replace(checkpoint, passed_over=tuple(damage)), result
+            return replace(checkpoint, passed_over=tuple(damage)), use(checkpoint)
         except Damaged as error:
             if folder.exists():  # a run in training may have removed it
                 damage.append((folder, str(error)))
@@ -279,8 +273,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def read_sums(folder: Path) -> dict[str, str]:
     """The checksums by file name. Raises Damaged if their file is missing or does not name every file."""
-    lines = _read(folder / SUMS, None).decode(errors="replace").splitlines()
-    sums = {line[66:]: line[:64] for line in lines}
+    sums = {line[66:]: line[:64] for line in _read(folder / SUMS, None).decode(errors="replace").splitlines()}
     if not sums.keys() >= {STATE, "config.yaml", "model.safetensors", "training.safetensors"}:
         if (folder / "training.pt").exists():
             raise UsageError(f"checkpoint {folder} is of an earlier version; this one reads format {FORMAT}")

@@ -18,14 +18,14 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffusion.config.files import load_config, save_config
 from diffusion.config.schema import Config
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, refusing
 from diffusion.files.atomic import lock, replace_text, unlock
 from diffusion.run.checkpoint import FORMAT, STATE
 
@@ -85,13 +85,10 @@ class RunFolder:
 
     def __init__(self, out: Path, warn: Callable[[str], None] = lambda message: None):
         if is_checkpoint(out):
-            raise UsageError(
-                f"--out {out} is a checkpoint: name {out.parent.parent}, or --train.init_from {out} --out NEW"
-            )
-        inside = [
-            run for run in out.resolve().parents if is_run(run) and out.resolve().relative_to(run).parts[0] in OWN
-        ]
-        if inside:
+            hint = f"name {out.parent.parent}, or --train.init_from {out} --out NEW"
+            raise UsageError(f"--out {out} is a checkpoint: {hint}")
+        real = out.resolve()
+        if inside := [run for run in real.parents if is_run(run) and real.relative_to(run).parts[0] in OWN]:
             raise UsageError(f"--out {out} lies in a run: name {inside[0]} to continue it, or a folder outside it")
         if is_run(out) and _read_mark(out) is None:
             raise UsageError(f"--out {out} holds a {MARK} of something else: name another folder")
@@ -101,7 +98,7 @@ class RunFolder:
             raise UsageError(f"--out {out} holds {present[-1]} and is not a run (no {MARK}): name another folder")
         self._made = [folder for folder in (out / MARK, out, *out.parents) if not os.path.lexists(folder)]
         self._lock: int | None = None
-        with _writing(out):
+        with refusing(lambda reason: f"--out {out} cannot be written: {reason}", OSError):
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 self._lock = lock(out / MARK, warn)
@@ -116,18 +113,17 @@ class RunFolder:
     def describe(self, about: Sequence[str] | None = None) -> None:
         """Write what the run is into its mark, with lines about it for its page (None: those that it has)."""
         assert self._lock is not None
-        lines = about_run(self.path) if about is None else about
-        content = _mark(lines, process=os.getpid(), host=socket.gethostname())
+        mark = _mark(about_run(self.path) if about is None else about, process=os.getpid(), host=socket.gethostname())
         with suppress(OSError):  # a full disk is reported where a checkpoint is written
-            os.pwrite(self._lock, content, 0)  # in place, since the lock is on this file
-            os.ftruncate(self._lock, len(content))
+            os.pwrite(self._lock, mark, 0)  # in place, since the lock is on this file
+            os.ftruncate(self._lock, len(mark))
 
     def begin(self, config: Config, step: int, damaged: Sequence[Path] = ()) -> int:
         """Write the configuration, and move away `damaged` checkpoints and the metrics after `step`.
 
         Returns the last step of the metrics that were moved away, or 0.
         """
-        with _writing(self.path):
+        with refusing(lambda reason: f"--out {self.path} cannot be written: {reason}", OSError):
             self.describe()
             self._save_config(config)
             for folder in damaged:
@@ -195,15 +191,6 @@ def about_run(out: Path) -> list[str]:
     """The lines about a run in its mark."""
     about = (_read_mark(out) or {}).get("about")
     return list(map(str, about)) if isinstance(about, list) else []
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Turn an OSError in a run's folder into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {one_line(error)}") from None
 
 
 def _truncate_metrics(out: Path, step: int) -> int:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
 from diffusion.data.decode import PIL_MODES
@@ -42,7 +41,8 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     columns = min(columns, len(images))
     images = F.pad(images, (0, border, 0, border, 0, 0, 0, -len(images) % columns), value=255)
     sheet = rearrange(images, "(r c) ch h w -> ch (r h) (c w)", c=columns)
-    return to_pil(F.pad(sheet, (border, 0, border, 0), value=255))
+    sheet = F.pad(sheet, (border, 0, border, 0), value=255)
+    return to_pil(rearrange(sheet.cpu(), "c h w -> h w c").numpy())
 
 
 def beside(images: Tensor, conditions: Tensor | None) -> Tensor:
@@ -65,10 +65,9 @@ def _plot(signal: Tensor) -> Tensor:
     return torch.from_numpy(np.array(image))[None]
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """One image (C, H, W), uint8, with 1 to 4 channels, or uint16 with one."""
-    array: np.ndarray = rearrange(image.cpu(), "c h w -> h w c").numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+def to_pil(image: np.ndarray) -> Image.Image:
+    """One image (H, W, C), uint8, with 1 to 4 channels, or uint16 with one."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -76,11 +75,6 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def png(image: np.ndarray) -> bytes:
-    """The content of a PNG file of one image (C, H, W) with 1 to 4 channels of 8 bits, or one of 16."""
-    return encode(to_pil(torch.from_numpy(image)), "PNG")
 
 
 def save_grid(
@@ -94,7 +88,7 @@ def save_grid(
         by: the command that the file names as its writer.
     """
     columns = columns or grid_columns(len(images), num_classes)
-    mark = PngInfo()
+    mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", f"diffusion {by}")
     image = captioned(images, columns, captions) if captions else grid(images, columns)
     path.parent.mkdir(exist_ok=True)

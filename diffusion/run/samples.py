@@ -21,16 +21,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.data.decode import PIL_MODES
 from diffusion.data.values import to_stored, to_uint8
 from diffusion.errors import UsageError
 from diffusion.files.atomic import lock, replace_bytes, unlock
-from diffusion.run.grids import beside, png, save_grid
+from diffusion.run.grids import beside, encode, save_grid, to_pil
 
-Form = Literal["images", "npz"]
 SETTINGS = "samples.json"
 
 
@@ -98,7 +96,7 @@ class SampleStore:
     """
 
     out: Path
-    form: Form
+    form: Literal["images", "npz"]
     n: int
     shape: tuple[int, ...]
     labels: Sequence[int] | None
@@ -158,7 +156,7 @@ class SampleStore:
         arrays = rearrange(to_stored(images, self.declared), "n c ... -> n ... c")
         for path, array in zip(self._files(batch), arrays if self.form == "images" else [arrays], strict=True):
             if not (path.is_file() and path.stat().st_size):
-                content = _npy(array) if path.suffix == ".npy" else png(rearrange(array, "h w c -> c h w"))
+                content = _npy(array) if path.suffix == ".npy" else encode(to_pil(array), "PNG")
                 replace_bytes(path, content, sync=False)
 
     def finish(self, batches: Sequence[range], main: bool) -> None:
@@ -174,10 +172,8 @@ class SampleStore:
             images = np.lib.format.open_memmap(whole, "w+", self.dtype, (self.n, *self.shape[1:], self.shape[0]))
             for batch in batches:
                 images[batch.start : batch.stop] = np.load(self._files(batch)[0], allow_pickle=False)
-            arrays: dict[str, Any] = {"arr_0": images}
-            if self.labels is not None:
-                arrays["arr_1"] = np.resize(np.array(self.labels, dtype=np.int64), self.n)
-            np.savez(self.folder / "whole.npz", **arrays)
+            labels = [] if self.labels is None else [np.resize(np.array(self.labels, dtype=np.int64), self.n)]
+            np.savez(self.folder / "whole.npz", images, *labels)  # as arr_0 and arr_1
             _check_free(self.out)
             (self.folder / "whole.npz").replace(self.out)
             shutil.rmtree(self.folder)
@@ -190,7 +186,7 @@ class SampleStore:
         return [self.folder / f"{i:06d}{suffix}" for i in batch]
 
 
-def _npy(array: NDArray[Any]) -> bytes:
+def _npy(array: np.ndarray) -> bytes:
     buffer = BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

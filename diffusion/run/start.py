@@ -12,17 +12,18 @@ from diffusion.config.fields import shown
 from diffusion.config.schema import Config
 from diffusion.errors import UsageError, name_some, options_of
 from diffusion.optimizers import LR_SCHEDULES
-from diffusion.run.checkpoint import Checkpoint, Weights, misfits, newest
+from diffusion.run.checkpoint import Checkpoint, misfits, newest
 from diffusion.run.folder import check_is_run
 
 RESUMABLE = {
-    *(f"data.{name}" for name in ("path", "conditions", "condition_images", "workers", "allow_change", "on_error")),
-    "model.use_checkpoint",
-    *(f"train.{name}" for name in ("steps", "gradient_accumulation", "lr", "lr_schedule", "scalar_lr_factor")),
-    *(f"train.{name}" for name in ("warmup_steps", "weight_decay", "grad_clip", "precision", "compile", "ema_warmup")),
-    *(f"train.{name}" for name in ("log_every", "log_with", "max_skipped")),
-    *(f"train.{option}" for schedule in LR_SCHEDULES.values() for option in options_of(schedule)),
+    f"data.{name}" for name in ("path", "conditions", "condition_images", "workers", "allow_change", "on_error")
 }
+RESUMABLE |= {f"train.{name}" for name in ("steps", "gradient_accumulation", "lr", "lr_schedule", "scalar_lr_factor")}
+RESUMABLE |= {f"train.{name}" for name in ("warmup_steps", "weight_decay", "grad_clip", "precision", "compile")}
+RESUMABLE |= {f"train.{name}" for name in ("ema_warmup", "log_every", "log_with", "max_skipped")} | {
+    "model.use_checkpoint"
+}
+RESUMABLE |= {f"train.{option}" for schedule in LR_SCHEDULES.values() for option in options_of(schedule)}
 """Settings that a continued run may change, beside those of the sections sample and checkpoint. Any other would make it
 a different run."""
 CLASSES = {"label_emb.weight", "y_embedder.embedding_table.weight"}
@@ -54,31 +55,19 @@ def changes(saved: Checkpoint, now: Config, environment: Mapping[str, Any]) -> l
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
     """What has changed, in words, of each value that differs."""
-    return {
-        key: f"{key} was {shown(before.get(key))} and is {shown(new)}"
-        for key, new in after.items()
-        if before.get(key) != new
-    }
-
-
-def start_from(
-    path: Path, network: nn.Module, config: Config, class_names: Sequence[str]
-) -> tuple[Checkpoint, list[str]]:
-    """Copy the weights of a run, checkpoint or converted model (see `copy_weights`). Returns it, and messages."""
-    check_is_run(path)
-    source, weights = newest(path, Checkpoint.weights)
-    return source, copy_weights(network, weights, source, config, class_names)
+    changed = [key for key, value in after.items() if before.get(key) != value]
+    return {key: f"{key} was {shown(before.get(key))} and is {shown(after[key])}" for key in changed}
 
 
 @torch.no_grad()
-def copy_weights(
-    network: nn.Module, weights: Weights, source: Checkpoint, config: Config, class_names: Sequence[str]
-) -> list[str]:
-    """Copy those `weights` of `source` into `network` whose name and shape fit.
+def start_from(path: Path, network: nn.Module, config: Config, classes: Sequence[str]) -> tuple[Checkpoint, list[str]]:
+    """Copy those weights of a run, checkpoint or converted model into `network` whose name and shape fit.
 
-    Class embeddings are copied by class name. Returns messages: what did not fit, and which settings change the meaning
-    of the weights. Raises UsageError if nothing fits.
+    Class embeddings are copied by class name. Returns the checkpoint, and messages: what did not fit, and which
+    settings change the meaning of the weights. Raises UsageError if nothing fits.
     """
+    check_is_run(path)
+    source, weights = newest(path, Checkpoint.weights)
     own, differ = network.state_dict(), misfits(network, weights)
     matter = {f"model.{name}" for name in vars(config.model)} | {f"diffusion.{name}" for name in PROCESS}
     matter -= {f"model.{name}" for name in (*config.model.compute_only, "class_cond")}
@@ -94,9 +83,8 @@ def copy_weights(
         own[name].copy_(weights[name])
     notes = list[str]()
     for name in CLASSES & own.keys():
-        notes += _copy_classes(own[name], weights.get(name), source.class_names, class_names)
-    fresh = [name for name in own if name in differ and name not in CLASSES]
-    if fresh:
+        notes += _copy_classes(own[name], weights.get(name), source.class_names, classes)
+    if fresh := [name for name in own if name in differ and name not in CLASSES]:
         share = sum(own[name].numel() for name in fresh) / sum(value.numel() for value in own.values())
         texts = [differ[name] for name in fresh]
         notes.append(name_some(texts, f"of {len(own)} weights begin anew ({share:.1%} of the parameters)"))
@@ -104,7 +92,7 @@ def copy_weights(
         notes.append(name_some(unused, f"of its {len(weights)} weights are unused"))
     if settings:
         notes.append(f"its weights were trained under other settings: {settings}")
-    return [f"train.init_from: {note}" for note in notes]
+    return source, [f"train.init_from: {note}" for note in notes]
 
 
 def _copy_classes(table: Tensor, source: Tensor | None, known: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -113,8 +101,8 @@ def _copy_classes(table: Tensor, source: Tensor | None, known: Sequence[str], na
         return [f"the {len(names)} classes begin anew: its weights have no embeddings of them"]
     if len(table) > len(names) and len(source) > len(known):
         table[-1].copy_(source[-1])
-    numbers = list(known) == [str(i) for i in range(len(names))]  # a converted model, whose names are unknown
-    by_number = numbers and set(names) != set(known)
+    # Of a converted model, the names are unknown.
+    by_number = list(known) == [str(i) for i in range(len(names))] and set(names) != set(known)
     known = names if by_number else known
     for i, name in enumerate(names):
         if name in known:

@@ -11,7 +11,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 
 from diffusion.config.schema import Config
-from diffusion.errors import UsageError, check_name, one_line
+from diffusion.errors import UsageError, check_name, one_line, refusing
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -34,10 +34,8 @@ class Trackers:
         accelerator.project_configuration.set_directories(folder)
         accelerator.log_with = filter_trackers(names, folder)
         settings = {name: v if isinstance(v, int | float | str) else str(v) for name, v in config.flat().items()}
-        try:
+        with refusing(lambda reason: f"train.log_with {', '.join(names)} cannot be started: {reason}"):
             accelerator.init_trackers(out.name, config=settings)
-        except Exception as error:  # each tracker has types of its own
-            raise UsageError(f"train.log_with {', '.join(names)} cannot be started: {one_line(error)}") from None
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Log the numbers among values."""

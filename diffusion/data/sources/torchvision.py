@@ -119,9 +119,8 @@ class CelebA(ImageFiles):
 
     def list_files(self, split: str = "train") -> FileDataset:
         data, root = open_torchvision(self, "celeba", split=split)
-        container, part = Directory(root / "celeba/img_align_celeba"), set(data.filename)
-        ids = np.flatnonzero([os.fsdecode(name) in part for name in container.names.tolist()])
+        files, part = Directory(root / "celeba/img_align_celeba"), set(data.filename)
+        ids = np.flatnonzero([os.fsdecode(name) in part for name in files.names.tolist()])
         if len(ids) < len(part):
             raise UsageError(f"data.path {root} holds {len(ids)} of the {len(part)} images of celeba")
-        labels = np.zeros(len(ids), np.int64)
-        return FileDataset(container, ids, self.target, labels, (), "celeba has none", self.on_error)
+        return FileDataset(files, ids, self.target, np.zeros(len(ids), np.int64), (), "celeba has none", self.on_error)
