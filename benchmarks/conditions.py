@@ -5,9 +5,9 @@
     python benchmarks/conditions.py guide --ckpt RUN [RUN ...] --out docs/guidance-mnist
 
 angle: MNIST at 16x16, rotated by a recorded angle, is trained on without four bands of 15 degrees. Samples are asked
-for angles of these bands, and a network that was trained on other real images estimates theirs, given their class. half: the left half is
-the condition; a classifier of real images says whether samples are of the digit that the half is from. Both train in
-runs/conditions/, in a few minutes on two cores; what is there is not trained again.
+for angles of these bands, and a network that was trained on other real images, with their classes, estimates theirs.
+half: the left half is the condition; a classifier of real images says whether samples are of the digit that the half is
+from. Both train in runs/conditions/, in a few minutes on two cores; what is there is not trained again.
 
 guide: each run, of one data set and several seeds, is scored without guidance, by classifier-free guidance, and guided
 by its own checkpoint at a quarter of its steps, everywhere and between two noise levels: Fréchet distances, precision
