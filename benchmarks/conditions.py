@@ -41,7 +41,8 @@ from diffusion.data.loader import batch_indices
 from diffusion.metrics import METRICS
 from diffusion.metrics.base import Reference, Subject
 from diffusion.metrics.features import fit_classifier
-from diffusion.run.checkpoint import folders
+from diffusion.run.checkpoint import folders, step_of
+from diffusion.run.folder import is_run
 from diffusion.run.loaded import Run
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,8 @@ def guide(ckpts: list[Path], out: Path, n: int, sets: int) -> str:
             if number < len(results.get(arm, [])):
                 continue
             run = diffusion.load(ckpt)
-            quarter = min(folders(ckpt), key=lambda path: abs(int(path.name[5:]) - run.saved.step / 4))
+            saved = folders(ckpt if is_run(ckpt) else ckpt.parent.parent)
+            quarter = min(saved, key=lambda path: abs(step_of(path) - run.saved.step / 4))
             flags: dict[str, Any] = {"guide": diffusion.load(quarter)} if past else {}
             run = run.with_sampling(guidance=scale, **flags, guide_between=INSIDE if inside else None)
             subject = Subject(run, dataset, state, reference, n, seed=seed)
