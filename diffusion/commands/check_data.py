@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, print_line, progress_bar
-from diffusion.data.base import DataSet, hold_out, load, open_data, part
+from diffusion.data.base import hold_out, load, open_data, part
 from diffusion.data.image_files import ImageFiles
 from diffusion.data.sources.folder import Folder
 from diffusion.data.summary import check_images, describe_data
@@ -31,10 +31,9 @@ def main() -> None:
     if isinstance(data, Folder):
         data.check_outside(args.sheet, "--sheet")
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(data, ImageFiles):  # an unreadable file is named, and the others are read
-        dataset: DataSet = dataclasses.replace(data, on_error="fail").with_conditions()
-    else:
-        dataset = open_data(data)
+    # An unreadable file is named, and the others are read.
+    files = dataclasses.replace(data, on_error="fail") if isinstance(data, ImageFiles) else None
+    dataset = open_data(data) if files is None else files.with_conditions()
     with progress_bar(len(dataset), shown=True) as bar:
         errors, flat, duplicates, chosen = check_images(dataset, bar.update)
     how = "and are left out" if data.on_error == "skip" else "(train without them with --data.on_error skip)"
@@ -63,7 +62,5 @@ def main() -> None:
 
 def _print(names: Sequence[str], what: str) -> None:
     """Print how many there are, and all of them."""
-    if names:
-        print_line(f"{len(names)} {what}:")
-    for name in names:
-        print_line(f"  {name}")
+    for line in [f"{len(names)} {what}:", *(f"  {name}" for name in names)] if names else ():
+        print_line(line)

@@ -98,9 +98,8 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
     saved, dataset = run.saved, open_data(data, "test" if args.split == "test" else "train")
     if isinstance(dataset, FileDataset):  # each image is scored once, so none may replace another
         dataset.on_error = "fail"
-    if dataset.left_out:
-        omitted = f"{len(dataset.left_out)} files that cannot be read are left out"
-        terminal.print_line(f"{omitted}: {dataset.left_out[0]}", error=True)
+    if left := dataset.left_out:
+        terminal.print_line(f"{len(left)} files that cannot be read are left out: {left[0]}", error=True)
     if args.split != "test":
         trained, held_out = hold_out(dataset, data.held_out, run.config.train.seed)
         if held_out is not None and trained.fingerprint() != saved.data:
@@ -119,8 +118,7 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
         raise UsageError(f"the data's conditions are {its}; those of {saved.path} are {own}")
     whole = dataset
     if args.classes is not None:
-        chosen = np.isin(np.asarray(dataset.labels), run.labels(args.classes) or [])
-        dataset = dataset.select(np.flatnonzero(chosen))
+        dataset = dataset.select(np.flatnonzero(np.isin(np.asarray(dataset.labels), run.labels(args.classes) or [])))
     wanted, images = args.n or len(dataset), len(dataset)
     for name in args.metric:
         if (least := METRICS[name].least) > min(wanted, images):
@@ -133,7 +131,6 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
 
 def check_flags(args: argparse.Namespace, run: Run) -> None:
     """Raise UsageError for flags that do not fit the model or each other."""
-    samples = set(args.metric) != {"bits_per_dim"}
     with prefixed("--steps: "):
         process = run.config.diffusion.process(args.steps)
     if "bits_per_dim" in args.metric:
@@ -142,7 +139,7 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")
     flags = {name: getattr(args, name) for name in ("sampler", "guidance", "guide", "guide_ema", "guide_between")}
     given = [name for name, value in (flags | {"sets": args.sets > 1 or None}).items() if value is not None]
-    if given and not samples:
+    if given and args.metric == ["bits_per_dim"]:
         raise UsageError(f"--{given[0]} is of samples, and bits_per_dim draws none: leave it out")
     if "nearest" in args.metric and args.split != "train":
         raise UsageError(f"--split is {args.split}, and nearest looks for copies of what was trained on: leave it out")
@@ -164,9 +161,8 @@ def main() -> None:
     with accelerate_starts():
         state = PartialState(cpu=on_cpu())
     features = args.features or ("classifier" if dataset.class_names else "pixels")
-    flips = run.config.data.random_flip
-    reference = Reference(dataset, state.device, features, args.features_weights, flips, whole)
-    if reference.network == "classifier" and set(args.metric) != {"bits_per_dim"} and state.is_main_process:
+    reference = Reference(dataset, state.device, features, args.features_weights, run.config.data.random_flip, whole)
+    if reference.network == "classifier" and args.metric != ["bits_per_dim"] and state.is_main_process:
         terminal.print_line("evaluate: training a small classifier on the data, for its features", error=True)
     for name in args.metric:
         METRICS[name].check(reference)
@@ -180,12 +176,11 @@ def main() -> None:
         for scored in models(args, run):
             given = scored.to(state.device), dataset, state, reference, args.n, args.steps
             sets = [Subject(*given, args.seed + number, args.batch_size, wrap) for number in range(args.sets)]
-            scores = score(sets, args.metric, f"of {title(scored)}", failed)
-            if scores:
+            if scores := score(sets, args.metric, f"of {title(scored)}", failed):
                 rows.append((scored, scores))
-            if state.is_main_process and scores:
-                settings = sets[0].settings(args.metric, args.sets)
-                failed += write(args, settings | {"evaluations": sets[0].evaluations}, rows)
+                if state.is_main_process:
+                    settings = sets[0].settings(args.metric, args.sets) | {"evaluations": sets[0].evaluations}
+                    write(args, settings, rows, failed)
     if state.is_main_process:
         report(args, rows)
     if failed:
@@ -219,9 +214,9 @@ def score(sets: Sequence[Subject], names: Sequence[str], where: str, failed: lis
     return scores
 
 
-def write(args: argparse.Namespace, settings: dict[str, Any], rows: Sequence[Scored]) -> list[str]:
-    """Write the figures so far, and the sheet of the last model. Returns what could not be written."""
-    failed, table = list[str](), [figures_of(*row) for row in rows]
+def write(args: argparse.Namespace, settings: dict[str, Any], rows: Sequence[Scored], failed: list[str]) -> None:
+    """Write the figures so far, and the sheet of the last model. What cannot be written is appended to `failed`."""
+    table = [figures_of(*row) for row in rows]
     result = {"metric": ",".join(args.metric), "settings": settings} | ({"every": table} if args.every else table[0])
     if args.out:
         try:
@@ -230,19 +225,16 @@ def write(args: argparse.Namespace, settings: dict[str, Any], rows: Sequence[Sco
         except OSError as error:
             failed.append(f"--out {args.out} cannot be written: {one_line(error)}")
     run, scores = rows[-1]
-    default = (run_of(run.path) or Path()) / f"samples/nearest_{run.path.name}_{run.saved.name_of(run.ema)}.png"
-    for score in scores.values():
-        if score.sheet is None:
-            continue
-        out, columns = args.sheet or default, len(score.headings)
+    name = f"samples/nearest_{run.path.name}_{run.saved.name_of(run.ema)}.png"
+    out = args.sheet or (run_of(run.path) or Path()) / name
+    for sheet, headings in [(score.sheet, score.headings) for score in scores.values() if score.sheet is not None]:
         try:
             terminal.check_output(out, "--sheet", ".png", SHEET)
-            captions = score.headings * (len(score.sheet) // columns)
-            save_grid(score.sheet, out, columns=columns, captions=captions, by="evaluate")
+            captions = headings * (len(sheet) // len(headings))
+            save_grid(sheet, out, columns=len(headings), captions=captions, by="evaluate")
             terminal.print_line(f"samples, nearest by pixels, and by features: {out.resolve()}")
         except (OSError, UsageError) as error:
             failed.append(f"the sheet {out} cannot be written: {one_line(error)}")
-    return failed
 
 
 def title(run: Run) -> str:

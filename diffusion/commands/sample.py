@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from diffusion.run.samples import GridStore, SampleStore, Taken, numbered
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import batches, check_finite
 
+Store = SampleStore | GridStore
 MAX_IN_GRID = 10_000
 SUFFIXES = {None: ".png", "images": "", "npz": ".npz"}
 OPTIONS = dict.fromkeys(name for sampler in SAMPLERS.values() for name in options_of(sampler.run))
@@ -40,10 +41,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ckpt", type=path, required=True, help="a run's folder (its newest checkpoint), or a checkpoint's")
     add("--n", type=terminal.number_from(1), help="how many images (default: as in the run's grids)")
     add("--classes", help="class numbers or names, separated by commas, in turn (default: all, or those of --low_res)")
-    text = (
-        "NAME=NUMBER,..., taken in turn; NAME=LOW:HIGH; NAME=FILE.npy; image=IMAGES; or FILE.csv (default: the data's)"
-    )
-    add("--condition", action="append", default=[], metavar="NAME=VALUE", help=text)
+    text = "NAME=NUMBER,..., taken in turn; NAME=LOW:HIGH; NAME=FILE.npy; image=IMAGES; or FILE.csv"
+    add("--condition", action="append", default=[], metavar="NAME=VALUE", help=f"{text} (default: the data's)")
     terminal.add_sampling(parser)
     text = "a count, sections like 10,15,20, ddim50, logsnr10, karras10, or a list like [0, 250, 999] (default: grids')"
     add("--steps", type=terminal.steps, help=text)
@@ -76,8 +75,7 @@ def main() -> None:
     options = {name: parse_value(text, f"--{name}") for name, text in texts.items()}
     if empty := [name for name, value in options.items() if value is None]:
         raise UsageError(f"--{empty[0]} is empty")
-    run = terminal.open_run(args.ckpt, args.ema)
-    run = terminal.sampling_as(run, args, steps=args.steps, **options)
+    run = terminal.sampling_as(terminal.open_run(args.ckpt, args.ema), args, steps=args.steps, **options)
     n, given, columns = choose_conditions(args, run)
     if args.form is None and n > MAX_IN_GRID:
         raise UsageError(f"--n is {n}, and a grid shows up to {MAX_IN_GRID}: add --images or --npz")
@@ -139,8 +137,8 @@ def choose_conditions(args: argparse.Namespace, run: Run) -> tuple[int, dict[str
     side = max(1, round((n / classes) ** (1 / max(1, len(ranges)))))
     for k, (name, (low, high)) in enumerate(ranges.items()):  # after the classes, the first one changes fastest
         values[name] = np.linspace(low, high, side)[np.arange(n) // classes // side**k % side, None]
-    given = run.chosen(n, chosen, values)
-    return n, given | ({} if labels is None else {"y": labels}), side if len(ranges) > 1 else 0
+    given = run.chosen(n, chosen, values) | ({} if labels is None else {"y": labels})
+    return n, given, side if len(ranges) > 1 else 0
 
 
 def open_images(run: Run, name: str, path: Path, classes: str | None) -> tuple[Tensor | Run, Tensor | None]:
@@ -162,22 +160,19 @@ def open_images(run: Run, name: str, path: Path, classes: str | None) -> tuple[T
     return to_x_start(batch.images), torch.tensor(run.labels(images.class_names))[batch.labels]
 
 
-def open_store(
-    args: argparse.Namespace, run: Run, n: int, given: Mapping[str, Any], columns: int, state: Any
-) -> SampleStore | GridStore:
+def open_store(args: argparse.Namespace, run: Run, n: int, given: Mapping[str, Any], columns: int, state: Any) -> Store:
     """The store that all processes write to, begun or continued. Raises UsageError if it cannot be written."""
     from accelerate.utils import broadcast_object_list
 
     form, config, sample = args.form, run.config, run.config.sample
-    drawn = {name: getattr(sample, name) for name in ("sampler", "options", "guidance", "guide_between")}
-    settings = weights_of(run) | drawn | {"steps": config.sample_steps(), "seed": args.seed}
+    settings = weights_of(run) | run.drawn | {"steps": config.sample_steps(), "seed": args.seed}
     settings |= {"device": state.device.type, "batch_size": args.batch_size}
     for name, value in (dict(given) | {"guide": run.guide}).items():
         if name != "y" and value is not None:
             settings[name] = weights_of(value) if isinstance(value, Run) else digest(value.cpu().numpy())
     labels = given["y"].tolist() if "y" in given else None
 
-    def at(out: Path) -> SampleStore | GridStore:
+    def at(out: Path) -> Store:
         if form is None:
             captions = captions_of(run, given, n) if args.captions else ()
             return GridStore(out, columns or len(labels or ()), captions, given.get("image"))
@@ -191,12 +186,9 @@ def open_store(
         terminal.check_writable((args.out or default).parent, f"--out {args.out or default}")
         for path in numbered(args.out or default):
             store = at(path)
-            try:
+            with nullcontext() if args.out else suppress(Taken):
                 store.begin()
                 break
-            except Taken:
-                if args.out:
-                    raise
         where = [store.out]
     broadcast_object_list(where)
     return store if state.is_main_process else at(where[0])
@@ -205,9 +197,8 @@ def open_store(
 def captions_of(run: Run, given: Mapping[str, Any], n: int) -> list[str]:
     """The class and the first number of each condition that an image is generated from; none for a run without."""
     names = [[run.class_names[label] for label in np.resize(given["y"].cpu(), n)]] if "y" in given else []
-    firsts = np.cumsum([0, *run.vectors.widths.values()])
-    for name, first in zip(run.vectors.widths, firsts, strict=False):
-        names.append([f"{name} {value:.3g}" for value in given["vector"][:, first].tolist()])
+    firsts = dict(zip(run.vectors.widths, np.cumsum([0, *run.vectors.widths.values()]), strict=False))
+    names += [[f"{name} {x:.3g}" for x in given["vector"][:, first].tolist()] for name, first in firsts.items()]
     return [" ".join(words) for words in zip(*names, strict=True)]
 
 

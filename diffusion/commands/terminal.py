@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion.config.files import parse_value
-from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line, prefixed
+from diffusion.errors import Stopped, UsageError, WorkerDied, escape_control, one_line, prefixed, refusing
 from diffusion.parallel.cores import CORES
 from diffusion.run.loaded import Run, load_run
 from diffusion.samplers import SAMPLERS
@@ -78,16 +78,13 @@ def sampling_as(run: Run, args: argparse.Namespace, **flags: Any) -> Run:
             flags["guide"] = open_run(args.guide or run.path, args.guide_ema)
         if args.guidance is None and run.config.sample.guidance == 1:
             raise UsageError("a guide is named, and --guidance is 1, which is none: add --guidance 2")
-    shared = {name: getattr(args, name) for name in ("sampler", "guidance", "guide_between")}
-    return run.with_sampling(**shared, **flags)
+    return run.with_sampling(sampler=args.sampler, guidance=args.guidance, guide_between=args.guide_between, **flags)
 
 
 def check_writable(folder: Path, flag: str) -> None:
     """Raise UsageError, with the flag, if no file can be written into `folder`, or it cannot be created."""
-    try:
+    with refusing(lambda reason: f"{flag} cannot be written: {reason}", OSError):
         tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if os.path.lexists(path))).close()
-    except OSError as error:
-        raise UsageError(f"{flag} cannot be written: {one_line(error)}") from None
 
 
 def check_output(path: Path, flag: str, suffix: str, ours: Callable[[Path], bool] = lambda path: False) -> None:
@@ -125,8 +122,8 @@ def print_line(text: str, error: bool = False) -> None:
 
 def progress_bar(total: int, shown: bool, done: int = 0) -> tqdm:
     """A bar of `total` steps on stderr, if `shown`."""
-    interval = 0.5 if sys.stderr.isatty() else 30  # fewer lines in a log file
-    looks: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": interval}
+    # Fewer lines in a log file.
+    looks: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
     return tqdm(total=total, initial=done, disable=not shown, file=_Unbreakable(sys.stderr), **looks)
 
 

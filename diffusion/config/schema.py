@@ -185,8 +185,7 @@ class CheckpointConfig(Section):
 
 def _any_of(components: Mapping[str, Any], chooser: str) -> Any:
     """The type of a section that is one of several classes."""
-    kinds = tuple(components.values())
-    return Annotated[Union[kinds], Field(discriminator=chooser)] if len(kinds) > 1 else kinds[0]  # noqa: UP007
+    return Annotated[Union[tuple(components.values())], Field(discriminator=chooser)]  # noqa: UP007
 
 
 if TYPE_CHECKING:
@@ -215,9 +214,8 @@ class Config:
         if factor != 1 and getattr(self.model, "init", None) != "fixup":
             raise UsageError(f"train.scalar_lr_factor is {factor}, but only model.init fixup has scalars")
         if self.data.unbounded and self.sample.options["clip_denoised"]:
-            raise UsageError(
-                "sample.clip_denoised is true, and data.unbounded too, whose values it cuts: set it to false"
-            )
+            both = "sample.clip_denoised is true, and data.unbounded too"
+            raise UsageError(f"{both}, whose values it cuts: set it to false")
         with prefixed("sample.steps: "):
             check_process(self.sample.sampler, self.sample.options, self.sampling_process())
         with prefixed("sample."):

@@ -127,13 +127,11 @@ class DataConfig:
     has_columns: ClassVar[bool] = False
     """Whether the source has columns of its own."""
     # Sources that have these as settings declare them as fields.
-    random_flip = False
+    random_flip = unbounded = False
     condition_images = cast(str | None, None)
     condition_channels = 0
     on_error = "fail"
-    range = cast(Range, None)
-    condition_range = cast(Range, None)
-    unbounded = False
+    range = condition_range = cast(Range, None)
 
     def __post_init__(self) -> None:
         for name, span in (("range", self.range), ("condition_range", self.condition_range)):
@@ -228,9 +226,8 @@ class ArrayDataset(DataSet):
         return self.files.name_of(index) if self.files else self.key_of(index)
 
     def key_of(self, index: int) -> str:
-        if self.files:
-            return self.files.key_of(index)
-        return f"number {index if self.numbers is None else self.numbers[index]}"
+        own = f"number {index if self.numbers is None else self.numbers[index]}"
+        return self.files.key_of(index) if self.files else own
 
     def content_of(self, index: int) -> bytes:
         return self.images[index].numpy().tobytes()
@@ -260,8 +257,7 @@ def open_data(config: DataConfig, split: str = "train") -> DataSet:
 
 def with_classes(dataset: Any, names: Sequence[str]) -> Any:
     """A data set with its classes in another order: labels go by name."""
-    order = np.array([names.index(name) for name in dataset.class_names])
-    labels = order[np.asarray(dataset.labels)]
+    labels = np.array([names.index(name) for name in dataset.class_names])[np.asarray(dataset.labels)]
     tensor = isinstance(dataset.labels, Tensor)
     return dataclasses.replace(dataset, labels=torch.from_numpy(labels) if tensor else labels, class_names=tuple(names))
 
@@ -274,12 +270,9 @@ def hold_out(dataset: DataSet, share: float, seed: int) -> tuple[DataSet, DataSe
     """
     if not share:
         return dataset, None
-
-    def is_out(index: int) -> bool:
-        name = f"{seed} {dataset.key_of(index)}".encode("utf-8", "surrogateescape")
-        return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest()) < int(share * 2**32)
-
-    out = np.array([is_out(i) for i in range(len(dataset))])
+    names = [f"{seed} {dataset.key_of(i)}".encode("utf-8", "surrogateescape") for i in range(len(dataset))]
+    draws = [int.from_bytes(hashlib.blake2b(name, digest_size=4).digest()) for name in names]
+    out = np.array(draws) < int(share * 2**32)
     if out.all() or not out.any():
         raise UsageError(f"data.held_out is {share}, which of {len(dataset)} images holds out {int(out.sum())}")
     return dataset.select(np.flatnonzero(~out)), dataset.select(np.flatnonzero(out))

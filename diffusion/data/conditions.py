@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.errors import UsageError, check_name, one_line
+from diffusion.errors import UsageError, check_name, refusing
 
 Rows = NDArray[np.float64]
 FILES = "file_name"
@@ -83,7 +84,7 @@ NO_VECTORS, NO_SCALE = Vectors(), Scale()
 def read_columns(path: Path) -> dict[str, Any]:
     """The columns of a .csv, the arrays of an .npz, or that of a .npy under its name. Raises UsageError if it cannot be
     read."""
-    try:
+    with refusing(lambda reason: f"{path} cannot be read as .csv, .npy or .npz: {reason}"):
         if path.suffix in (".npy", ".npz"):
             loaded: Any = np.load(path, allow_pickle=False)
             arrays = {path.stem: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
@@ -91,8 +92,6 @@ def read_columns(path: Path) -> dict[str, Any]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             names, rows = list(reader.fieldnames or ()), list(reader)
-    except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, ...
-        raise UsageError(f"{path} cannot be read as .csv, .npy or .npz: {one_line(error)}") from None
     if len({*names, ""}) <= len(names) or not rows:
         raise UsageError(f"{path} must have a row of names, no two alike, and rows of cells: it has {', '.join(names)}")
     if longer := [row for row in rows if None in row]:
@@ -118,8 +117,7 @@ def conditioned(dataset: Any, config: Any, split: str = "train") -> Any:
         check_name(f"{where}: a column", name, list(columns))
     if FILES in columns:
         table = {str(name).removeprefix("./"): i for i, name in enumerate(columns[FILES])}
-        container = getattr(dataset, "container", None)
-        listed = {*names, *(os.fsdecode(name) for name in (container.names if container else ()))}
+        listed = {*names, *map(os.fsdecode, getattr(getattr(dataset, "container", None), "names", ()))}
         if missing := sorted(set(names) - table.keys()) or sorted(table.keys() - listed):
             what = "a row for {}, which is not an image" if missing[0] in table else "no row for {}"
             raise UsageError(f"{where} has {what.format(missing[0])}")
@@ -135,7 +133,7 @@ def conditioned(dataset: Any, config: Any, split: str = "train") -> Any:
 def vectors_of(columns: Mapping[str, Any], where: str, names: Sequence[str]) -> Vectors:
     """Condition vectors of columns, each (N,) or (N, width), of images with `names`, sorted by the columns' names.
     Raises UsageError for what is not a finite number, and for a name that has another meaning."""
-    widths, parts = dict[str, int](), list[Rows]()
+    parts = dict[str, Rows]()
     for name, values in sorted(columns.items()):
         if name in RESERVED:
             raise UsageError(f"{where}: a condition cannot be called {name}, which means something else: rename it")
@@ -145,16 +143,13 @@ def vectors_of(columns: Mapping[str, Any], where: str, names: Sequence[str]) -> 
             odd = next((i for i in range(len(values)) if not _are_numbers(values[i : i + 1])), 0)
             what = f"{name} of {names[odd]} is {str(values[odd])[:40]!r}; it must be a finite number"
             raise UsageError(f"{where}: {what} (--data.condition_columns chooses columns)")
-        parts.append(np.asarray(values).astype(np.float64).reshape(len(names), -1))
-        widths[name] = parts[-1].shape[1]
-    return Vectors(widths, np.concatenate(parts, axis=1))
+        parts[name] = np.asarray(values).astype(np.float64).reshape(len(names), -1)
+    return Vectors({name: part.shape[1] for name, part in parts.items()}, np.concatenate([*parts.values()], axis=1))
 
 
 def _are_numbers(values: Any) -> bool:
-    try:
+    """Whether values are finite as float32, which networks compute in."""
+    with suppress(ValueError, TypeError), np.errstate(over="ignore"):  # text, an empty cell, lists of several lengths
         array = np.asarray(values)
-        with np.errstate(over="ignore"):  # float32 is what networks compute in
-            finite = np.isfinite(array.astype(np.float32)) if array.dtype.kind not in "cmM" else np.array(False)
-    except (ValueError, TypeError):  # text, an empty cell, or lists of several lengths
-        return False
-    return bool(finite.size and finite.all())
+        return array.dtype.kind not in "cmM" and bool(array.size and np.isfinite(array.astype(np.float32)).all())
+    return False

@@ -82,10 +82,9 @@ class ImageFiles(DataConfig):
         pair."""
         dataset: FileDataset = conditioned(self.list_files(split), self, split)
         if not self.condition_images:
-            if self.condition_channels and dataset.target.channels == self.channels:
-                given = f"data.condition_channels is {self.condition_channels}"
-                raise UsageError(f"{given}: name data.condition_images, too")
-            return dataclasses.replace(dataset, condition_channels=self.condition_channels)
+            if (own := self.condition_channels) and dataset.target.channels == self.channels:
+                raise UsageError(f"data.condition_channels is {own}: name data.condition_images, too")
+            return dataclasses.replace(dataset, condition_channels=own)
         alike: dict[str, Any] = dict(condition_images=None, condition_channels=0, conditions=None, condition_columns=())
         alike |= dict(channels=self.condition_channels, range=self.condition_range, condition_range=None)
         alike |= dict(low_res_size=None, unbounded=False)
@@ -149,11 +148,9 @@ class FileDataset(DataSet):
 
     def read(self, i: int) -> Array | UsageError:
         """One image, as the network is given it, with its condition image as last channels; or the error."""
-        image = self.look(i, decode)
-        condition = self.conditions.read(i) if self.conditions and not isinstance(image, UsageError) else None
-        if condition is None or isinstance(condition, UsageError):
-            return image if condition is None else condition
-        return np.concatenate(of_one_type([image, condition]))
+        parts = [files.look(i, decode) for files in (self, self.conditions) if files is not None]
+        errors = [part for part in parts if isinstance(part, UsageError)]
+        return errors[0] if errors else np.concatenate(of_one_type(parts))
 
     def look(self, i: int, decode: Callable[[BinaryIO | Array, Target], Any]) -> Any:
         """What `decode` returns for one file, or the error with its name."""
@@ -195,9 +192,9 @@ class FileDataset(DataSet):
             seen = [self.look(i, describe), pairs.look(i, describe)]
             sizes = [one[1] for one in seen if not isinstance(one, UsageError) and len(one[1]) == 2]
             if len(sizes) == 2 and abs(np.divide(*sizes[0]) / np.divide(*sizes[1]) - 1) > SHAPES_DIFFER:
-                (height, width), (own_height, own_width) = sizes[::-1]
-                shapes = f"{width}x{height}, and {self.name_of(i)} {own_width}x{own_height}"
-                raise UsageError(f"{pairs.name_of(i)} is {shapes}: they would be cropped differently")
+                own, its = (f"{width}x{height}" for height, width in sizes)
+                both = f"{pairs.name_of(i)} is {its}, and {self.name_of(i)} {own}"
+                raise UsageError(f"{both}: they would be cropped differently")
         return dataclasses.replace(self, conditions=pairs, condition_channels=others.target.channels)
 
     def in_memory(self) -> ArrayDataset:
@@ -208,8 +205,6 @@ class FileDataset(DataSet):
         readable = np.flatnonzero([not isinstance(result, UsageError) for result in results])
         if errors and (self.on_error == "fail" or not len(readable)):
             raise errors[0]
-        files, images = self.select(readable), np.stack(of_one_type([results[i] for i in readable]))
-        labels, left_out, about = torch.from_numpy(files.labels), tuple(map(str, errors)), (None, files.vectors)
-        return ArrayDataset(
-            torch.from_numpy(images), labels, self.class_names, left_out, files, *about, self.condition_channels
-        )
+        files, images = self.select(readable), torch.from_numpy(np.stack(of_one_type([results[i] for i in readable])))
+        about = self.class_names, tuple(map(str, errors)), files, None, files.vectors, self.condition_channels
+        return ArrayDataset(images, torch.from_numpy(files.labels), *about)

@@ -136,16 +136,14 @@ def check_images(dataset: DataSet, progress: Callable[[int], Any]) -> Checked:
         image = Batch.of(loaded, dataset.condition_channels).images.numpy()
         return hashlib.blake2b(image.tobytes(), digest_size=16).digest(), image.min() == image.max()
 
-    errors, flat, readable, same = list[str](), list[str](), list[int](), defaultdict[bytes, list[str]](list)
+    seen, same = list[Any](), defaultdict[bytes, list[str]](list)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(dataset), CHUNK):
-            chunk = range(len(dataset))[start : start + CHUNK]
-            for i, seen in zip(chunk, pool.map(look, chunk), strict=True):
-                if isinstance(seen, UsageError):
-                    errors.append(str(seen))
-                    continue
-                readable.append(i)
-                same[seen[0]].append(dataset.name_of(i))
-                flat += [dataset.name_of(i)] if seen[1] else []
-            progress(len(chunk))
+            seen += pool.map(look, range(len(dataset))[start : start + CHUNK])
+            progress(len(seen) - start)
+    errors = [str(found) for found in seen if isinstance(found, UsageError)]
+    readable = [i for i, found in enumerate(seen) if not isinstance(found, UsageError)]
+    for i in readable:
+        same[seen[i][0]].append(dataset.name_of(i))
+    flat = [dataset.name_of(i) for i in readable if seen[i][1]]
     return errors, flat, [group for group in same.values() if len(group) > 1], np.array(readable, np.int64)

@@ -129,9 +129,8 @@ class Subject:
 
         calls, run, share = list[int](), self.sampled, self._share(self.count)
         bar = self.bar(len(share) * run.config.sampling_process().num_timesteps)
-        networks = [one.network for one in (run, run.guide) if one is not None]
         count = lambda network, inputs: calls.append(len(inputs[0]))  # noqa: E731
-        counters = [network.register_forward_pre_hook(count) for network in networks]
+        counters = [one.network.register_forward_pre_hook(count) for one in (run, run.guide) if one is not None]
         images = run.generate(share, self.given, seed=self.seed, progress=bar)
         gathered = gather_object([to_uint8(check_finite(batch)) for _, batch in images])
         for counter in counters:
@@ -153,10 +152,8 @@ class Subject:
             config, images = self.sampled.config, self.reference.images
             counts = np.bincount(np.asarray(self.dataset.labels)).tolist()
             classes = {name: n for name, n in zip(self.dataset.class_names, counts, strict=False) if n}
-            sampling = "sampler", "options", "guidance", "guide_between"
-            settings |= {name: getattr(config.sample, name) for name in sampling}
+            settings |= self.sampled.drawn | {"steps": config.sample_steps(), "sets": sets, "classes": classes}
             settings |= {"guide": guide.saved.fingerprint(guide.ema)} if (guide := self.run.guide) else {}
-            settings |= {"steps": config.sample_steps(), "sets": sets, "classes": classes}
             settings |= {"features": self.reference.extractor.name, "reference_images": len(images)}
             settings["reference"] = digest(images.numpy())
         return settings

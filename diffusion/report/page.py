@@ -35,10 +35,10 @@ def report(runs: Sequence[Path]) -> str:
         curves, grids = average(read_metrics(run)), read_grids(run, math.ceil(GRIDS / len(runs)))
         data.append({"name": name, "curves": curves, "grids": grids, **read_texts(run)})
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    text = json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
-    text = text.encode(errors="replace").decode()  # file names may not be UTF-8
+    # File names may not be UTF-8.
+    text = json.dumps(data, allow_nan=False, ensure_ascii=False).encode(errors="replace").decode()
     plotly = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
-    return page.replace("@plotly@", plotly).replace("@data@", text)
+    return page.replace("@plotly@", plotly).replace("@data@", text.replace("<", "\\u003c"))
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:

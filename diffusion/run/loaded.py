@@ -26,9 +26,10 @@ from diffusion.sampling import batches, check_finite, sample_batch
 
 Classes = Sequence[int | str] | str | int | Tensor | None
 """Class numbers or names: several, words separated by commas, or one; None: all."""
-Given = Mapping[str, Any] | Callable[[range], dict[str, Tensor]]
+Given = Mapping[str, Any] | Callable[[range], dict[str, Tensor]] | None
 """What images are generated from, by name: labels `y`, `vector` (not scaled), `image` and `low_res`, which may also be
-a run that generates it. Image i takes row i modulo their number. Or a function of a batch, that returns its rows."""
+a run that generates it. Image i takes row i modulo their number. Or a function of a batch, that returns its rows. None:
+from nothing."""
 SAME_IN_GUIDE = "steps", "schedule", "zero_terminal_snr", "prediction", "rescale_timesteps", "s_max"
 """Settings of the process that a guide shares."""
 
@@ -61,8 +62,7 @@ class Run:
     def __post_init__(self) -> None:
         guidance = self.config.sample.guidance
         if guidance != 1 and not self.config.train.label_dropout and self.guide is None:
-            right = "without train.label_dropout or a guide, it can only be 1"
-            raise UsageError(f"sample.guidance is {guidance}; {right}")
+            raise UsageError(f"sample.guidance is {guidance}; without train.label_dropout or a guide, it can only be 1")
         if self.guide is not None:
             check_guide(self, self.guide)
 
@@ -81,6 +81,11 @@ class Run:
     def path(self) -> Path:
         """The checkpoint's folder."""
         return self.saved.path
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """How images are drawn, beside the steps."""
+        return {name: getattr(self.config.sample, name) for name in ("sampler", "options", "guidance", "guide_between")}
 
     def to(self, device: torch.device | str) -> Self:
         """The run with its network, and its guide's, on a device."""
@@ -172,16 +177,15 @@ class Run:
 
     def _images(self, name: str, value: Any, shape: tuple[int, ...]) -> Any:
         """Condition images as a tensor, or the run that generates them. Raises UsageError if they do not fit."""
-        its: tuple[int, ...] | None = None
-        if isinstance(value, Run):
-            its, conditions = value.config.data.shape, (value.vectors.widths, value.config.data.condition_shapes)
-            same = value.class_names == () or self.class_names in ((), value.class_names)
-            fits = same and conditions in (({}, {}), (self.vectors.widths, {}))
-        else:
+        if not isinstance(value, Run):
             with suppress(TypeError, ValueError, RuntimeError):
                 value = torch.as_tensor(value).detach().float()
             its = tuple(value.shape[1:]) if isinstance(value, Tensor) and len(value) else None
             fits = its is not None and bool(value.isfinite().all()) and (name != "image" or value.abs().max() <= 1.001)
+        else:
+            its, conditions = value.config.data.shape, (value.vectors.widths, value.config.data.condition_shapes)
+            same = value.class_names == () or self.class_names in ((), value.class_names)
+            fits = same and conditions in (({}, {}), (self.vectors.widths, {}))
         if its != shape or not fits:
             right = f"{shape} in [-1, 1], or a run of the same classes and conditions"
             raise UsageError(f"{name} has images of {its}, or others than can be: {self.path} needs {right}")
@@ -213,9 +217,7 @@ class Run:
         drawn = run.generate(batches(range(n), batch_size), given, seed=seed, progress=progress)
         return torch.cat([check_finite(batch) for _, batch in drawn])
 
-    def generate(
-        self, indices: Sequence[range], given: Given | None = None, **options: Any
-    ) -> Iterator[tuple[range, Tensor]]:
+    def generate(self, indices: Sequence[range], given: Given = None, **options: Any) -> Iterator[tuple[range, Tensor]]:
         """Generate images, with the sampler, steps, options and guidance of the section `sample`.
 
         Args:
@@ -225,28 +227,19 @@ class Run:
 
         Yields each batch and its images (N, C, *sizes) in [-1, 1], on the CPU.
         """
-        config, settings = self.config, self.config.sample
-        shared = {name: getattr(settings, name) for name in ("sampler", "options", "guidance", "guide_between")}
-        process, shape = config.sampling_process(), config.data.shape
-        every = {} if callable(given) else dict(given or {})
-        small, tensors = (
-            every.get("low_res"),
-            {name: value for name, value in every.items() if not isinstance(value, Run)},
-        )
+        data, every = self.config.data, {} if callable(given) else dict(given or {})
+        tensors = {name: value for name, value in every.items() if not isinstance(value, Run)}
+        shared = {"shape": data.shape, "device": self.device, **self.drawn, **options}
+        draw: Any = partial(sample_batch, self.config.sampling_process(), **shared)
         for batch in indices:
-            rows = {name: value[[i % len(value) for i in batch]] for name, value in tensors.items()}
-            rows = given(batch) if callable(given) else rows
-            if isinstance(small, Run):
+            rows = given(batch) if callable(given) else {n: x[[i % len(x) for i in batch]] for n, x in tensors.items()}
+            if isinstance(small := every.get("low_res"), Run):
                 [(_, drawn)] = small.generate([batch], tensors, **options)
-                rows["low_res"] = to_x_start(to_uint8(drawn)) if config.data.range is None else drawn
+                rows["low_res"] = to_x_start(to_uint8(drawn)) if data.range is None else drawn
             inputs = self.inputs(rows)
             with CORES.followed(self.network) as network:
-                other = self.guide
-                guide = partial(network, by=other.network, **other.inputs(rows)) if other is not None else None
-                images = sample_batch(
-                    process, network, shape, batch, labels=inputs.pop("y", None), conditions=inputs, guide=guide,
-                    device=self.device, **shared, **options,
-                )  # fmt: skip
+                guide = self.guide and partial(network, by=self.guide.network, **self.guide.inputs(rows))
+                images = draw(network, batch=batch, labels=inputs.pop("y", None), conditions=inputs, guide=guide)
             yield batch, images
 
 
@@ -269,13 +262,9 @@ def check_guide(run: Run, guide: Run) -> None:
     def meaning(of: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         data, settings = of.config.data, of.config.flat()
         must = {f"diffusion.{name}": settings.get(f"diffusion.{name}") for name in SAME_IN_GUIDE}
-        may: dict[str, Any] = {
-            "classes": of.class_names,
-            "conditions": dict(of.vectors.widths),
-            **data.condition_shapes,
-        }
-        may |= {"data.condition_range": data.condition_range}
-        return {**must, "images": data.shape, "data.range": data.range}, may
+        may = {"classes": of.class_names, "conditions": dict(of.vectors.widths), **data.condition_shapes}
+        must |= {"images": data.shape, "data.range": data.range}
+        return must, {**may, "data.condition_range": data.condition_range}
 
     (must, may), (own_must, own_may) = meaning(guide), meaning(run)
     for name, value in {**must, **{name: value for name, value in may.items() if value}}.items():

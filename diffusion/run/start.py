@@ -15,15 +15,12 @@ from diffusion.optimizers import LR_SCHEDULES
 from diffusion.run.checkpoint import Checkpoint, misfits, newest
 from diffusion.run.folder import check_is_run
 
-RESUMABLE = {
-    f"data.{name}" for name in ("path", "conditions", "condition_images", "workers", "allow_change", "on_error")
-}
+RESUMABLE = {f"data.{name}" for name in ("path", "conditions", "condition_images", "workers", "allow_change")}
 RESUMABLE |= {f"train.{name}" for name in ("steps", "gradient_accumulation", "lr", "lr_schedule", "scalar_lr_factor")}
 RESUMABLE |= {f"train.{name}" for name in ("warmup_steps", "weight_decay", "grad_clip", "precision", "compile")}
-RESUMABLE |= {f"train.{name}" for name in ("ema_warmup", "log_every", "log_with", "max_skipped")} | {
-    "model.use_checkpoint"
-}
+RESUMABLE |= {f"train.{name}" for name in ("ema_warmup", "log_every", "log_with", "max_skipped")}
 RESUMABLE |= {f"train.{option}" for schedule in LR_SCHEDULES.values() for option in options_of(schedule)}
+RESUMABLE |= {"data.on_error", "model.use_checkpoint"}
 """Settings that a continued run may change, beside those of the sections sample and checkpoint. Any other would make it
 a different run."""
 CLASSES = {"label_emb.weight", "y_embedder.embedding_table.weight"}
@@ -81,9 +78,8 @@ def start_from(path: Path, network: nn.Module, config: Config, classes: Sequence
         raise UsageError(f"train.init_from: no weight of {source.path} fits ({settings}): {hint}")
     for name in fit:
         own[name].copy_(weights[name])
-    notes = list[str]()
-    for name in CLASSES & own.keys():
-        notes += _copy_classes(own[name], weights.get(name), source.class_names, classes)
+    tables = {name: (own[name], weights.get(name)) for name in CLASSES & own.keys()}
+    notes = [note for pair in tables.values() for note in _copy_classes(*pair, source.class_names, classes)]
     if fresh := [name for name in own if name in differ and name not in CLASSES]:
         share = sum(own[name].numel() for name in fresh) / sum(value.numel() for value in own.values())
         texts = [differ[name] for name in fresh]

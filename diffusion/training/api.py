@@ -10,7 +10,7 @@ import torch
 
 from diffusion.config.files import find_config, read_yaml
 from diffusion.config.schema import by_section, config_of, override
-from diffusion.data.base import ArrayDataset, DataSet
+from diffusion.data.base import ArrayDataset
 from diffusion.data.conditions import NO_VECTORS, vectors_of
 from diffusion.errors import UsageError
 from diffusion.training.trainer import Trainer
@@ -22,12 +22,11 @@ def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config:
         raise UsageError("out is empty: name the run's folder")
     base: dict[str, dict[str, Any]] = {} if config is None else read_yaml(find_config(str(config)))
     sections: dict[str, dict[str, Any]] = {"data": {}, "model": {}, **by_section(settings)}
-    dataset: DataSet | None = None
-    if isinstance(data, str | Path):
+    dataset = None if isinstance(data, str | Path) else images_of(data)
+    if dataset is None:
         sections["data"] = {"source": "folder", "path": str(data)} | sections["data"]
         sections["model"].setdefault("class_cond", base.get("model", {}).get("class_cond", False))
     else:
-        dataset = images_of(data)
         shape = dataset.images.shape
         extra = sections["data"].get("condition_channels", 0)
         channels = shape[1] - (extra if isinstance(extra, int) else 0)
@@ -40,7 +39,7 @@ def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config:
         sections["model"].setdefault("class_cond", bool(dataset.class_names))
     override(base, sections)
     run = config_of(base).resolved()
-    if isinstance(dataset, ArrayDataset):
+    if dataset is not None:
         dataset.condition_channels = run.data.condition_channels
     return Trainer(run, Path(out), warnings.warn, dataset)
 

@@ -3,7 +3,7 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
@@ -56,13 +56,12 @@ def open_run_data(
     dropout, nothing = config.train.label_dropout, not class_names and not dataset.vectors.widths
     if dropout and nothing and not config.data.condition_channels:
         raise UsageError(f"train.label_dropout is {dropout}, and there are no classes and no conditions to drop")
-    if saved and saved.class_names != class_names:
-        here, there = (", ".join(names) or "none" for names in (class_names, saved.class_names))
-        raise UsageError(f"the data's classes are {here}, and {there} in {out}")
     vectors, fingerprint = Scale.of(dataset.vectors), dataset.fingerprint()
-    if saved and saved.vectors.widths != vectors.widths:
-        here, there = (", ".join(scale.widths) or "none" for scale in (vectors, saved.vectors))
-        raise UsageError(f"the data's conditions are {here}, and {there} in {out}")
+    had: list[Any] = [saved.class_names, saved.vectors.widths] if saved else []
+    for what, own, its in zip(("classes", "conditions"), (class_names, vectors.widths), had, strict=False):
+        if own != its:
+            here, there = (", ".join(names) or "none" for names in (own, its))
+            raise UsageError(f"the data's {what} are {here}, and {there} in {out}")
     newest, settings = saved.path.name if saved else "none", json.dumps(config.flat())
     check_agreed(
         ("the newest checkpoint is", newest, f"--out {out} must be a folder that all machines share"),

@@ -102,13 +102,11 @@ class TrainingStep:
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        for name, right in (
-            ("grad_clip", self.grad_clip is None or self.grad_clip > 0),
-            ("gradient_accumulation", self.gradient_accumulation >= 1),
-            ("label_dropout", 0 <= self.label_dropout < 1),
-        ):
-            if not right:
-                raise UsageError(f"{name} is {getattr(self, name)}, which is out of range")
+        right = {"grad_clip": self.grad_clip is None or self.grad_clip > 0}
+        right |= {"gradient_accumulation": self.gradient_accumulation >= 1}
+        right |= {"label_dropout": 0 <= self.label_dropout < 1}
+        if wrong := [name for name, holds in right.items() if not holds]:
+            raise UsageError(f"{wrong[0]} is {getattr(self, wrong[0])}, which is out of range")
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not any(id(p) in optimized for p in self.network.parameters()):
             raise UsageError("the optimizer has none of the network's parameters")
@@ -167,8 +165,7 @@ class TrainingStep:
             if not -1.001 <= low <= high <= 1.001 and not self.unbounded:
                 raise UsageError(f"x_start has values from {low:g} to {high:g}; images must be scaled to [-1, 1]")
             self._checked = True
-        if "y" in given and given["y"].shape != x_start.shape[:1]:
-            y = given["y"]
+        if (y := given.get("y")) is not None and y.shape != x_start.shape[:1]:
             raise UsageError(f"labels y are {y.dtype} {tuple(y.shape)}; they must be integers ({len(x_start)},)")
         for name, value in given.items():
             if len(value) != len(x_start):
@@ -209,8 +206,8 @@ class TrainingStep:
         t = torch.randint(self.process.num_timesteps, (batch,), device=device, generator=generator)
         weights = torch.ones(batch, device=device)
         if self.timesteps:
-            t, weights = self.timesteps.draw(batch, generator_for("cpu", self.seed, "timesteps", step))
-            t, weights = t.to(device), weights.to(device)
+            drawn = self.timesteps.draw(batch, generator_for("cpu", self.seed, "timesteps", step))
+            t, weights = (values.to(device) for values in drawn)
         noise = torch.randn(batch, *shape, device=device, generator=generator)
         flip = torch.rand(batch, device=device, generator=generator) < (0.5 if self.random_flip else 0.0)
         dropped = torch.rand(batch, device=device, generator=generator) < self.label_dropout
@@ -230,10 +227,8 @@ class TrainingStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. The optimizer keeps its present learning rates."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = {
-            int(i): {name: shard_like(value, parameters[int(i)]) for name, value in values.items()}
-            for i, values in state.get("optimizer", {}).items()
-        }
+        saved = {int(i): values for i, values in state.get("optimizer", {}).items()}
+        moments = {i: {name: shard_like(x, parameters[i]) for name, x in values.items()} for i, values in saved.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for i, values in state.get("groups", {}).items():
             self.optimizer.param_groups[int(i)].update(values)
@@ -251,13 +246,11 @@ def mirror(value: Tensor, flip: Tensor, ndim: int) -> Tensor:
 def micro_batch_slices(batch_size: int, rank: int, processes: int, accumulation: int) -> list[slice]:
     """The slices of the global batch that process `rank` trains on, one per micro-batch."""
     size = batch_size // (processes * accumulation)
-    starts = [(micro * processes + rank) * size for micro in range(accumulation)]
-    return [slice(start, start + size) for start in starts]
+    return [slice(first, first + size) for first in range(rank * size, batch_size, processes * size)]
 
 
 def bound_loss_scale(scaler: torch.amp.GradScaler | None) -> None:
     """Keep fp16's loss scale within `LOSS_SCALES`."""
-    if scaler is not None:
-        scale = scaler.get_scale()
-        if not LOSS_SCALES[0] <= scale <= LOSS_SCALES[1]:
-            scaler.update(min(max(scale, LOSS_SCALES[0]), LOSS_SCALES[1]))
+    low, high = LOSS_SCALES
+    if scaler is not None and not low <= (scale := scaler.get_scale()) <= high:
+        scaler.update(min(max(scale, low), high))

@@ -53,14 +53,14 @@ class Trainer:
     """
 
     def __init__(self, config: Config, out: Path, warn: Warn = lambda message: None, dataset: DataSet | None = None):
-        self.config, self.out, self.warn = config, out, warn
+        self.config, self.out = config, out
         self._scored: tuple[int, float | None] = -1, None
         train, accumulation = config.train, config.train.gradient_accumulation or 1
-        options: dict[str, Any] = {"mixed_precision": train.precision or "no", "cpu": on_cpu()}
+        # Without a plugin, accelerate would divide gradients by what the environment says, a second time.
+        options = dict[str, Any](gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), cpu=on_cpu())
         with accelerate_starts():
-            # Without a plugin, accelerate would divide gradients by what the environment says, a second time.
-            options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
-            self.accelerator = accelerator = Accelerator(**options)
+            self.accelerator = accelerator = Accelerator(mixed_precision=train.precision or "no", **options)
+        self.warn: Warn = warn if accelerator.is_main_process else lambda message: None
         check_known(accelerator)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -69,18 +69,17 @@ class Trainer:
             parts = f"{processes} processes times train.gradient_accumulation {accumulation}"
             raise UsageError(f"train.batch_size {train.batch_size} does not divide into {parts}")
         self._slices = micro_batch_slices(train.batch_size, accelerator.process_index, processes, accumulation)
+        self._micro_batch = train.batch_size // (processes * accumulation)
+        """Images that this process gives to the network at once."""
         if train.precision == "fp16" and accelerator.device.type == "cpu":
             raise UsageError("train.precision is fp16, which needs a GPU: use bf16 or no on a CPU")
         check_trackers(train.log_with)
-        with ExitStack() as on_error:
+        with ExitStack() as opened:
             # Locked before a checkpoint is chosen: another process may be saving one.
-            self._folder = RunFolder(out, warn) if accelerator.is_main_process else None
-            on_error.callback(self.close)
+            self._folder = opened.enter_context(closing(RunFolder(out, warn))) if accelerator.is_main_process else None
             accelerator.wait_for_everyone()
-            saved = files = None
-            if checkpoint.folders(out):
-                saved, files = checkpoint.newest(out, Checkpoint.files)
-            self._prepare(saved, files or {}, dataset)
+            saved, files = checkpoint.newest(out, Checkpoint.files) if checkpoint.folders(out) else (None, {})
+            self._prepare(saved, files, dataset)
             self._signals = StopSignals(processes, launcher())
             if self._folder:
                 damaged = [path for path, _ in saved.passed_over] if saved else []
@@ -89,8 +88,8 @@ class Trainer:
                     again = "it begins again, and its former metrics are in metrics_superseded.jsonl"
                     warn(f"no checkpoint is left of the run in {out}, which had reached step {dropped}: {again}")
             accelerator.wait_for_everyone()
-            self._trackers = Trackers(accelerator, self.config, out, warn)
-            on_error.pop_all()
+            self._trackers = opened.enter_context(closing(Trackers(accelerator, self.config, out, warn)))
+            self._opened = opened.pop_all()
 
     @property
     def step(self) -> int:
@@ -130,8 +129,7 @@ class Trainer:
             notes += changes(saved, config, self.environment)
             if saved.data not in (None, self.data.fingerprint):
                 notes.append("the data have changed: held-out images may have been trained on, and losses differ")
-        if accelerator.is_main_process:
-            self._warn_at_start(saved, notes)
+        self._warn_at_start(saved, notes)
 
     def _restore(self, saved: Checkpoint, files: Mapping[str, Weights]) -> None:
         states = checkpoint.unflatten({**files["training.safetensors"], **saved.numbers})
@@ -180,11 +178,9 @@ class Trainer:
     def __iter__(self) -> Iterator[tuple[int, Metrics | None]]:
         """Train, and yield each step done and the metrics where they are logged. On one process, a loop that is left
         early saves first; on several, call `save` in all of them."""
-        train, log = self.config.train, self.meter.unreadable.extend
-        steps, workers = range(self.step, train.steps), self.config.data.workers
-        images = step_batches(
-            self.dataset, train.batch_size, train.seed, steps, self._slices, workers, log, self._check_waiting
-        )
+        train, steps = self.config.train, range(self.step, self.config.train.steps)
+        reading = self.config.data.workers, self.meter.unreadable.extend, self._check_waiting
+        images = step_batches(self.dataset, train.batch_size, train.seed, steps, self._slices, *reading)
         with closing(self), self._signals, closing(images):
             try:
                 yield from self._train(images)
@@ -254,15 +250,7 @@ class Trainer:
 
     def close(self) -> None:
         """Release the run's folder."""
-        if hasattr(self, "_trackers"):
-            self._trackers.close()
-        if self._folder is not None:
-            self._folder.close()
-
-    @property
-    def _micro_batch(self) -> int:
-        """Images that this process gives to the network at once."""
-        return self._slices[0].stop - self._slices[0].start
+        self._opened.close()
 
     @property
     def last_grid(self) -> Path:
@@ -280,19 +268,17 @@ class Trainer:
     def sample(self) -> None:
         """Write a grid of images generated from fixed noise with the first moving average."""
         config, accelerator = self.config, self.accelerator
-        share = math.ceil(config.sample.n / accelerator.num_processes)
+        rank, share = accelerator.process_index, math.ceil(config.sample.n / accelerator.num_processes)
         # All processes generate as many, so that gathering is one call; the surplus of the last is cut off.
-        indices = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        mine = batches(range(rank * share, (rank + 1) * share), self._micro_batch)
         given: dict[str, Tensor] = {"y": torch.arange(len(self.class_names))} if self.class_names else {}
         if config.data.condition_shapes or self.data.vectors.size:  # those of some images of the data
             some = np.resize(part(len(self.dataset), config.sample.n), config.sample.n)
             given = self.sampled.raw(load(self.dataset, some.tolist()))[1]
-        options: dict[str, Any] = {"seed": config.train.seed, "progress": self._signals.interruptible}
         with self._average():
-            drawn = list(self.sampled.generate(batches(indices, self._micro_batch), given, **options))
-        images = to_uint8(torch.cat([images for _, images in drawn])).to(accelerator.device)
-        images = gather(images)[: config.sample.n]
-        images = beside(images, given.get("image"))
+            drawn = self.sampled.generate(mine, given, seed=config.train.seed, progress=self._signals.interruptible)
+            images = to_uint8(torch.cat([images for _, images in drawn])).to(accelerator.device)
+        images = beside(gather(images)[: config.sample.n], given.get("image"))
         self._write(lambda: save_grid(images, self.last_grid, len(self.class_names)), self.last_grid)
         self._trackers.log_grid(self.last_grid, self.step)
 
@@ -307,8 +293,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the run."""
         config, main = self.config.checkpoint, self.accelerator.is_main_process
-        held_out = self.score_held_out()
-        folder = checkpoint.checkpoint_folder(self.out, self.step)
+        folder, held_out = checkpoint.checkpoint_folder(self.out, self.step), self.score_held_out()
 
         # What all processes have to gather, before the first one writes.
         weights = to_host(self.network.state_dict(), main)
@@ -360,10 +345,9 @@ class Trainer:
         if saves and self.data.held_out:
             with self.meter.paused():
                 metrics["held_out_loss"] = self.score_held_out()
-        main = self.accelerator.is_main_process
-        if main and unreadable:
+        if unreadable:
             self.warn(name_some(sorted(set(unreadable)), "image files replaced by others, since they cannot be read"))
-        if main and (skipped := metrics["skipped"]):
+        if skipped := metrics["skipped"]:
             self.warn(f"{skipped} steps by step {self.step} had a loss or gradient that is not finite and were skipped")
         in_a_row = int(self.meter.in_a_row)
         if in_a_row >= self.config.train.max_skipped or (in_a_row and self.step == self.config.train.steps):
@@ -380,7 +364,5 @@ class Trainer:
         train = self.config.train
         indices = batch_indices(len(self.dataset), train.batch_size, train.seed, step)[:8]
         images = f"images {', '.join(self.dataset.name_of(i) for i in indices)}, ..."
-        if self.training_step.timesteps:
-            return images
-        t = self.training_step.draws(step, train.batch_size, self.config.data.shape).t
-        return f"t {', '.join(map(str, t[:8].tolist()))}, ... and {images}"
+        t = self.training_step.draws(step, train.batch_size, self.config.data.shape).t[:8].tolist()
+        return images if self.training_step.timesteps else f"t {', '.join(map(str, t))}, ... and {images}"

@@ -9,6 +9,5 @@ from diffusion.data.sources.torchvision import CIFAR10, CIFAR100, MNIST, SVHN, C
 
 SOURCES: dict[str, type[DataConfig]] = {
     "digits": Digits, "mnist": MNIST, "fashion_mnist": FashionMNIST, "cifar10": CIFAR10, "cifar100": CIFAR100,
-    "svhn": SVHN, "celeba": CelebA, "folder": Folder, "arrays": Arrays, "huggingface": HuggingFace,
-    "memory": Memory,
+    "svhn": SVHN, "celeba": CelebA, "folder": Folder, "arrays": Arrays, "huggingface": HuggingFace, "memory": Memory,
 }  # fmt: skip

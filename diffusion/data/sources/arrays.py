@@ -16,7 +16,7 @@ from diffusion.data.containers import Rows
 from diffusion.data.decode import scale
 from diffusion.data.image_files import FileDataset, ImageFiles
 from diffusion.data.values import Array
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, refusing
 
 
 @section("data")
@@ -32,21 +32,17 @@ class Arrays(ImageFiles):
     def list_files(self, split: str = "train") -> FileDataset:
         if self.path is None:
             raise UsageError("data.source is arrays: name the file with --data.path FILE.npy or FILE.npz")
-        try:
+        with refusing(lambda reason: f"data.path {self.path} cannot be read as arrays ({reason})"):
             loaded: Any = np.load(self.path, mmap_mode="r", allow_pickle=False)  # an .npz is read, not mapped
             arrays = {"arr_0": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-        except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, ...
-            raise UsageError(f"data.path {self.path} cannot be read as arrays ({one_line(error)})") from None
         images: Any = next((arrays[name] for name in ("arr_0", "images", "x") if name in arrays), None)
         given: Any = next((arrays[name] for name in ("arr_1", "labels", "y") if name in arrays), None)
         if not isinstance(images, np.ndarray) or images.ndim < 2 or len(images) == 0:
             held = f"data.path {self.path} holds {', '.join(arrays) or 'no arrays'}"
             raise UsageError(f"{held}, and no images (N, *sizes, C) as arr_0 or images")
         if self.range is None and images.dtype not in (np.uint8, np.uint16):
-            try:
+            with refusing(lambda reason: f"data.path {self.path} cannot be read: {reason}", ValueError):
                 scale(images, None)  # its error names the range of all rows
-            except ValueError as error:
-                raise UsageError(f"data.path {self.path} cannot be read: {error}") from None
         labels, classes = np.zeros(len(images), np.int64), tuple[str, ...]()
         if given is not None:
             if given.shape != (len(images),) or given.dtype.kind not in "iu" or given.min() < 0:
@@ -54,9 +50,8 @@ class Arrays(ImageFiles):
                 raise UsageError(f"the labels of data.path {self.path} are {given.shape} {given.dtype}; not {right}")
             values, labels = np.unique(given, return_inverse=True)
             classes = tuple(map(str, values))
-        target = self.target
-        if self.condition_channels and not self.condition_images:  # they are the last of these
-            target = dataclasses.replace(target, channels=self.channels + self.condition_channels)
+        last = 0 if self.condition_images else self.condition_channels  # condition images are the last of these
+        target = dataclasses.replace(self.target, channels=self.channels + last)
         if images.ndim > 2 and images.shape[1] == target.channels != images.shape[-1]:
             images = np.moveaxis(images, 1, -1)
         return FileDataset(ArrayRows(self.path, images), np.arange(len(images)), target, labels, classes)

@@ -21,6 +21,5 @@ class Digits(DataConfig):
 
     def open(self, split: str = "train") -> ArrayDataset:
         with (files("diffusion.data") / "digits.npz").open("rb") as file, np.load(file) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-        images = preprocess_all(images, self.target)
-        return ArrayDataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), tuple("0123456789"))
+            images, labels = preprocess_all(arrays["images"], self.target), arrays["labels"].astype(np.int64)
+        return ArrayDataset(torch.from_numpy(images), torch.from_numpy(labels), tuple("0123456789"))

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from diffusion.config.fields import PathText, section
-from diffusion.data.containers import IMAGE_SUFFIXES, Archives, open_container, stem
+from diffusion.data.containers import IMAGE_SUFFIXES, open_container, stem
 from diffusion.data.image_files import FileDataset, ImageFiles
 from diffusion.data.labels import LABELS, from_list, number
-from diffusion.errors import UsageError, check_name, one_line
+from diffusion.errors import UsageError, check_name, refusing
 
 
 @section("data")
@@ -45,19 +45,15 @@ class Folder(ImageFiles):
         container = open_container(Path(self.path))
 
         def text(i: int) -> str:
-            try:
-                with container.open(i) as file:
-                    return file.read().decode("utf-8-sig")
-            except Exception as error:  # a broken link, a damaged archive, another encoding
-                raise UsageError(f"data.labels {names[i]} cannot be read: {one_line(error)}") from None
+            with refusing(lambda reason: f"data.labels {names[i]} cannot be read: {reason}"), container.open(i) as file:
+                return file.read().decode("utf-8-sig")
 
         names = [os.fsdecode(name) for name in container.names.tolist()]
         suffixes = [os.path.splitext(name)[1].lower() for name in names]
         images = [i for i, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
         if not images:
             raise UsageError(f"data.path {self.path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        by_shard = isinstance(container, Archives) and container.by_shard
-        inside = [name.split("/", 1)[1] for name in names] if by_shard else names
+        inside = [name.split("/", 1)[1] for name in names] if getattr(container, "by_shard", False) else names
         ids = [i for i in images if self._includes(inside[i])]
         if not ids:
             none = f"none of the {len(images)} images of data.path {self.path} match it, such as {inside[images[0]]}"

@@ -11,7 +11,7 @@ from diffusion.config.fields import PathText, section
 from diffusion.data.conditions import Vectors, vectors_of
 from diffusion.data.containers import Rows
 from diffusion.data.image_files import FileDataset, ImageFiles
-from diffusion.errors import UsageError, check_name, one_line
+from diffusion.errors import UsageError, check_name, refusing
 
 
 @section("data")
@@ -32,17 +32,13 @@ class HuggingFace(ImageFiles):
     has_columns = True
 
     def list_files(self, split: str = "train") -> FileDataset:
-        try:
+        with refusing(lambda _: "data.source huggingface needs a package: pip install datasets", ImportError):
             import datasets
-        except ImportError:
-            raise UsageError("data.source huggingface needs a package: pip install datasets") from None
         if self.path is None:
             raise UsageError("data.source is huggingface: name the data set with --data.path ID_OR_FOLDER")
-        try:
+        with refusing(lambda reason: f"data.path {self.path} cannot be loaded as a data set ({reason})"):
             on_disk = any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
             table = datasets.load_from_disk(self.path) if on_disk else datasets.load_dataset(self.path, self.subset)
-        except Exception as error:  # the Hub's, pyarrow's, the file system's
-            raise UsageError(f"data.path {self.path} cannot be loaded as a data set ({one_line(error)})") from None
         if isinstance(table, dict):
             check_name(f"the split of data.path {self.path}", split, list(table))
             table = table[split]
@@ -67,8 +63,7 @@ class HuggingFace(ImageFiles):
             columns = {name: list(table[name]) for name in self.condition_columns}
             vectors = vectors_of(columns, f"data.path {self.path}", [f"row {i}" for i in range(len(table))])
         rows = TableRows(self.path, table.cast_column(image, datasets.Image(decode=False)), image)
-        about: dict[str, Any] = dict(on_error=self.on_error, vectors=vectors)
-        return FileDataset(rows, np.arange(len(table)), self.target, labels, classes, **about)
+        return FileDataset(rows, np.arange(len(table)), self.target, labels, classes, "", self.on_error, {}, vectors)
 
     def where_conditions(self, name: str) -> dict[str, Any]:
         return {"image_column": name, "label_column": "none"}

@@ -12,7 +12,7 @@ from diffusion.data.base import ArrayDataset, DataConfig
 from diffusion.data.containers import Directory
 from diffusion.data.decode import preprocess_all
 from diffusion.data.image_files import FileDataset, ImageFiles
-from diffusion.errors import UsageError, one_line
+from diffusion.errors import UsageError, refusing
 
 
 def open_torchvision(config: Any, folder: str, **part: Any) -> tuple[Any, Path]:
@@ -22,13 +22,11 @@ def open_torchvision(config: Any, folder: str, **part: Any) -> tuple[Any, Path]:
 
     root = Path(config.path or "data")
     root = root.parent if root.name == folder else root
-    try:
+    wrong, hint = f"data.path {config.path} does not hold torchvision's {config.source}", ""
+    if config.path is None:
+        wrong, hint = f"{config.source} cannot be downloaded", ": add --data.path FOLDER"
+    with refusing(lambda reason: f"{wrong} ({reason.split('. ')[0]}){hint}"):  # of its download or its files
         return getattr(datasets, type(config).__name__)(root, download=config.path is None, **part), root
-    except Exception as error:  # torchvision raises whatever its download or its files gave
-        reason = one_line(error).split(". ")[0]
-        if config.path is None:
-            raise UsageError(f"{config.source} cannot be downloaded ({reason}): add --data.path FOLDER") from None
-        raise UsageError(f"data.path {config.path} does not hold torchvision's {config.source} ({reason})") from None
 
 
 @section("data")
