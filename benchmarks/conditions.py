@@ -119,14 +119,18 @@ def angle(mnist: Path) -> Iterator[str]:
         arr_0=(rotated(images[own], angles[own])[:, 0] * 255).round().byte().numpy(), arr_1=labels[own].numpy()
     )
     data = str(RUNS / "angle.npz")
-    run = trained("angle", arrays | {"angle": angles[own].numpy()}, "--data.conditions", data)
+    flags = "--data.conditions", data, "--train.label_dropout", "0.1", "--train.steps", "2500"
+    run = trained("angle", arrays | {"angle": angles[own].numpy()}, *flags)
     others = slice(IMAGES, 3 * IMAGES)
     net = estimator(rotated(images[others], angles[others]) * 2 - 1, angles[others], labels[others])
     test, test_labels = digits(mnist, train=False)
     asked = torch.rand(DRAWN, generator=torch.Generator().manual_seed(1)) * 15
     asked += torch.tensor([low for low, _ in LEFT_OUT])[torch.arange(DRAWN) % len(LEFT_OUT)]
-    drawn = run.sample(DRAWN, classes=test_labels[:DRAWN], conditions={"angle": asked})
-    for name, x in (("samples", drawn), ("real images", rotated(test[:DRAWN], asked) * 2 - 1)):
+    shown = {"real images": rotated(test[:DRAWN], asked) * 2 - 1}
+    for guidance in (1.0, 1.5, 2.0):
+        drawn = run.sample(DRAWN, classes=test_labels[:DRAWN], conditions={"angle": asked}, guidance=guidance)
+        shown[f"samples of guidance {guidance:g}"] = drawn
+    for name, x in shown.items():
         seen = net(x)[torch.arange(DRAWN), test_labels[:DRAWN]] * 90
         error = (seen - asked).abs().mean()
         yield f"angles left out: {name} correlate {correlation(seen, asked):.3f}, mean error {error:.1f} degrees"

@@ -36,7 +36,8 @@ def train(
 
     Args:
         data: images (N, C, *sizes), uint8 or float in [-1, 1]; a pair of them and labels (N,); a folder; a map-style
-            data set of pairs (image, label); or a mapping of `images`, `labels` and columns of condition vectors.
+            data set of pairs (image, label); or a mapping of `images`, and if any `labels`, condition images as `image`
+            (N, C, *sizes), and columns of condition vectors.
         out: the run's folder.
         settings: by name, such as {"train.steps": 100}. `model.class_cond` is true where labels are given.
         config: that the settings override: a YAML file, or a shipped configuration such as folder_small.

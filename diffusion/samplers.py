@@ -277,7 +277,7 @@ def noise_between(process: GaussianDiffusion, low: float, high: float) -> Callab
     levels = process.tables["sigma"] / np.maximum(process.tables["alpha"], 1e-300)
     data = [-1] if low <= 0 and process.schedule.is_flow else []
     steps = [*np.flatnonzero((low <= levels) & (levels <= high)), *data]
-    inside = process.network_t(torch.tensor(steps, dtype=torch.int64)).tolist()
+    inside = set(process.tables["network_t"].astype(np.float32)[np.array(steps, np.int64)].tolist())
     if low >= high or not steps:
         span = f"the steps' noise levels sigma / alpha are from {levels.min():.3g} to {levels.max():.3g}"
         raise UsageError(f"guide_between is [{low:g}, {high:g}], and {span}")

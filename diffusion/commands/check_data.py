@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, print_line, progress_bar
 from diffusion.data.base import hold_out, load, open_data, part
+from diffusion.data.conditions import Scale
 from diffusion.data.image_files import ImageFiles
 from diffusion.data.sources.folder import Folder
 from diffusion.data.summary import check_images, describe_data
@@ -55,7 +56,7 @@ def main() -> None:
     for sheet in (images, conditions) if data.random_flip else ():
         sheet[1::2] = sheet[1::2].flip(-1)
     sheet = beside(to_uint8(images), conditions if conditions.shape[1] else None)
-    captions = [", ".join(f"{value:.3g}" for value in row[:4]) for row in batch.vectors.tolist() if row]
+    captions = Scale(readable.vectors.widths).captions(batch.vectors)
     save_grid(sheet, args.sheet, captions=captions, by="check-data")
     print_line(f"fingerprint {readable.fingerprint()}; what the network would see: {args.sheet.resolve()}")
 

@@ -1,6 +1,7 @@
 """`diffusion sample`: generate images with a trained model."""
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
@@ -15,11 +16,11 @@ from diffusion.commands import terminal
 from diffusion.config.files import parse_value
 from diffusion.config.schema import all_settings
 from diffusion.data.base import digest, load
-from diffusion.data.conditions import read_columns
+from diffusion.data.conditions import check_columns, read_columns
 from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.folder import Folder
 from diffusion.data.values import to_x_start
-from diffusion.errors import UsageError, check_name, options_of, prefixed
+from diffusion.errors import UsageError, options_of, prefixed
 from diffusion.parallel.compilation import compile_network
 from diffusion.parallel.launchers import accelerate_starts, check_launcher, launcher, on_cpu
 from diffusion.parallel.signals import SamplingInterrupted, StopSignals
@@ -41,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ckpt", type=path, required=True, help="a run's folder (its newest checkpoint), or a checkpoint's")
     add("--n", type=terminal.number_from(1), help="how many images (default: as in the run's grids)")
     add("--classes", help="class numbers or names, separated by commas, in turn (default: all, or those of --low_res)")
-    text = "NAME=NUMBER,..., taken in turn; NAME=LOW:HIGH; NAME=FILE.npy; image=IMAGES; or FILE.csv"
+    text = "NAME=NUMBER,..., taken in turn; NAME=LOW:HIGH or LOW:HIGH:COUNT; NAME=FILE.npy; image=IMAGES; or FILE.csv"
     add("--condition", action="append", default=[], metavar="NAME=VALUE", help=f"{text} (default: the data's)")
     terminal.add_sampling(parser)
     text = "a count, sections like 10,15,20, ddim50, logsnr10, karras10, or a list like [0, 250, 999] (default: grids')"
@@ -110,15 +111,14 @@ def main() -> None:
 def choose_conditions(args: argparse.Namespace, run: Run) -> tuple[int, dict[str, Any], int]:
     """How many images to generate, from what, and the columns of their grid, 0 where no two ranges span it. Raises
     UsageError for what cannot be read or does not fit the run."""
-    values, ranges, labels = dict[str, Any](), dict[str, list[float]](), None
+    values, ranges, labels = dict[str, Any](), dict[str, Any](), None
     for word in args.condition + ([] if args.low_res is None else [f"low_res={args.low_res}"]):
         name, equals, text = word.partition("=")
         if twice := {name, *(() if equals else run.vectors.widths)} & {*values, *ranges}:
             raise UsageError(f"--condition {word}: {min(twice)} is given twice")
         if not equals and run.vectors.widths:
             table = read_columns(Path(word))
-            for column in run.vectors.widths:
-                check_name(f"a column of {word}", column, list(table))
+            check_columns(word, [*run.vectors.widths], table)
             values |= {column: table[column] for column in run.vectors.widths}
         elif name in run.config.data.condition_shapes:
             with prefixed(f"{name} {text}: "):
@@ -126,19 +126,23 @@ def choose_conditions(args: argparse.Namespace, run: Run) -> tuple[int, dict[str
         elif text.endswith(".npy"):
             [values[name]] = read_columns(Path(text)).values()
         elif ":" in text:
-            ranges[name] = as_rows(name, text.split(":", 1), 1, 2).flatten().tolist()
+            low, high, *count = text.split(":", 2)
+            ends = as_rows(name, [low, high], 1, 2).flatten().tolist()
+            ranges[name] = np.linspace(ends[0], ends[1], int(as_rows(name, count, 1, 1))) if count else ends
         else:
             values[name] = text.split(",") if equals else None
     rows = [name for name in values if run.vectors.widths.get(name) == 1 or np.ndim(values[name]) > 1]
     several = [len(values[name]) for name in rows if len(values[name]) > 1 or isinstance(values[name], Tensor)]
     n: int = args.n or max(several, default=run.config.sample.n)
     chosen = args.classes or (list(run.class_names) if ranges and run.class_names else None)
-    classes = len(run.labels(chosen) or [0]) if ranges else 1
-    side = max(1, round((n / classes) ** (1 / max(1, len(ranges)))))
-    for k, (name, (low, high)) in enumerate(ranges.items()):  # after the classes, the first one changes fastest
-        values[name] = np.linspace(low, high, side)[np.arange(n) // classes // side**k % side, None]
+    each = len(run.labels(chosen) or [0]) if ranges else 1
+    side = max(2, round((n / each) ** (1 / max(1, len(ranges)))))
+    grids = {name: np.linspace(x[0], x[1], side) if isinstance(x, list) else x for name, x in ranges.items()}
+    n = args.n or (each * math.prod(map(len, grids.values())) if grids else n)
+    for name, grid in grids.items():  # after the classes, the first one changes fastest
+        values[name], each = grid[np.arange(n) // each % len(grid), None], each * len(grid)
     given = run.chosen(n, chosen, values) | ({} if labels is None else {"y": labels})
-    return n, given, side if len(ranges) > 1 else 0
+    return n, given, len(next(iter(grids.values()))) if len(grids) > 1 else 0
 
 
 def open_images(run: Run, name: str, path: Path, classes: str | None) -> tuple[Tensor | Run, Tensor | None]:
@@ -176,7 +180,8 @@ def open_store(args: argparse.Namespace, run: Run, n: int, given: Mapping[str, A
         if form is None:
             captions = captions_of(run, given, n) if args.captions else ()
             return GridStore(out, columns or len(labels or ()), captions, given.get("image"))
-        return SampleStore(out, form, n, config.data.shape, labels, settings, config.data.range)
+        vectors = run.vectors.columns(given["vector"]) if "vector" in given else {}
+        return SampleStore(out, form, n, config.data.shape, labels, settings, config.data.range, vectors)
 
     guided = f"_guidance{sample.guidance:g}" if sample.guidance != 1 else ""
     name = f"{run.path.name}_{sample.sampler}{config.sampling_process().num_timesteps}_seed{args.seed}{guided}"
@@ -195,11 +200,10 @@ def open_store(args: argparse.Namespace, run: Run, n: int, given: Mapping[str, A
 
 
 def captions_of(run: Run, given: Mapping[str, Any], n: int) -> list[str]:
-    """The class and the first number of each condition that an image is generated from; none for a run without."""
-    names = [[run.class_names[label] for label in np.resize(given["y"].cpu(), n)]] if "y" in given else []
-    firsts = dict(zip(run.vectors.widths, np.cumsum([0, *run.vectors.widths.values()]), strict=False))
-    names += [[f"{name} {x:.3g}" for x in given["vector"][:, first].tolist()] for name, first in firsts.items()]
-    return [" ".join(words) for words in zip(*names, strict=True)]
+    """The class and the numbers that each image is generated from, in lines; none for a run without."""
+    lines = [[run.class_names[label] for label in np.resize(given["y"].cpu(), n)]] if "y" in given else []
+    lines += [captions] if (captions := run.vectors.captions(given["vector"]) if "vector" in given else []) else []
+    return ["\n".join(words) for words in zip(*lines, strict=True)]
 
 
 def weights_of(run: Run) -> dict[str, Any]:

@@ -73,11 +73,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def sampling_as(run: Run, args: argparse.Namespace, **flags: Any) -> Run:
     """A run with the flags of `add_sampling`, and others. Raises UsageError where they do not fit."""
+    named = [name for name in ("guide", "guide_ema", "guide_between") if getattr(args, name) is not None]
+    if named and args.guidance is None and run.config.sample.guidance == 1:
+        raise UsageError(f"--{named[0]} is set, and --guidance is 1, which is none: add --guidance 2")
     if args.guide is not None or args.guide_ema is not None:
         with prefixed("the guide: "):
             flags["guide"] = open_run(args.guide or run.path, args.guide_ema)
-        if args.guidance is None and run.config.sample.guidance == 1:
-            raise UsageError("a guide is named, and --guidance is 1, which is none: add --guidance 2")
     return run.with_sampling(sampler=args.sampler, guidance=args.guidance, guide_between=args.guide_between, **flags)
 
 

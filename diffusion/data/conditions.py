@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.errors import UsageError, check_name, refusing
+from diffusion.errors import UsageError, did_you_mean, refusing
 
 Rows = NDArray[np.float64]
 FILES = "file_name"
@@ -72,6 +72,16 @@ class Scale(NamedTuple):
         """The numbers of a vector."""
         return sum(self.widths.values())
 
+    def columns(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Vectors (B, size) as columns (B, width) by name."""
+        return dict(zip(self.widths, vectors.split([*self.widths.values()], dim=1), strict=True))
+
+    def captions(self, vectors: Tensor) -> list[str]:
+        """The numbers of vectors (B, size) by name, in lines, but those of columns of several."""
+        numbers = {name: x[:, 0].tolist() for name, x in self.columns(vectors).items() if x.shape[1] == 1}
+        rows = zip(*numbers.values(), strict=True)
+        return ["\n".join(f"{name} {x:.3g}" for name, x in zip(numbers, row, strict=True)) for row in rows]
+
     def scaled(self, vectors: Tensor) -> Tensor:
         """Vectors (B, size) as the network is given them."""
         mean, std = torch.tensor([self.mean, self.std], dtype=torch.float64)
@@ -99,6 +109,13 @@ def read_columns(path: Path) -> dict[str, Any]:
     return {name: [row[name] for row in rows] for name in names}
 
 
+def check_columns(where: str, names: Sequence[str], columns: Collection[str]) -> None:
+    """Raise UsageError if one of the columns `names` is missing."""
+    for name in names:
+        if name not in columns:
+            raise UsageError(f"{where} has no column {name}: {did_you_mean(name, columns)}")
+
+
 def conditioned(dataset: Any, config: Any, split: str = "train") -> Any:
     """A data set with the condition vectors that `data.conditions` names, if any.
 
@@ -113,8 +130,7 @@ def conditioned(dataset: Any, config: Any, split: str = "train") -> Any:
     columns, where, is_table = read_columns(path), f"data.conditions {path}", path.suffix == ".csv"
     left_out = {FILES, "label"} if is_table else IMAGES_AND_LABELS if path.suffix == ".npz" else set()
     chosen = config.condition_columns or [name for name in columns if name not in left_out]
-    for name in [*(chosen or [f"a column beside {FILES}"]), *([FILES] if is_table else [])]:
-        check_name(f"{where}: a column", name, list(columns))
+    check_columns(where, [*([FILES] if is_table else []), *(chosen or [f"of numbers beside {FILES}"])], columns)
     if FILES in columns:
         table = {str(name).removeprefix("./"): i for i, name in enumerate(columns[FILES])}
         listed = {*names, *map(os.fsdecode, getattr(getattr(dataset, "container", None), "names", ()))}

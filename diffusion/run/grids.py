@@ -96,11 +96,11 @@ def save_grid(
 
 
 def captioned(images: Tensor, columns: int, captions: Sequence[str]) -> Image.Image:
-    """A grid with a line of text under each image, cut at the image's width."""
-    tiles = []
+    """A grid with lines of text under each image, cut at the image's width."""
+    tiles, below = [], CAPTION * max(1 + caption.count("\n") for caption in captions)
     for image, caption in zip(images, captions, strict=True):
         drawn = grid(image[None], 1).convert("RGB")
-        tile = Image.new("RGB", (drawn.width, drawn.height + CAPTION), "white")
+        tile = Image.new("RGB", (drawn.width, drawn.height + below), "white")
         tile.paste(drawn)
         ImageDraw.Draw(tile).text((2, drawn.height + 1), caption, fill="black")
         tiles.append(rearrange(torch.from_numpy(np.array(tile)), "h w c -> c h w"))

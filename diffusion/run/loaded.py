@@ -1,7 +1,7 @@
 """A trained model, from its run: the network, the process, and sampling with the flags of `sample.py`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from numbers import Integral
@@ -146,11 +146,11 @@ class Run:
         except UsageError as error:
             raise UsageError(str(error).replace("sample.", "")) from None
 
-    def of_data(self, n: int) -> dict[str, Tensor]:
+    def of_data(self, n: int, missing: Iterable[str] = ("conditions",)) -> dict[str, Tensor]:
         """The labels and conditions of n images of the run's data, held-out ones if there are any, by column and name.
 
-        Raises UsageError if the data cannot be read, or are not those of the run."""
-        with prefixed("conditions that are not given are those of the run's data: "):
+        Raises UsageError, with the names of those `missing`, if the data cannot be read, or are not the run's."""
+        with prefixed(f"{', '.join(missing)} not given, and taken from the run's data: "):
             trained, held_out = hold_out(open_data(self.config.data), self.config.data.held_out, self.config.train.seed)
             dataset = held_out or trained
             named = {*self.class_names} in (set(), {*dataset.class_names})
@@ -158,8 +158,7 @@ class Run:
                 raise UsageError(f"they have other classes or conditions than {self.path}")
             dataset = with_classes(dataset, self.class_names) if self.class_names else dataset
             given = self.raw(load(dataset, np.resize(part(len(dataset), n), n).tolist()))[1]
-        columns = given.pop("vector", torch.empty(n, 0)).split([*self.vectors.widths.values()], dim=1)
-        return given | dict(zip(self.vectors.widths, columns, strict=True))
+        return given | self.vectors.columns(given.pop("vector", torch.empty(n, 0)))
 
     def chosen(self, n: int, classes: Classes, conditions: Mapping[str, Any]) -> dict[str, Any]:
         """What n images are generated from (see `sample`). Raises UsageError if it does not fit the run."""
@@ -167,7 +166,8 @@ class Run:
         for name in conditions.keys() - {*widths, *shapes}:
             hint = did_you_mean(name, [*widths, *shapes], f"it has {', '.join([*widths, *shapes]) or 'none'}")
             raise UsageError(f"{name} is not a condition of {self.path}: {hint}")
-        values = {**(self.of_data(n) if {*widths, *shapes} - conditions.keys() else {}), **conditions}
+        missing = sorted({*widths, *shapes} - conditions.keys())
+        values = {**(self.of_data(n, missing) if missing else {}), **conditions}
         named = values["low_res"] if isinstance(values.get("low_res"), Run) and not self.class_names else self
         labels = values["y"] if "y" in values and classes is None else named.labels(classes)
         chosen = {"y": torch.as_tensor(labels)} if labels is not None else {}
@@ -179,7 +179,7 @@ class Run:
         """Condition images as a tensor, or the run that generates them. Raises UsageError if they do not fit."""
         if not isinstance(value, Run):
             with suppress(TypeError, ValueError, RuntimeError):
-                value = torch.as_tensor(value).detach().float()
+                value = to_x_start(torch.as_tensor(value).detach()).float()
             its = tuple(value.shape[1:]) if isinstance(value, Tensor) and len(value) else None
             fits = its is not None and bool(value.isfinite().all()) and (name != "image" or value.abs().max() <= 1.001)
         else:
@@ -187,7 +187,7 @@ class Run:
             same = value.class_names == () or self.class_names in ((), value.class_names)
             fits = same and conditions in (({}, {}), (self.vectors.widths, {}))
         if its != shape or not fits:
-            right = f"{shape} in [-1, 1], or a run of the same classes and conditions"
+            right = f"{shape}, uint8 or in [-1, 1], or a run of the same classes and conditions"
             raise UsageError(f"{name} has images of {its}, or others than can be: {self.path} needs {right}")
         return value
 

@@ -8,11 +8,12 @@ samples.npz.parts/
     00000000.npy     images of the batch that begins at 0, (N, *sizes, C)
 """
 
+import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -91,6 +92,7 @@ class SampleStore:
         labels: the class numbers, taken in turn; None without classes.
         settings: everything that the images depend on; samples of other settings are not continued.
         declared: the range of values that is written (see `to_stored`); None: 8 bits.
+        vectors: columns of condition vectors (n, width), which are written, too: as arrays, or in conditions.csv.
 
     `begin` is called by one process, `is_done` and `write` by any, and `finish` by all when all are done.
     """
@@ -102,6 +104,7 @@ class SampleStore:
     labels: Sequence[int] | None
     settings: dict[str, Any]
     declared: tuple[float, float] | None = None
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dtype = to_stored(torch.zeros(1), self.declared).dtype
@@ -167,13 +170,22 @@ class SampleStore:
             raise UsageError(f"--out {self.folder} lacks images: it must lie in a folder that all processes share")
         for left in self.folder.glob(".*.tmp"):  # left by a kill
             left.unlink(missing_ok=True)
+        if self.form == "images" and self.vectors:
+            names = [f"{name}{f'_{i}' * (len(x.T) > 1)}" for name, x in self.vectors.items() for i in range(len(x.T))]
+            rows = torch.cat([*self.vectors.values()], dim=1).tolist()
+            files = [path.name for path in self._files(range(self.n))]
+            with (self.folder / "conditions.csv").open("w", newline="") as file:
+                csv.writer(file).writerows(
+                    [["file_name", *names], *([f, *r] for f, r in zip(files, rows, strict=True))]
+                )
         if self.form == "npz":
             whole = self.folder / "whole.npy"
             images = np.lib.format.open_memmap(whole, "w+", self.dtype, (self.n, *self.shape[1:], self.shape[0]))
             for batch in batches:
                 images[batch.start : batch.stop] = np.load(self._files(batch)[0], allow_pickle=False)
             labels = [] if self.labels is None else [np.resize(np.array(self.labels, dtype=np.int64), self.n)]
-            np.savez(self.folder / "whole.npz", images, *labels)  # as arr_0 and arr_1
+            columns: dict[str, Any] = dict(self.vectors)
+            np.savez(self.folder / "whole.npz", images, *labels, **columns)  # as arr_0, arr_1 and by name
             _check_free(self.out)
             (self.folder / "whole.npz").replace(self.out)
             shutil.rmtree(self.folder)

@@ -12,6 +12,7 @@ from diffusion.config.files import find_config, read_yaml
 from diffusion.config.schema import by_section, config_of, override
 from diffusion.data.base import ArrayDataset
 from diffusion.data.conditions import NO_VECTORS, vectors_of
+from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError
 from diffusion.training.trainer import Trainer
 
@@ -28,9 +29,8 @@ def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config:
         sections["model"].setdefault("class_cond", base.get("model", {}).get("class_cond", False))
     else:
         shape = dataset.images.shape
-        extra = sections["data"].get("condition_channels", 0)
-        channels = shape[1] - (extra if isinstance(extra, int) else 0)
-        found = {"source": "memory", "image_size": shape[2:], "channels": channels}
+        found = {"source": "memory", "image_size": shape[2:], "condition_channels": dataset.condition_channels}
+        found["channels"] = shape[1] - dataset.condition_channels
         if dataset.vectors.widths and "conditions" in sections["data"]:
             raise UsageError("data.conditions names a file, and data from Python have columns, too: leave one out")
         if same := found.keys() & sections["data"].keys():
@@ -38,23 +38,23 @@ def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config:
         sections["data"] |= found
         sections["model"].setdefault("class_cond", bool(dataset.class_names))
     override(base, sections)
-    run = config_of(base).resolved()
-    if dataset is not None:
-        dataset.condition_channels = run.data.condition_channels
-    return Trainer(run, Path(out), warnings.warn, dataset)
+    return Trainer(config_of(base).resolved(), Path(out), warnings.warn, dataset)
 
 
 def images_of(data: Any) -> ArrayDataset:
     """Images in memory: of a tensor (N, C, *sizes), a pair of it and labels (N,), a map-style data set of pairs, or a
-    mapping of images, labels and columns of condition vectors.
+    mapping of `images`, and if any `labels`, condition images as `image`, and columns of condition vectors.
 
     Raises UsageError if they are something else."""
-    columns = dict[str, Any]()
+    columns, extra = dict[str, Any](), 0
     try:
         if isinstance(data, Mapping):
-            given = {name: values for name, values in data.items() if name not in ("images", "labels")}
+            given = {name: values for name, values in data.items() if name not in ("images", "labels", "image")}
             columns = {name: np.atleast_1d(torch.as_tensor(values).detach()) for name, values in given.items()}
-            data = data["images"], data.get("labels")
+            parts = [torch.as_tensor(data[name]) for name in ("images", "image") if name in data]
+            extra = parts[1].shape[1] if "image" in data else 0
+            parts = parts if len({part.dtype for part in parts}) == 1 else [to_x_start(part) for part in parts]
+            data = torch.cat(parts, dim=1), data.get("labels")
         if not isinstance(data, tuple | torch.Tensor | np.ndarray):  # a data set
             items = [data[i] for i in range(len(data))]
             data = torch.stack([torch.as_tensor(image) for image, _ in items]), [label for _, label in items]
@@ -70,4 +70,5 @@ def images_of(data: Any) -> ArrayDataset:
     values, index = torch.unique(numbers, return_inverse=True)
     names = () if labels is None else tuple(map(str, values.tolist()))
     vectors = vectors_of(columns, "data", [f"number {i}" for i in range(len(images))]) if columns else NO_VECTORS
-    return ArrayDataset(images if images.dtype == torch.uint8 else images.float(), index, names, vectors=vectors)
+    images, about = images if images.dtype == torch.uint8 else images.float(), dict[str, Any](vectors=vectors)
+    return ArrayDataset(images, index, names, **about, condition_channels=extra)

@@ -20,7 +20,9 @@ from diffusion import UsageError
 from diffusion.commands import convert
 from diffusion.data.base import open_data
 from diffusion.data.conditions import Scale
+from diffusion.data.sources.arrays import Arrays
 from diffusion.data.sources.digits import Digits
+from diffusion.data.sources.folder import Folder
 from diffusion.metrics.base import Reference, Subject
 from diffusion.run.loaded import Run
 from diffusion.training.trainer import Trainer
@@ -171,7 +173,27 @@ def test_two_ranges_span_a_grid_and_a_table_gives_every_column(tmp_path, monkeyp
     argv = ["--ckpt", tmp_path / "run", "--condition", "a=0:30", "--n", 9, "--captions"]
     code, out, err = script(sample, monkeypatch, capsys, *argv)
     assert code == 0, err
-    assert Image.open(out.split(": ")[1].strip()).height > 3 * 64  # a grid with lines of text
+    assert Image.open(out.split(": ")[1].strip()).height >= 3 * (64 + 2 * 14)  # a grid with two lines of text each
+
+
+def test_the_values_of_samples_are_written_beside_them_and_can_be_trained_on(run, monkeypatch, capsys, tmp_path):
+    text = "text=" + str(tmp_path / "text.npy")
+    np.save(tmp_path / "text.npy", np.arange(6.0).reshape(2, 3))
+    flags = ["--condition", "angle=-45:45:3", "--condition", text, "--classes", "3"]
+    drawn = from_command(run, monkeypatch, capsys, tmp_path, *flags, n=5)
+    arrays = dict(np.load(tmp_path / "x.npz"))
+    assert arrays["angle"].ravel().tolist() == [-45, 0, 45, -45, 0]
+    assert arrays["text"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    path = str(tmp_path / "x.npz")
+    again = open_data(Arrays(path=path, channels=1, image_size=8, conditions=path))
+    assert torch.equal(again.images[:, 0], drawn)
+    assert again.vectors.widths == {"angle": 1, "text": 3}
+    code, _, err = script(sample, monkeypatch, capsys, "--ckpt", run, "--images", "--out", tmp_path / "i", *flags)
+    assert code == 0, err
+    files = open_data(Folder(path=str(tmp_path / "i"), channels=1, image_size=8, conditions="conditions.csv"))
+    assert len(files) == 3  # the number of the range
+    assert files.vectors.widths == {"angle": 1, "text_0": 1, "text_1": 1, "text_2": 1}
+    assert files.vectors.rows[:, 0].tolist() == [-45, 0, 45]
 
 
 @pytest.mark.parametrize(
@@ -181,11 +203,12 @@ def test_two_ranges_span_a_grid_and_a_table_gives_every_column(tmp_path, monkeyp
         (["--condition", "angel=3"], "did you mean angle?"),
         (["--condition", "angle=red"], "condition angle is ['red']; it must be rows of 1 finite numbers"),
         (["--condition", "angle=nan"], "condition angle is ['nan']; it must be rows of 1 finite numbers"),
-        (["--condition", "angle=1:2:3"], "condition angle is ['1', '2:3']; it must be rows of 1 finite numbers"),
+        (["--condition", "angle=1:x"], "condition angle is ['1', 'x']; it must be rows of 1 finite numbers"),
+        (["--condition", "angle=1:2:x"], "condition angle is ['x']; it must be rows of 1 finite numbers"),
         (["--condition", "text=1,2"], "condition text is ['1', '2']; it must be rows of 3 finite numbers"),
         (["--condition", "nowhere.csv"], "nowhere.csv cannot be read as .csv, .npy or .npz"),
         (["--condition", "angle=nowhere.npy"], "nowhere.npy cannot be read as .csv, .npy or .npz"),
-        (["--condition", "wrong.csv"], "a column of wrong.csv is angle; it must be one of size"),
+        (["--condition", "wrong.csv"], "wrong.csv has no column angle: there are size"),
         (["--condition", "image=wide.npy"], "image has images of (1, 8, 16), or others than can be: "),
         (["--condition", "image=nowhere"], "data.path nowhere is not there"),
         (["--condition", "angle=1", "--condition", "angle=1:2"], "--condition angle=1:2: angle is given twice"),
@@ -193,8 +216,9 @@ def test_two_ranges_span_a_grid_and_a_table_gives_every_column(tmp_path, monkeyp
         (["--condition", "angle=tall.npy"], "condition angle is "),
         (["--condition", "text=tall.npy"], "condition text is "),
         (["--guide", "nowhere", "--guidance", "2"], "nowhere does not exist"),
-        (["--guide_ema", "none"], "a guide is named, and --guidance is 1, which is none: add --guidance 2"),
+        (["--guide_ema", "none"], "--guide_ema is set, and --guidance is 1, which is none: add --guidance 2"),
         (["--guide_ema", "0.7", "--guidance", "2"], "--ema is 0.7"),
+        (["--guide_between", "[1,5]"], "--guide_between is set, and --guidance is 1, which is none"),
         (["--guidance", "2", "--guide_between", "[5,1]"], "guide_between is [5, 1], and the steps' noise"),
         (["--guidance", "2", "--guide_between", "3"], "guide_between is 3; it must"),
         (["--guidance", "2", "--guide_between", "[1e6,2e6]"], "guide_between is [1e+06, 2e+06], and the steps'"),
@@ -243,20 +267,22 @@ def test_a_cascade_whose_first_stage_has_other_conditions_is_refused(run, tmp_pa
 
 
 def test_data_from_python_have_conditions_too(tmp_path):
-    images, sizes = torch.randint(256, (32, 2, 8, 8), dtype=torch.uint8), np.arange(32)
-    settings = {"data.condition_channels": 1, "train.steps": 2, "train.batch_size": 16, "sample.n": 2,
-                "sample.steps": 2, "train.warmup_steps": 0}  # fmt: skip
-    for _ in diffusion.train({"images": images, "size": sizes}, tmp_path / "run", settings):
-        pass
+    images, sizes = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8), np.arange(32)
+    settings = {"train.steps": 2, "train.batch_size": 16, "sample.n": 2, "sample.steps": 2, "train.warmup_steps": 0}
+    mapping = {"images": images, "image": torch.rand(32, 2, 8, 8) * 2 - 1, "size": sizes}
+    trainer = diffusion.train(mapping, tmp_path / "run", settings)
+    assert torch.equal(trainer.dataset.images[:, 1:], mapping["image"])
+    torch.testing.assert_close(trainer.dataset.images[:, :1], images / 127.5 - 1)
+    trainer.run()
     run = diffusion.load(tmp_path / "run")
-    assert run.sample(3, conditions={"size": 4, "image": torch.zeros(1, 1, 8, 8)}).shape == (3, 1, 8, 8)
-    with pytest.raises(UsageError, match=r"conditions that are not given are those of the run's data: .* memory"):
+    assert run.sample(3, conditions={"size": 4, "image": torch.zeros(1, 2, 8, 8)}).shape == (3, 1, 8, 8)
+    with pytest.raises(UsageError, match=r"image not given, and taken from the run's data: data.source is memory"):
         run.sample(3, conditions={"size": 4})
     np.save(tmp_path / "sizes.npy", sizes)
     table = settings | {"data.conditions": str(tmp_path / "sizes.npy"), "train.label_dropout": 0.5}
     diffusion.train(images, tmp_path / "other", table).close()
     with pytest.raises(UsageError, match=r"label_dropout is 0.5, and there are no classes and no conditions to drop"):
-        diffusion.train(images[:, :1], tmp_path / "third", {"train.label_dropout": 0.5, "train.batch_size": 8})
+        diffusion.train(images, tmp_path / "third", {"train.label_dropout": 0.5, "train.batch_size": 8})
 
 
 @pytest.mark.parametrize("form", ["openai", "diffusers"])
