@@ -114,7 +114,8 @@ class DiT(nn.Module):
             trains gives the label -1.
         num_classes: condition on this many classes; None or 0 for none.
         learn_sigma: give twice as many channels, the second half for the variance.
-        vector_size, image_channels: condition vectors and images, as of `UNetModel`.
+        vector_size: numbers of a condition vector, 0 for none; as of `UNetModel`.
+        image_channels: channels of condition images, 0 for none; as of `UNetModel`.
 
     Raises UsageError if `check_transformer` or `check_patches` does.
     """
