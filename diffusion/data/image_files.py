@@ -183,7 +183,7 @@ class FileDataset(DataSet):
 
     def with_condition_images(self, others: "FileDataset") -> "FileDataset":
         """The images with those of `others` that their names belong to, as conditions. Raises UsageError if `paired`
-        does, or if one of the first `COMPARED` is of another shape than its image."""
+        does, or if one of up to `COMPARED` is of another shape than its image."""
         names, theirs = ([data.key_of(i) for i in range(len(data))] for data in (self, others))
         left = {os.fsdecode(name) for name in self.container.names}
         left -= set(theirs) if self.container.where == others.container.where else set()
