@@ -92,6 +92,33 @@ def test_grids_show_condition_images_beside_what_was_drawn(run, monkeypatch, cap
         assert (other[:, 4:] != 0).any()
 
 
+def test_the_network_is_given_vectors_in_units_of_the_training_images(run, data, tmp_path):
+    """In training, on held-out images, and in sampling; a guide is given its own units."""
+    seen, scale = [], diffusion.load(run).vectors
+
+    def watched(network):
+        network.register_forward_pre_hook(lambda n, args, given: seen.append(given["vector"]), with_kwargs=True)
+
+    trainer = Trainer(config(data, train__label_dropout=0.0, train__steps=4, data__held_out=0.2), tmp_path / "run")
+    watched(trainer.network)
+    trainer.run()
+    rows = torch.cat(seen)
+    assert abs(rows.mean(0)).max() < 0.5
+    assert (rows.std(0) - 1).abs().max() < 0.4
+    assert rows.abs().max() < 4
+    seen.clear()
+    loaded, (mean, std) = diffusion.load(run), (scale.mean[0], scale.std[0])
+    arrays = dict(np.load(data))
+    np.savez(tmp_path / "other.npz", **arrays | {"angle": 2 * arrays["angle"]})
+    Trainer(config(str(tmp_path / "other.npz"), train__steps=1), tmp_path / "guide").run()
+    guide = diffusion.load(tmp_path / "guide")
+    for network in (loaded.network, guide.network):
+        watched(network)
+    loaded.sample(1, conditions={"angle": mean + 2 * std}, guide=guide, guidance=2.0)
+    assert seen[0][0, 0].item() == pytest.approx(2)
+    assert seen[1][0, 0].item() == pytest.approx(1, abs=0.05)
+
+
 def test_other_columns_are_not_the_same_run(run, data):
     with pytest.raises(UsageError, match=r"data.condition_columns was \[\] and is \[.angle.\]"):
         Trainer(config(data, data__condition_columns=["angle"]), run)
