@@ -278,6 +278,9 @@ def test_images_from_python_are_checked(run):
              for image in (as_tensor, as_array, as_tensor.double())]  # fmt: skip
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
+    white = [loaded.sample(2, classes=1, conditions={"image": image, "angle": 1, "text": [1, 2, 3]})
+             for image in (as_tensor + 1, torch.full((2, 1, 8, 8), 255, dtype=torch.uint8))]  # fmt: skip
+    assert torch.equal(*white)
     for image in (None, "x", as_tensor[:0], as_tensor * torch.nan, as_tensor + 200, as_tensor[:, :, :4], loaded):
         with pytest.raises(UsageError, match=r"image has images of .*, or others than can be"):
             loaded.sample(2, classes=1, conditions={"image": image})
