@@ -61,11 +61,10 @@ class Scale(NamedTuple):
     @classmethod
     def of(cls, vectors: Vectors) -> "Scale":
         """The scale of the vectors that are trained on. A number that never changes is only shifted."""
-        rows = vectors.rows
         if not vectors.widths:
             return NO_SCALE
-        spread = np.where(np.ptp(rows, axis=0) > 0, rows.std(0), 1.0)
-        return cls(dict(vectors.widths), rows.mean(0).tolist(), spread.tolist())
+        spread = np.where(np.ptp(vectors.rows, axis=0) > 0, vectors.rows.std(0), 1.0)
+        return cls(dict(vectors.widths), vectors.rows.mean(0).tolist(), spread.tolist())
 
     @property
     def size(self) -> int:
@@ -111,9 +110,8 @@ def read_columns(path: Path) -> dict[str, Any]:
 
 def check_columns(where: str, names: Sequence[str], columns: Collection[str]) -> None:
     """Raise UsageError if one of the columns `names` is missing."""
-    for name in names:
-        if name not in columns:
-            raise UsageError(f"{where} has no column {name}: {did_you_mean(name, columns)}")
+    if missing := [name for name in names if name not in columns]:
+        raise UsageError(f"{where} has no column {missing[0]}: {did_you_mean(missing[0], columns)}")
 
 
 def conditioned(dataset: Any, config: Any, split: str = "train") -> Any:

@@ -31,6 +31,9 @@ def trainer_for(data: Any, out: str | Path, settings: Mapping[str, Any], config:
         shape = dataset.images.shape
         found = {"source": "memory", "image_size": shape[2:], "condition_channels": dataset.condition_channels}
         found["channels"] = shape[1] - dataset.condition_channels
+        if shape[1:] == (shape[-1],) * 2:
+            what = f"data is {tuple(shape)}, signals of {shape[1]} channels; grey images are (N, 1, height, width)"
+            warnings.warn(what, stacklevel=3)
         if dataset.vectors.widths and "conditions" in sections["data"]:
             raise UsageError("data.conditions names a file, and data from Python have columns, too: leave one out")
         if same := found.keys() & sections["data"].keys():

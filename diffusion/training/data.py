@@ -53,10 +53,9 @@ def open_run_data(
     if config.model.class_cond and not class_names:
         reason = getattr(getattr(dataset, "files", None) or dataset, "no_classes", "") or config.data.source
         raise UsageError(f"model.class_cond is true, but the data have no classes ({reason}): set it to false")
-    dropout, nothing = config.train.label_dropout, not class_names and not dataset.vectors.widths
-    if dropout and nothing and not config.data.condition_channels:
-        raise UsageError(f"train.label_dropout is {dropout}, and there are no classes and no conditions to drop")
     vectors, fingerprint = Scale.of(dataset.vectors), dataset.fingerprint()
+    if (dropout := config.train.label_dropout) and not (class_names or vectors.size or config.data.condition_channels):
+        raise UsageError(f"train.label_dropout is {dropout}, and there are no classes and no conditions to drop")
     had: list[Any] = [saved.class_names, saved.vectors.widths] if saved else []
     for what, own, its in zip(("classes", "conditions"), (class_names, vectors.widths), had, strict=False):
         if own != its:

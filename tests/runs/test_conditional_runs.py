@@ -296,6 +296,14 @@ def test_a_cascade_whose_first_stage_has_other_conditions_is_refused(run, tmp_pa
         upsampler.sample(2, low_res=diffusion.load(run))
 
 
+def test_square_signals_from_python_are_pointed_out(tmp_path):
+    settings = {"train.batch_size": 8, "model.channel_mult": [1], "model.attention_resolutions": [1]}
+    with pytest.warns(
+        UserWarning, match=r"\(8, 16, 16\), signals of 16 channels; grey images are \(N, 1, height, width"
+    ):
+        diffusion.train(torch.zeros(8, 16, 16), tmp_path / "run", settings).close()
+
+
 def test_data_from_python_have_conditions_too(tmp_path):
     images, sizes = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8), np.arange(32)
     settings = {"train.steps": 2, "train.batch_size": 16, "sample.n": 2, "sample.steps": 2, "train.warmup_steps": 0}
