@@ -38,8 +38,8 @@ def sample_batch(
         model: called with x_t, its timestep input, and by keyword the labels y, if given, and the conditions.
         shape: of one image, (C, *sizes).
         options: the sampler's keyword-only parameters.
-        labels: (len(batch),), or None for a model without classes.
-        conditions: the network's others by name: vector, image, low_res, each of len(batch) rows.
+        labels: (len(batch),), or None for a model without classes; also given as the condition y.
+        conditions: the network's by name: y, vector, image, low_res, each of len(batch) rows.
         guidance: see `guided`; 1 is none.
         guide: called with x_t and its timestep input; None: the model without labels, vector and image.
         guide_between: the noise levels sigma / alpha that are guided.
@@ -55,8 +55,9 @@ def sample_batch(
     given = {**({} if labels is None else {"y": labels}), **(conditions or {})}
     if not 0 <= guidance < math.inf or (guidance != 1 and guide is None and not given.keys() & ABSENT.keys()):
         raise UsageError(f"guidance is {guidance}; it must be at least 0, and without labels, conditions or a guide 1")
-    if not batch or (labels is not None and labels.min() < -1):
-        raise UsageError(f"batch is {batch} and labels {labels}; there must be images, and labels from -1 (no class)")
+    y = given.get("y")
+    if not batch or (y is not None and y.min() < -1):
+        raise UsageError(f"batch is {batch} and labels {y}; there must be images, and labels from -1 (no class)")
     inputs = {name: value.to(device) for name, value in given.items()}
     denoiser: Denoiser = partial(model, **inputs)
     if guidance != 1:

@@ -47,6 +47,21 @@ def fill(model, seed):
     return model
 
 
+def golden_unet(case, **options):
+    """A network of the golden figures, with fresh weights. (The published SuperResModel is one of our options.)"""
+    small = {"image_channels": case["kwargs"]["in_channels"]} if case["model"] == "SuperResModel" else {}
+    return UNetModel(**case["kwargs"], **small, **options)
+
+
+def moved(network):
+    """The network with weights like those of a trained one: none is zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return network
+
+
 def small_unet(variance="learned_range", **options):
     """The network that losses and samples were computed with."""
     learned = variance in ("learned", "learned_range")

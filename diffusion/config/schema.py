@@ -6,7 +6,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import field
 from itertools import chain
@@ -218,8 +217,9 @@ class Config:
             raise UsageError(f"{both}, whose values it cuts: set it to false")
         with prefixed("sample.steps: "):
             check_process(self.sample.sampler, self.sample.options, self.sampling_process())
-        with prefixed("sample."):
-            noise_between(self.sampling_process(), *(self.sample.guide_between or (0.0, math.inf)))
+        if self.sample.guide_between is not None:
+            with prefixed("sample."):
+                noise_between(self.sampling_process(), *self.sample.guide_between)
 
     def resolved(self) -> Self:
         """This configuration with the size of the first image of the data, if `data.image_size` is null."""

@@ -180,7 +180,10 @@ def save(
 def flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings by their path, such as "step/optimizer/3/exp_avg"."""
     for name, value in state.items():
-        yield from flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

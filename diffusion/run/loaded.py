@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffusion.config.fields import shown
 from diffusion.config.schema import Config
-from diffusion.data.base import Batch, hold_out, load, open_data, part, with_classes
+from diffusion.data.base import Batch, DataSet, hold_out, load, open_data, part, with_classes
 from diffusion.data.conditions import NO_SCALE, Scale
 from diffusion.data.values import to_uint8, to_x_start
 from diffusion.errors import UsageError, did_you_mean, prefixed
@@ -22,6 +22,7 @@ from diffusion.parallel.cores import CORES
 from diffusion.process import GaussianDiffusion
 from diffusion.run.checkpoint import Checkpoint, newest
 from diffusion.run.folder import check_is_run
+from diffusion.run.start import PROCESS
 from diffusion.sampling import batches, check_finite, sample_batch
 
 Classes = Sequence[int | str] | str | int | Tensor | None
@@ -30,8 +31,6 @@ Given = Mapping[str, Any] | Callable[[range], dict[str, Tensor]] | None
 """What images are generated from, by name: labels `y`, `vector` (not scaled), `image` and `low_res`, which may also be
 a run that generates it. Image i takes row i modulo their number. Or a function of a batch, that returns its rows. None:
 from nothing."""
-SAME_IN_GUIDE = "steps", "schedule", "zero_terminal_snr", "prediction", "rescale_timesteps", "s_max"
-"""Settings of the process that a guide shares."""
 
 
 @dataclasses.dataclass(repr=False)
@@ -104,6 +103,10 @@ class Run:
         x_start, given = self.raw(batch)
         return x_start, self.inputs(given)
 
+    def of_images(self, dataset: DataSet, n: int) -> dict[str, Tensor]:
+        """What n images are generated from, as n images have it that are spread over a data set."""
+        return self.raw(load(dataset, np.resize(part(len(dataset), n), n).tolist()))[1]
+
     def inputs(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of `given` that the network is called with, as it knows them."""
         known = {"y": self.class_names, "vector": self.vectors.size, **self.config.data.condition_shapes}
@@ -157,7 +160,7 @@ class Run:
             if not named or self.vectors.widths != dataset.vectors.widths:
                 raise UsageError(f"they have other classes or conditions than {self.path}")
             dataset = with_classes(dataset, self.class_names) if self.class_names else dataset
-            given = self.raw(load(dataset, np.resize(part(len(dataset), n), n).tolist()))[1]
+            given = self.of_images(dataset, n)
         return given | self.vectors.columns(given.pop("vector", torch.empty(n, 0)))
 
     def chosen(self, n: int, classes: Classes, conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,10 +239,9 @@ class Run:
             if isinstance(small := every.get("low_res"), Run):
                 [(_, drawn)] = small.generate([batch], tensors, **options)
                 rows["low_res"] = to_x_start(to_uint8(drawn)) if data.range is None else drawn
-            inputs = self.inputs(rows)
             with CORES.followed(self.network) as network:
                 guide = self.guide and partial(network, by=self.guide.network, **self.guide.inputs(rows))
-                images = draw(network, batch=batch, labels=inputs.pop("y", None), conditions=inputs, guide=guide)
+                images = draw(network, batch=batch, conditions=self.inputs(rows), guide=guide)
             yield batch, images
 
 
@@ -261,7 +263,7 @@ def check_guide(run: Run, guide: Run) -> None:
 
     def meaning(of: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         data, settings = of.config.data, of.config.flat()
-        must = {f"diffusion.{name}": settings.get(f"diffusion.{name}") for name in SAME_IN_GUIDE}
+        must = {f"diffusion.{name}": settings.get(f"diffusion.{name}") for name in PROCESS if name != "variance"}
         may = {"classes": of.class_names, "conditions": dict(of.vectors.widths), **data.condition_shapes}
         must |= {"images": data.shape, "data.range": data.range}
         return must, {**may, "data.condition_range": data.condition_range}

@@ -104,7 +104,7 @@ class SampleStore:
     labels: Sequence[int] | None
     settings: dict[str, Any]
     declared: tuple[float, float] | None = None
-    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    vectors: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dtype = to_stored(torch.zeros(1), self.declared).dtype
@@ -172,20 +172,16 @@ class SampleStore:
             left.unlink(missing_ok=True)
         if self.form == "images" and self.vectors:
             names = [f"{name}{f'_{i}' * (len(x.T) > 1)}" for name, x in self.vectors.items() for i in range(len(x.T))]
-            rows = torch.cat([*self.vectors.values()], dim=1).tolist()
-            files = [path.name for path in self._files(range(self.n))]
+            rows = zip(self._files(range(self.n)), torch.cat([*self.vectors.values()], dim=1).tolist(), strict=True)
             with (self.folder / "conditions.csv").open("w", newline="") as file:
-                csv.writer(file).writerows(
-                    [["file_name", *names], *([f, *r] for f, r in zip(files, rows, strict=True))]
-                )
+                csv.writer(file).writerows([["file_name", *names], *([path.name, *row] for path, row in rows)])
         if self.form == "npz":
             whole = self.folder / "whole.npy"
             images = np.lib.format.open_memmap(whole, "w+", self.dtype, (self.n, *self.shape[1:], self.shape[0]))
             for batch in batches:
                 images[batch.start : batch.stop] = np.load(self._files(batch)[0], allow_pickle=False)
             labels = [] if self.labels is None else [np.resize(np.array(self.labels, dtype=np.int64), self.n)]
-            columns: dict[str, Any] = dict(self.vectors)
-            np.savez(self.folder / "whole.npz", images, *labels, **columns)  # as arr_0, arr_1 and by name
+            np.savez(self.folder / "whole.npz", images, *labels, **self.vectors)  # as arr_0, arr_1 and by name
             _check_free(self.out)
             (self.folder / "whole.npz").replace(self.out)
             shutil.rmtree(self.folder)

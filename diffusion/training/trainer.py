@@ -6,7 +6,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather, gather_object
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.compiler import set_stance
 
 from diffusion.config.schema import Config
-from diffusion.data.base import Batch, DataSet, load, part
+from diffusion.data.base import Batch, DataSet
 from diffusion.data.loader import batch_indices, step_batches
 from diffusion.data.values import to_uint8
 from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, name_some, one_line
@@ -273,8 +272,7 @@ class Trainer:
         mine = batches(range(rank * share, (rank + 1) * share), self._micro_batch)
         given: dict[str, Tensor] = {"y": torch.arange(len(self.class_names))} if self.class_names else {}
         if config.data.condition_shapes or self.data.vectors.size:  # those of some images of the data
-            some = np.resize(part(len(self.dataset), config.sample.n), config.sample.n)
-            given = self.sampled.raw(load(self.dataset, some.tolist()))[1]
+            given = self.sampled.of_images(self.dataset, config.sample.n)
         with self._average():
             drawn = self.sampled.generate(mine, given, seed=config.train.seed, progress=self._signals.interruptible)
             images = to_uint8(torch.cat([images for _, images in drawn])).to(accelerator.device)

@@ -13,10 +13,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Trap, fill, golden, tensor
+from helpers import ROOT, Trap, fill, golden, golden_unet, tensor
 from safetensors.torch import load_file, save_file
 
-from diffusion import UNetModel, UsageError, load
+from diffusion import UsageError, load
 from diffusion.commands import convert
 from diffusion.commands.command_line import parse_command_line
 from diffusion.commands.terminal import exit_code
@@ -85,8 +85,7 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     for name in GOLDEN:
         case = golden("unet.json")[name]
-        small = {"image_channels": case["kwargs"]["in_channels"]} if case["model"] == "SuperResModel" else {}
-        network = fill(UNetModel(**case["kwargs"], **small), case["seed"])
+        network = fill(golden_unet(case), case["seed"])
         torch.save(network.state_dict(), folder / f"{name}.pt")
     return folder
 

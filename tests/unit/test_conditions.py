@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import moved
 from PIL import Image
 
 from diffusion import UsageError
@@ -258,14 +259,6 @@ def config(name, **data):
     return config_of({"data": {"source": "memory", "image_size": 8, **data}, "model": {"network": name}})
 
 
-def stirred(network):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return network
-
-
 def given(n):
     generator = torch.Generator().manual_seed(2)
     return {"vector": torch.randn(n, 5, generator=generator), "image": torch.randn(n, 2, 8, 8, generator=generator),
@@ -279,7 +272,7 @@ def test_every_network_takes_conditions_and_starts_without_them(name):
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 10.0, 500.0, 999.0])
     assert (network(x, t, **given(4)) == 0).all()
     assert all((p == 0).all() for p in network.vector_emb.parameters())
-    stirred(network)
+    moved(network)
     out = network(x, t, **given(4))
     for name, value in given(4).items():
         other = given(4) | {name: value.roll(1, 0)}
@@ -300,7 +293,7 @@ def test_every_network_takes_conditions_and_starts_without_them(name):
 def test_one_hot_vectors_are_classes(name):
     """With the same weights, dropped ones too. (A transformer's row for no class is the bias of its vectors.)"""
     torch.manual_seed(0)
-    by_class = stirred(config(name).network(3))
+    by_class = moved(config(name).network(3))
     settings = {"data": {"source": "memory", "image_size": 8}, "model": {"network": name, "class_cond": False}}
     by_vector = config_of(settings).network(0, vector_size=3)
     weights = by_class.state_dict()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import moved
 
 from diffusion import UsageError
 from diffusion.config.schema import config_of
@@ -37,15 +38,6 @@ def accepted(name):
         except UsageError:
             continue
         yield shape
-
-
-def moved(network):
-    """The network with weights like those of a trained one: none is zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return network
 
 
 @EACH

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from helpers import fill, golden, process, small_unet, tensor
+from helpers import fill, golden, golden_unet, process, small_unet, tensor
 
 from diffusion import UNetModel, UsageError
 from diffusion.losses import training_losses
@@ -13,15 +13,10 @@ from diffusion.models.unet import AttentionBlock, ResBlock
 NETWORKS = golden("unet.json")
 
 
-def build(case, **options):
-    small = {"image_channels": case["kwargs"]["in_channels"]} if case["model"] == "SuperResModel" else {}
-    return UNetModel(**case["kwargs"], **small, **options)
-
-
 @pytest.fixture(params=NETWORKS)
 def network(request):
     case = NETWORKS[request.param]
-    return case, fill(build(case), case["seed"]), golden(f"unet_{request.param}.npz")
+    return case, fill(golden_unet(case), case["seed"]), golden(f"unet_{request.param}.npz")
 
 
 def run(model, arrays):
@@ -47,7 +42,7 @@ def test_names_and_shapes_are_the_published_ones(network):
 
 def test_checkpointing_changes_neither_output_nor_gradients(network):
     case, model, arrays = network
-    twin = fill(build(case, use_checkpoint=True), case["seed"])
+    twin = fill(golden_unet(case, use_checkpoint=True), case["seed"])
     outputs = [run(m, arrays) for m in (model, twin)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
     for out in outputs:
@@ -152,7 +147,7 @@ def test_an_attention_block_starts_as_the_identity(dims, heads):
 def test_the_network_starts_at_exactly_zero(case):
     torch.manual_seed(0)
     kwargs = case["kwargs"]
-    model = build(case)
+    model = golden_unet(case)
     shape = [16] * kwargs.get("dims", 2)
     y = torch.tensor([0, 1]) if "num_classes" in kwargs else None
     x = torch.randn(2, kwargs["in_channels"], *shape)
