@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -12,46 +12,104 @@ from torch import Tensor
 from diffusion.errors import check_name
 from diffusion.process import GaussianDiffusion
 
-LossType = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """The interface of a network to losses and samplers: (x_t (B, C, ...), timestep input (B,)) -> output."""
+Parts = dict[str, Tensor]
+"""Parts of the loss of each image by name, each (B,)."""
+Loss = Callable[..., Parts]
+"""(process, model, x_start, t, noise) -> the parts of a loss."""
+HUBER = 0.03
+"""The distance below which the loss of consistency is a square, and above which it is a norm."""
 
 
 def training_losses(
-    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, loss_type: LossType,
-    weights: Tensor | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor,
+    loss_type: Loss | str, weights: Tensor | None = None,
+) -> Parts:  # fmt: skip
     """The loss of each image at its timestep, and its parts.
-
-    `mse` is the simple loss (eq. 14). If the variance is learned, the variational bound is added, which trains the
-    variance only: the mean is detached in it. `rescaled_mse` weights that bound by T / 1000, which is the paper's
-    L_hybrid (eq. 16), whose factor is 0.001, at any T. `kl` is the variational bound of one step in bits per dimension
-    (eqs. 4 to 7), `rescaled_kl` that times T, an estimate of the whole bound.
 
     Args:
         x_start: (B, C, ...) in [-1, 1].
         t: (B,), int64, in [0, T).
         noise: like `x_start`, standard normal.
-        weights: (B,), factors of `mse` (see `WEIGHTINGS`).
+        loss_type: a loss, or its name (see `LOSSES`).
+        weights: (B,), factors of the part `mse` (see `WEIGHTINGS`).
 
-    Returns `loss`, each (B,), and with the mse losses also their parts `mse` and, if the variance is learned, `vb`.
+    Returns `loss`, each (B,), which is the sum of its parts, and the parts.
     """
-    check_name("loss_type", loss_type, get_args(LossType))
+    if isinstance(loss_type, str):
+        check_name("loss_type", loss_type, LOSSES)
+        loss_type = LOSSES[loss_type]
+    parts = loss_type(process, model, x_start, t, noise)
+    if weights is not None and "mse" in parts:
+        parts["mse"] = parts["mse"] * weights
+    return {"loss": torch.stack(list(parts.values())).sum(0), **parts}
+
+
+def mse(
+    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor,
+    bound_factor: float = 1.0,
+) -> Parts:  # fmt: skip
+    """The simple loss (eq. 14). If the variance is learned, the variational bound, `vb`, is added, which trains the
+    variance only: the mean is detached in it."""
+    x_t, output = _noised(process, model, x_start, t, noise)
+    mean_output, variance_output = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
+    error = mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
+    if not process.learns_variance:
+        return {"mse": error}
+    frozen = torch.cat([mean_output.detach(), variance_output], dim=1)
+    return {"mse": error, "vb": variational_bound(process, frozen, x_start, x_t, t) * bound_factor}
+
+
+def rescaled_mse(process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor) -> Parts:
+    """`mse` with the bound weighted by T / 1000: the paper's L_hybrid (eq. 16), whose factor is 0.001, at any T."""
+    return mse(process, model, x_start, t, noise, process.num_timesteps / 1000)
+
+
+def kl(process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor) -> Parts:
+    """The variational bound of one step in bits per dimension (eqs. 4 to 7)."""
+    x_t, output = _noised(process, model, x_start, t, noise)
+    return {"loss": variational_bound(process, output, x_start, x_t, t)}
+
+
+def rescaled_kl(process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor) -> Parts:
+    """`kl` times T, an estimate of the whole bound."""
+    return {"loss": kl(process, model, x_start, t, noise)["loss"] * process.num_timesteps}
+
+
+def consistency(
+    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, *,
+    gap: Annotated[float, (1e-9, 0.999)] = 0.05,
+) -> Parts:  # fmt: skip
+    """Consistency training of a finished diffusion model (Song et al. 2023; Geng et al. 2024, "ECT", section 3).
+
+    How far the predicted x_0 is from that at the next timestep whose noise level sigma / alpha is lower by `gap` of it,
+    with the same noise, which is a target without gradient, and x_0 itself below the first timestep. The distance is a
+    norm, over the difference of the levels: a slope.
+    """
+    with np.errstate(divide="ignore"):  # infinite in pure noise
+        levels = process.tables["sigma"] / process.tables["alpha"]
+    lower = np.minimum(np.searchsorted(levels, levels * (1 - gap), side="right"), np.arange(len(levels))) - 1
+    share = 1 - np.append(levels, 0.0)[lower] / levels
+    weight = 1 / (share * np.minimum(levels, levels[np.isfinite(levels)].max(initial=1.0)))
+    r, weights = (torch.from_numpy(each).to(t.device)[t] for each in (lower, weight.astype(np.float32)))
+    with torch.no_grad(), torch.random.fork_rng([t.device] if t.is_cuda else []):  # the same dropout in both
+        x_r, output = _noised(process, model, x_start, r.clamp(min=0), noise)
+        target = process.predict_xstart(output, x_r, r.clamp(min=0), clip_denoised=False)
+    target = torch.where((r < 0).view(-1, *[1] * (x_start.ndim - 1)), x_start, target)
+    x_t, output = _noised(process, model, x_start, t, noise)
+    squared = mean_flat((process.predict_xstart(output, x_t, t, clip_denoised=False) - target) ** 2)
+    return {"loss": ((squared + HUBER**2).sqrt() - HUBER) * weights}
+
+
+def _noised(
+    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x_t, and the network's output there."""
     x_t = process.q_sample(x_start, t, noise)
     output = model(x_t, process.network_t(t))
     process.check_output(output, x_t)
-    if loss_type in ("kl", "rescaled_kl"):
-        vb = variational_bound(process, output, x_start, x_t, t)
-        return {"loss": vb * process.num_timesteps if loss_type == "rescaled_kl" else vb}
-    mean_output = output.chunk(2, dim=1)[0] if process.learns_variance else output
-    mse = mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
-    mse = mse if weights is None else mse * weights
-    if not process.learns_variance:
-        return {"loss": mse, "mse": mse}
-    frozen = torch.cat([mean_output.detach(), output.chunk(2, dim=1)[1]], dim=1)
-    vb = variational_bound(process, frozen, x_start, x_t, t)
-    vb = vb * (process.num_timesteps / 1000) if loss_type == "rescaled_mse" else vb
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    return x_t, output
 
 
 def variational_bound(
@@ -125,3 +183,11 @@ WEIGHTINGS: dict[str, Callable[..., NDArray[np.float64]]] = {
     "likelihood": likelihood,
 }
 """process -> (T,), factors of the simple loss of each timestep."""
+
+LOSSES: dict[str, Loss] = {
+    "mse": mse,
+    "rescaled_mse": rescaled_mse,
+    "kl": kl,
+    "rescaled_kl": rescaled_kl,
+    "consistency": consistency,
+}

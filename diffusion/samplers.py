@@ -172,6 +172,23 @@ def ode(
     return x.clamp(-1, 1) if clip_denoised else x
 
 
+@torch.no_grad()
+def consistency(
+    process: GaussianDiffusion, model: Denoiser, x: Tensor, noise: Noise, progress: Progress = iter, *,
+    clip_denoised: bool = True,
+) -> Tensor:  # fmt: skip
+    """Sampling from a consistency model (Song et al. 2023, algorithm 1): x_T (B, C, ...) -> x_0.
+
+    Each step predicts x_0, whose noise the next one renews at its own, lower level.
+    """
+    pred_xstart = x
+    for step in progress(range(process.num_timesteps)):
+        t = _timestep(process.num_timesteps - 1 - step, x)
+        x = process.q_sample(pred_xstart, t, noise(step)) if step else x
+        pred_xstart = process.predict_xstart(model(x, process.network_t(t)), x, t, clip_denoised)
+    return pred_xstart
+
+
 ADAMS_BASHFORTH = (1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 
 
@@ -221,6 +238,8 @@ class Sampler(NamedTuple):
     """whether it needs to begin with almost pure noise"""
     ancestral: bool = False
     """whether it draws from p(x_{t-1} | x_t), which a flow does not have"""
+    placed: str = ""
+    """the way in which a plain count of steps is placed"""
 
 
 SAMPLERS = {
@@ -230,6 +249,7 @@ SAMPLERS = {
     "ipndm": Sampler(ipndm, "logsnr12", solver=True),
     "heun": Sampler(heun, "logsnr10", solver=True),
     "ode": Sampler(ode, "25", solver=True),
+    "consistency": Sampler(consistency, "jumps2", solver=True, placed="jumps"),
 }
 
 

@@ -116,6 +116,8 @@ def place_timesteps(log_snr: Array, respacing: Respacing) -> list[int]:
     `"karrasN"` keeps N, evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5), and a sequence keeps the
     timesteps in it. The first two begin where log(alpha / sigma) is -5.1, since a network is of no use in the
     almost pure noise beyond, but for a schedule that ends in pure noise, whose last timestep they keep too.
+    `"jumpsN"` keeps N for jumps to the data: of N + 1, evenly spaced in log(alpha / sigma) from 5.1 to -5.1, all but the
+    first.
 
     Raises UsageError if it is none of these, asks for too many steps, or lists some out of order or range.
     """
@@ -126,25 +128,28 @@ def place_timesteps(log_snr: Array, respacing: Respacing) -> list[int]:
             raise UsageError(f"respacing {kept}: timesteps must ascend, from 0 to at most {steps - 1}")
         return kept
     respacing = str(respacing)
-    placed = re.fullmatch(r"(logsnr|karras)(.*)", respacing)
+    placed = re.fullmatch(r"(logsnr|karras|jumps)(.*)", respacing)
     if not placed:
         return space_timesteps(steps, respacing)
     wanted = _counts(placed[2], respacing)
     pure_noise = [] if np.isfinite(log_snr[-1]) else [steps - 1]
     log_snr = log_snr[: steps - len(pure_noise)]
     last = min(int((log_snr >= LOWEST_LOG_SNR).sum()), len(log_snr) - 1)
-    count = wanted[0] - len(pure_noise)
+    jumps = placed[1] == "jumps"
+    extra = 1 if jumps else -len(pure_noise)
+    count = wanted[0] + extra
     if len(wanted) > 1 or not 1 <= count <= last + 1:
-        least, most = 1 + len(pure_noise), last + 1 + len(pure_noise)
+        least, most = max(1, 1 - extra), last + 1 - extra
         raise UsageError(f"respacing '{respacing}': it must be one number, from {least} to {most} of {steps} steps")
-    high, low = float(log_snr[0 if count > 1 else last]), float(log_snr[last])
+    high = -LOWEST_LOG_SNR if jumps else float(log_snr[0 if count > 1 else last])
+    low = float(log_snr[last])
     at = np.linspace(high, low, count)
     if placed[1] == "karras":
         at = -7 * np.log(np.linspace(math.exp(-high / 7), math.exp(-low / 7), count))
     nearest = np.rint(np.interp(-at, -log_snr, np.arange(len(log_snr)))).astype(int)
     numbers = np.arange(count)
     distinct = np.minimum(np.maximum.accumulate(nearest - numbers), last + 1 - count) + numbers
-    return [*distinct.tolist(), *pure_noise]
+    return [*(distinct[1 : count - len(pure_noise)] if jumps else distinct).tolist(), *pure_noise]
 
 
 def _counts(text: str, respacing: str) -> list[int]:

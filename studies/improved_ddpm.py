@@ -37,7 +37,6 @@ from diffusion.data.loader import batch_indices
 from diffusion.data.sources.digits import Digits
 from diffusion.data.values import to_x_start
 from diffusion.likelihood import bits_per_dim
-from diffusion.losses import LossType
 from diffusion.metrics.samples import frechet_distance
 from diffusion.process import VarianceType
 from diffusion.randomness import generator_for, image_noise, seed_for
@@ -58,7 +57,7 @@ CLASSIFIER_STEPS = 1000
 
 class Arm(NamedTuple):
     schedule: str
-    loss: LossType
+    loss: str
     variances: tuple[VarianceType, ...]
     """of the trained process, or the fixed ones that it is scored with"""
     by_importance: bool = False

@@ -134,6 +134,10 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
     with prefixed("--steps: "):
         process = run.config.diffusion.process(args.steps)
     if "bits_per_dim" in args.metric:
+        if run.config.diffusion.loss == "consistency":
+            raise UsageError(
+                f"--metric is bits_per_dim, and {run.path} is a consistency model, which has no likelihood"
+            )
         process.check_diffusion("--metric bits_per_dim", "score samples, with --metric frechet")
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")

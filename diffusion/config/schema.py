@@ -20,7 +20,7 @@ from diffusion.data.base import DataConfig
 from diffusion.data.sources import SOURCES
 from diffusion.ema import EMA
 from diffusion.errors import UsageError, check_name, did_you_mean, options_of, prefixed
-from diffusion.losses import WEIGHTINGS, LossType
+from diffusion.losses import LOSSES, WEIGHTINGS
 from diffusion.models.base import ModelConfig
 from diffusion.models.networks import NETWORKS
 from diffusion.optimizers import LR_SCHEDULES, OPTIMIZERS
@@ -34,7 +34,7 @@ from diffusion.timesteps import TIMESTEP_SAMPLERS
 class DiffusionConfig(Section):
     """The diffusion process and the loss."""
 
-    choices: ClassVar = {"schedule": SCHEDULES, "prediction": PREDICTIONS, "weighting": WEIGHTINGS}
+    choices: ClassVar = dict(schedule=SCHEDULES, prediction=PREDICTIONS, loss=LOSSES, weighting=WEIGHTINGS)
 
     steps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     """T, the number of steps"""
@@ -50,7 +50,7 @@ class DiffusionConfig(Section):
     velocity"""
     variance: VarianceType = "learned_range"
     """variance of the reverse process"""
-    loss: LossType = "rescaled_mse"
+    loss: str = "rescaled_mse"
     """mse and rescaled_mse: the simple loss, hybrid if the variance is learned; kl: the variational bound"""
     weighting: str = "none"
     """weights of the simple loss by timestep; min_snr: min(signal-to-noise ratio, gamma) in terms of x_0"""
@@ -215,6 +215,16 @@ class Config:
         if self.data.unbounded and self.sample.options["clip_denoised"]:
             both = "sample.clip_denoised is true, and data.unbounded too"
             raise UsageError(f"{both}, whose values it cuts: set it to false")
+        consistent = self.diffusion.loss == "consistency"
+        if consistent != (self.sample.sampler == "consistency"):
+            right = "the sampler consistency goes with the loss consistency, and no other with it"
+            raise UsageError(
+                f"sample.sampler is {self.sample.sampler}, and diffusion.loss {self.diffusion.loss}: {right}"
+            )
+        if consistent and self.train.init_from is None:
+            raise UsageError(
+                "diffusion.loss is consistency, which trains a finished run further: name it in train.init_from"
+            )
         with prefixed("sample.steps: "):
             check_process(self.sample.sampler, self.sample.options, self.sampling_process())
         if self.sample.guide_between is not None:
@@ -237,8 +247,9 @@ class Config:
 
     def sample_steps(self) -> Respacing:
         """The steps of the section `sample`: its own, or the sampler's usual ones."""
-        steps = self.sample.steps
-        return usual_steps(self.sample.sampler, self.diffusion.steps) if steps is None else steps
+        steps, sampler = self.sample.steps, self.sample.sampler
+        steps = usual_steps(sampler, self.diffusion.steps) if steps is None else steps
+        return f"{SAMPLERS[sampler].placed}{steps}" if str(steps).isdecimal() else steps
 
     def sampling_process(self) -> GaussianDiffusion:
         """The process with the steps of the section `sample`."""

@@ -41,7 +41,7 @@ def build_step(
     optimizer = train.component("optimizer")(network, parameter_groups(network, train.scalar_lr_factor), train.lr)
     options: dict[str, Any] = {name: getattr(train, name) for name in SAME_IN_TRAIN}
     options |= {name: getattr(config.data, name) for name in SAME_IN_DATA}
-    options |= dict(loss=config.diffusion.loss, weighting=config.diffusion.component("weighting"))
+    options |= dict(loss=config.diffusion.component("loss"), weighting=config.diffusion.component("weighting"))
     options |= dict(timesteps=train.component("timestep_sampler")(process.num_timesteps), accelerator=accelerator)
     options |= dict(gradient_accumulation=train.gradient_accumulation or 1)
     return TrainingStep(network, process, optimizer, **options)

@@ -38,7 +38,7 @@ def held_out_loss(run: Run, dataset: DataSet, accelerator: Accelerator, size: in
         t = torch.from_numpy(t_of[chosen]).to(device)
         noise = image_noise(batch, x_start.shape[1:], device, config.train.seed, "held_out")
         with CORES.followed(run.network) as follow:
-            model, loss = partial(follow, **inputs), config.diffusion.loss
+            model, loss = partial(follow, **inputs), config.diffusion.component("loss")
             losses = training_losses(process, model, x_start, t, noise, loss, weights[t])["loss"]
         weight = np.where(np.arange(batch.start, batch.stop) < n, overlaps[chosen], 0.0)
         total += (losses * torch.from_numpy(weight).to(losses)).sum()

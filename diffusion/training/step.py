@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffusion.ema import EMA
 from diffusion.errors import UsageError
-from diffusion.losses import LossType, training_losses, unweighted
+from diffusion.losses import Loss, training_losses, unweighted
 from diffusion.models.conditions import ABSENT, drop
 from diffusion.optimizers import ANY_THREADS
 from diffusion.parallel.cores import CORES
@@ -89,7 +89,7 @@ class TrainingStep:
     ema_rates: Sequence[float] = ()
     ema_warmup: bool = True
     ema_lengths: Sequence[float] = ()
-    loss: LossType = "rescaled_mse"
+    loss: Loss | str = "rescaled_mse"
     weighting: Callable[[GaussianDiffusion], NDArray[np.float64]] = unweighted
     timesteps: LossSecondMoment | LogitNormal | None = None
     seed: int = 0
@@ -146,7 +146,8 @@ class TrainingStep:
             synced = nullcontext() if part == slices[-1] else accelerator.no_sync(self.model)
             with CORES.spared(self.network, images), synced:
                 t, noise, model = draws.t[part], draws.noise[part], partial(self.model, **inputs)
-                loss = training_losses(self.process, model, images, t, noise, self.loss, self._weights[t])["loss"]
+                case = self.process, model, images, t, noise, self.loss, self._weights[t]
+                loss = training_losses(*case)["loss"]
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
             losses[part] = loss.detach()
         if self._importance:

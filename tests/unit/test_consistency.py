@@ -1,0 +1,115 @@
+"""Consistency training and sampling, on a mixture of two Gaussians whose map from noise to data is known."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import process, small_unet
+from scipy.integrate import solve_ivp
+from scipy.stats import kstest, norm
+
+from diffusion import GaussianDiffusion, Schedule
+from diffusion.errors import UsageError
+from diffusion.losses import HUBER, training_losses
+from diffusion.samplers import consistency
+from diffusion.schedule import LOWEST_LOG_SNR, place_timesteps
+
+MEANS, SPREADS, SHARES = np.array([-0.7, 0.4]), np.array([0.1, 0.2]), np.array([0.3, 0.7])
+GRID = np.linspace(-2.5, 2.5, 20001)
+
+
+def of_path(name, respacing=""):
+    return GaussianDiffusion(Schedule.named(name, 1000, respacing), "x_start", "fixed_small")
+
+
+def cdf(x, alpha=1.0, sigma=0.0):
+    """That of alpha x_0 + sigma epsilon."""
+    widths = np.sqrt((alpha * SPREADS) ** 2 + sigma**2)
+    return sum(share * norm.cdf(x, alpha * mean, width)
+               for share, mean, width in zip(SHARES, MEANS, widths, strict=True))  # fmt: skip
+
+
+def map_of(p):
+    """The end of the deterministic path through x_t. In one dimension paths do not cross, so it has the same quantile."""
+    quantiles = cdf(GRID)
+    levels = p.tables["network_t"].astype(np.float32)
+
+    def model(x, t):
+        i = int(np.abs(levels - t[0].item()).argmin())
+        at = cdf(x.double().numpy(), p.tables["alpha"][i], p.tables["sigma"][i])
+        return torch.from_numpy(np.interp(at, quantiles, GRID)).float()
+
+    return model
+
+
+def denoiser_of(p):
+    """The mean of x_0 given x_t."""
+
+    def model(x, t):
+        i = int(np.abs(p.tables["network_t"].astype(np.float32) - t[0].item()).argmin())
+        alpha, sigma, x = p.tables["alpha"][i], p.tables["sigma"][i], x.double().numpy()[..., None]
+        variance = (alpha * SPREADS) ** 2 + sigma**2
+        odds = SHARES * norm.pdf(x, alpha * MEANS, np.sqrt(variance))
+        means = MEANS + alpha * SPREADS**2 / variance * (x - alpha * MEANS)
+        return torch.from_numpy((odds * means).sum(-1) / np.maximum(odds.sum(-1), 1e-300)).float()
+
+    return model
+
+
+def drawn(*shape, seed=0):
+    """x_0 and noise, whose pixels are independent."""
+    random = np.random.default_rng(seed)
+    which = random.choice(2, shape, p=SHARES)
+    x_start, noise = MEANS[which] + SPREADS[which] * random.standard_normal(shape), random.standard_normal(shape)
+    return torch.from_numpy(x_start).float(), torch.from_numpy(noise).float()
+
+
+def by_ode(x, level):
+    """The map, by the probability flow ODE in y = x / alpha and the noise level: dy / dlevel = epsilon."""
+
+    def slope(s, y):
+        variance = SPREADS**2 + s**2
+        odds = SHARES * norm.pdf(y[:, None], MEANS, np.sqrt(variance))
+        return s * ((y[:, None] - MEANS) / variance * odds).sum(-1) / odds.sum(-1)
+
+    return solve_ivp(slope, (level, 0.0), x, rtol=1e-8, atol=1e-10).y[:, -1]
+
+
+@pytest.mark.parametrize("path", ["cosine", "flow"])
+@pytest.mark.parametrize("t", [0, 30, 400, 800])
+def test_the_loss_is_exact_where_the_map_is_known(path, t):
+    p, gap = of_path(path), 0.05
+    x_start, noise = drawn(20, 1, 1, 1)
+    loss = training_losses(p, map_of(p), x_start, torch.full((20,), t), noise, "consistency")["loss"]
+    levels = p.tables["sigma"] / p.tables["alpha"]
+    r = max([i for i in range(t) if levels[i] <= levels[t] * (1 - gap)], default=-1)
+    lower = levels[r] if r >= 0 else 0.0
+    ends = [by_ode((x_start + level * noise).double().flatten().numpy(), level) if level else x_start.flatten().numpy()
+            for level in (levels[t], lower)]  # fmt: skip
+    expected = (np.sqrt((ends[0] - ends[1]) ** 2 + HUBER**2) - HUBER) / (levels[t] - lower)
+    np.testing.assert_allclose(loss, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("path", ["cosine", "flow"])
+@pytest.mark.parametrize("t", [300, 500])
+def test_the_map_is_where_training_rests(path, t):
+    """The target is noisy, but not on average. That of the denoiser, where training begins, leads away from it."""
+    p, (x_start, noise) = of_path(path), drawn(1000, 1, 16, 16)
+
+    def gradient(model):
+        found = []
+        for direction in (torch.ones_like, torch.sign, torch.cos):
+            a = torch.zeros((), requires_grad=True)
+            moved = lambda x, t: model(x, t) + a * direction(x)  # noqa: E731, B023
+            loss = training_losses(p, moved, x_start, torch.full((1000,), t), noise, "consistency")["loss"].mean()
+            found.append(torch.autograd.grad(loss, a)[0].item())
+        return np.linalg.norm(found)
+
+    assert gradient(map_of(p)) < 0.1 * gradient(denoiser_of(p))
+
+
+def test_samples_of_the_map_are_the_data():
+    for path, respacing in (("cosine", "jumps1"), ("cosine", "jumps2"), ("cosine", "jumps4"), ("flow", "jumps3")):
+        p, generator = of_path(path, respacing), torch.Generator().manual_seed(1)
+        x_T = torch.randn(20_000, 1, 1, 1, generator=generator)
+        x = consistency(p, map_of(p), x_T, lambda step: torch.randn(x_T.shape, generator=generator))  # noqa: B023
+        assert kstest(x.flatten().numpy(), cdf).statistic < 0.015, (path, respacing)
