@@ -4,10 +4,12 @@
     python benchmarks/speedrun.py digits
     python benchmarks/speedrun.py mnist --path FOLDER_THAT_HOLDS_MNIST/raw
 
-Each recipe of a track trains --seeds times, in processes of one thread, on nine tenths of the images, and is scored by
-the rest (benchmarks/quality.py): bits per dimension, and Fréchet distances of `SAMPLES` samples at 10 evaluations
-(DPM-Solver++) and, of the recipes that are `full`, at 250 (ancestral). The targets are the baseline's means. p is of a
-one-sided Welch test against the recipe that it `beats`. Runs are kept in runs/speedrun/: what is there is not run
+The rules: each recipe of a track trains --seeds times, in processes of one thread, on nine tenths of the images, and is
+scored by the rest (benchmarks/quality.py): bits per dimension, and Fréchet distances of `SAMPLES` samples to the
+training images, at 10 evaluations (DPM-Solver++) and, of the recipes that are `full`, at 250 (ancestral). A recipe that
+trains another one `of` the track further, as a consistency model, is scored at 1, 2 and 4 evaluations instead, and its
+seconds are those of the further training alone. CPU seconds are of training. The targets are the baseline's means. p is
+of a one-sided Welch test against the recipe that it `beats`. Runs are kept in runs/speedrun/: what is there is not run
 again. Each recipe's record is appended to benchmarks/records.jsonl, with date, commit and machine.
 """
 
@@ -51,7 +53,9 @@ class Recipe(NamedTuple):
     settings: dict[str, Any]
     beats: str | None = None
     full: bool = False
-    """also score samples of 250 evaluations"""
+    """also score samples of 12 and of 250 evaluations"""
+    of: str | None = None
+    """the recipe that this one trains further"""
 
 
 OLD = {"diffusion.prediction": "epsilon", "train.steps": 1500, "train.batch_size": 64, "train.optimizer": "adamw",
@@ -95,14 +99,23 @@ def configuration(track: str, name: str, path: str | None) -> Config:
     return config_of(by_section(data | RECIPES[track][name].settings))
 
 
-def fit(config: Config, judge: Judge, seed: int) -> tuple[TrainingStep, float]:
-    """Train a network on the images of a judge, by one thread: the step that holds it, and the CPU seconds."""
+def kept(track: str, name: str, seed: int, suffix: str) -> Path:
+    """A file of what is kept of a run."""
+    return RUNS / track / f"{name.replace(' ', '_')}_{seed}.{suffix}"
+
+
+def fit(config: Config, judge: Judge, seed: int, weights: Path | None = None) -> tuple[TrainingStep, float]:
+    """Train a network on the images of a judge, by one thread, from `weights` if given: the step that holds it, and the
+    CPU seconds."""
     torch.set_num_threads(1)
     keep_freed_memory()
     (x, y), train = judge.train, config.train
     torch.manual_seed(seed)
     network = config.network(judge.classes)
-    step = build_step(config, network, config.diffusion.process(), Accelerator(cpu=True))
+    if weights is not None:
+        network.load_state_dict(torch.load(weights))
+    accelerator = Accelerator(cpu=True, mixed_precision=train.precision or "no")
+    step = build_step(config, network, config.diffusion.process(), accelerator)
     step.seed = seed
     began = time.process_time()
     for i in range(train.steps):
@@ -115,22 +128,23 @@ def fit(config: Config, judge: Judge, seed: int) -> tuple[TrainingStep, float]:
 
 
 def run(track: str, name: str, seed: int, path: str | None) -> dict[str, float]:
-    """Train a recipe and score its first average."""
+    """Train a recipe, score its first average, and keep it."""
     judge, config, recipe = judge_of(track, path), configuration(track, name, path), RECIPES[track][name]
-    step, seconds = fit(config, judge, seed)
+    step, seconds = fit(config, judge, seed, kept(track, recipe.of, seed, "pt") if recipe.of else None)
     network, train = step.network, config.train
+    found = {"cpu seconds": seconds, "images": train.steps * train.batch_size}
+    ways: list[dict[str, Any]] = [dict(steps=n) for n in (1, 2, 4)]
+    if not recipe.of:
+        ways = [dict(sampler="dpmpp", steps=f"logsnr{n}") for n in (10, 12)[: 1 + recipe.full]]
+        ways += [dict(sampler="ddpm", steps=250)] * recipe.full
     with step.ema.in_place(train.averages[0]):
-        found = {
-            "cpu seconds": seconds,
-            "images": train.steps * train.batch_size,
-            "bits/dim": judge.bits_per_dim(config, network),
-            "distance at 10": judge.distance(
-                judge.samples(config, network, SAMPLES[track], seed, sampler="dpmpp", steps="logsnr10")
-            ),
-        }
-        if recipe.full:
-            samples = judge.samples(config, network, SAMPLES[track], seed, sampler="ddpm", steps=250)
-            found["distance at 250"] = judge.distance(samples)
+        if not recipe.of:
+            found["bits/dim"] = judge.bits_per_dim(config, network)
+        for way in ways:
+            samples = judge.samples(config, network, SAMPLES[track], seed, **way)
+            found[f"distance at {str(way['steps']).removeprefix('logsnr')}"] = judge.distance(samples)
+        kept(track, name, seed, "pt").parent.mkdir(parents=True, exist_ok=True)
+        torch.save(network.state_dict(), kept(track, name, seed, "pt"))
     return found
 
 
@@ -148,23 +162,26 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     args = parser.parse_args()
     recipes = args.recipes or list(RECIPES[args.track])
-    files = {(name, seed): RUNS / args.track / f"{name.replace(' ', '_')}_{seed}.json"
-             for seed in range(args.seeds) for name in recipes}  # fmt: skip
+    files = {(name, seed): kept(args.track, name, seed, "json") for seed in range(args.seeds) for name in recipes}
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(run, args.track, *key, args.path): path for key, path in files.items() if not path.exists()}
-        for done in as_completed(jobs):
-            keep(jobs[done], done.result())
+        for further in (False, True):
+            wanted = [key for key, path in files.items() if not path.exists()]
+            jobs = {pool.submit(run, args.track, *key, args.path): files[key]
+                    for key in wanted if bool(RECIPES[args.track][key[0]].of) == further}  # fmt: skip
+            for done in as_completed(jobs):
+                keep(jobs[done], done.result())
     results: dict[str, dict[str, list[float]]] = {}
     for (name, _), path in files.items():
         for figure, value in json.loads(path.read_text()).items():
             results.setdefault(name, {}).setdefault(figure, []).append(value)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
-    figures = ["cpu seconds", "images", "bits/dim", "distance at 10", "distance at 250"]
+    figures = ["cpu seconds", "images", "bits/dim", *(f"distance at {n}" for n in (1, 2, 4, 10, 12, 250))]
     rows = []
     for name in recipes:
         recipe, found = RECIPES[args.track][name], results[name]
         p = {figure: worse(found[figure], results[recipe.beats][figure])
-             for figure in figures[2:4] if recipe.beats in results}  # fmt: skip
+             for figure in ("bits/dim", "distance at 10", "distance at 250")
+             if recipe.beats in results and figure in found and figure in results[recipe.beats]}  # fmt: skip
         spread = {figure: (statistics.fmean(values), statistics.stdev(values)) for figure, values in found.items()}
         record = dict(date=time.strftime("%Y-%m-%d"), commit=commit.strip(), track=args.track, recipe=name,
                       settings=recipe.settings, n=args.seeds, mean_and_sd=spread, p=p, beats=recipe.beats,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -15,101 +15,104 @@ from diffusion.process import GaussianDiffusion
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """The interface of a network to losses and samplers: (x_t (B, C, ...), timestep input (B,)) -> output."""
 Parts = dict[str, Tensor]
-"""Parts of the loss of each image by name, each (B,)."""
-Loss = Callable[..., Parts]
-"""(process, model, x_start, t, noise) -> the parts of a loss."""
+"""What the loss of each image is the sum of, by name: each (B,)."""
 HUBER = 0.03
 """The distance below which the loss of consistency is a square, and above which it is a norm."""
 
 
+class Case(NamedTuple):
+    """Images x_0, (B, C, ...) in [-1, 1], the timesteps (B,), and the noise at which a network is trained on them."""
+
+    process: GaussianDiffusion
+    model: Denoiser
+    x_start: Tensor
+    t: Tensor
+    noise: Tensor
+
+    def noised(self) -> tuple[Tensor, Tensor]:
+        """x_t, and the network's output there."""
+        x_t = self.process.q_sample(self.x_start, self.t, self.noise)
+        output = self.model(x_t, self.process.network_t(self.t))
+        self.process.check_output(output, x_t)
+        return x_t, output
+
+
+Loss = Callable[[Case], Parts]
+
+
 def training_losses(
-    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor,
-    loss_type: Loss | str, weights: Tensor | None = None,
+    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, loss_type: Loss | str,
+    weights: Tensor | None = None,
 ) -> Parts:  # fmt: skip
     """The loss of each image at its timestep, and its parts.
 
     Args:
-        x_start: (B, C, ...) in [-1, 1].
-        t: (B,), int64, in [0, T).
-        noise: like `x_start`, standard normal.
-        loss_type: a loss, or its name (see `LOSSES`).
+        x_start, t, noise: see `Case`.
+        loss_type: a loss, or its name in `LOSSES`.
         weights: (B,), factors of the part `mse` (see `WEIGHTINGS`).
 
-    Returns `loss`, each (B,), which is the sum of its parts, and the parts.
+    Returns `loss`, (B,), and with the mse losses also their parts `mse` and, if the variance is learned, `vb`.
     """
     if isinstance(loss_type, str):
         check_name("loss_type", loss_type, LOSSES)
         loss_type = LOSSES[loss_type]
-    parts = loss_type(process, model, x_start, t, noise)
+    parts = loss_type(Case(process, model, x_start, t, noise))
     if weights is not None and "mse" in parts:
         parts["mse"] = parts["mse"] * weights
     return {"loss": torch.stack(list(parts.values())).sum(0), **parts}
 
 
-def mse(
-    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor,
-    bound_factor: float = 1.0,
-) -> Parts:  # fmt: skip
-    """The simple loss (eq. 14). If the variance is learned, the variational bound, `vb`, is added, which trains the
-    variance only: the mean is detached in it."""
-    x_t, output = _noised(process, model, x_start, t, noise)
+def mse(case: Case, vb_factor: float = 1.0) -> Parts:
+    """The simple loss (eq. 14). If the variance is learned, the variational bound is added, which trains the variance
+    only: the mean is detached in it."""
+    process, x_start, t = case.process, case.x_start, case.t
+    x_t, output = case.noised()
     mean_output, variance_output = output[:, : x_t.shape[1]], output[:, x_t.shape[1] :]
-    error = mean_flat((process.mean_target(x_start, x_t, t, noise) - mean_output) ** 2)
+    mse = mean_flat((process.mean_target(x_start, x_t, t, case.noise) - mean_output) ** 2)
     if not process.learns_variance:
-        return {"mse": error}
+        return {"mse": mse}
     frozen = torch.cat([mean_output.detach(), variance_output], dim=1)
-    return {"mse": error, "vb": variational_bound(process, frozen, x_start, x_t, t) * bound_factor}
+    return {"mse": mse, "vb": variational_bound(process, frozen, x_start, x_t, t) * vb_factor}
 
 
-def rescaled_mse(process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor) -> Parts:
+def rescaled_mse(case: Case) -> Parts:
     """`mse` with the bound weighted by T / 1000: the paper's L_hybrid (eq. 16), whose factor is 0.001, at any T."""
-    return mse(process, model, x_start, t, noise, process.num_timesteps / 1000)
+    return mse(case, case.process.num_timesteps / 1000)
 
 
-def kl(process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor) -> Parts:
+def kl(case: Case) -> Parts:
     """The variational bound of one step in bits per dimension (eqs. 4 to 7)."""
-    x_t, output = _noised(process, model, x_start, t, noise)
-    return {"loss": variational_bound(process, output, x_start, x_t, t)}
+    x_t, output = case.noised()
+    return {"loss": variational_bound(case.process, output, case.x_start, x_t, case.t)}
 
 
-def rescaled_kl(process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor) -> Parts:
+def rescaled_kl(case: Case) -> Parts:
     """`kl` times T, an estimate of the whole bound."""
-    return {"loss": kl(process, model, x_start, t, noise)["loss"] * process.num_timesteps}
+    return {"loss": kl(case)["loss"] * case.process.num_timesteps}
 
 
-def consistency(
-    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, *,
-    gap: Annotated[float, (1e-9, 0.999)] = 0.05,
-) -> Parts:  # fmt: skip
-    """Consistency training of a finished diffusion model (Song et al. 2023; Geng et al. 2024, "ECT", section 3).
+def consistency(case: Case, *, gap: Annotated[float, (1e-9, 0.999)] = 0.05) -> Parts:
+    """Consistency training of a finished diffusion model (Geng et al. 2024, "Consistency models made easy", section 3).
 
-    How far the predicted x_0 is from that at the next timestep whose noise level sigma / alpha is lower by `gap` of it,
-    with the same noise, which is a target without gradient, and x_0 itself below the first timestep. The distance is a
-    norm, over the difference of the levels: a slope.
+    The distance of the predicted x_0 to that at the next timestep whose noise level sigma / alpha is lower by `gap` of
+    it, with the same noise, over the difference of the levels. The latter has no gradient, and is x_0 at the data.
     """
+    process, t = case.process, case.t
     with np.errstate(divide="ignore"):  # infinite in pure noise
         levels = process.tables["sigma"] / process.tables["alpha"]
     lower = np.minimum(np.searchsorted(levels, levels * (1 - gap), side="right"), np.arange(len(levels))) - 1
     share = 1 - np.append(levels, 0.0)[lower] / levels
-    weight = 1 / (share * np.minimum(levels, levels[np.isfinite(levels)].max(initial=1.0)))
-    r, weights = (torch.from_numpy(each).to(t.device)[t] for each in (lower, weight.astype(np.float32)))
+    slope = 1 / (share * np.minimum(levels, levels[np.isfinite(levels)].max(initial=1.0)))
+    r, weights = (torch.from_numpy(each).to(t.device)[t] for each in (lower, slope.astype(np.float32)))
+
+    def predicted(t: Tensor) -> Tensor:
+        x_t, output = case._replace(t=t).noised()
+        return process.predict_xstart(output, x_t, t, clip_denoised=False)
+
     with torch.no_grad(), torch.random.fork_rng([t.device] if t.is_cuda else []):  # the same dropout in both
-        x_r, output = _noised(process, model, x_start, r.clamp(min=0), noise)
-        target = process.predict_xstart(output, x_r, r.clamp(min=0), clip_denoised=False)
-    target = torch.where((r < 0).view(-1, *[1] * (x_start.ndim - 1)), x_start, target)
-    x_t, output = _noised(process, model, x_start, t, noise)
-    squared = mean_flat((process.predict_xstart(output, x_t, t, clip_denoised=False) - target) ** 2)
+        target = torch.where((r < 0).view(-1, *[1] * (case.x_start.ndim - 1)), case.x_start, predicted(r.clamp(min=0)))
+    squared = mean_flat((predicted(t) - target) ** 2)
     return {"loss": ((squared + HUBER**2).sqrt() - HUBER) * weights}
-
-
-def _noised(
-    process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """x_t, and the network's output there."""
-    x_t = process.q_sample(x_start, t, noise)
-    output = model(x_t, process.network_t(t))
-    process.check_output(output, x_t)
-    return x_t, output
 
 
 def variational_bound(

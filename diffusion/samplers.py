@@ -179,14 +179,14 @@ def consistency(
 ) -> Tensor:  # fmt: skip
     """Sampling from a consistency model (Song et al. 2023, algorithm 1): x_T (B, C, ...) -> x_0.
 
-    Each step predicts x_0, whose noise the next one renews at its own, lower level.
+    Each step predicts x_0, and the next one puts new noise on it, of a lower level.
     """
     pred_xstart = x
     for step in progress(range(process.num_timesteps)):
         t = _timestep(process.num_timesteps - 1 - step, x)
         x = process.q_sample(pred_xstart, t, noise(step)) if step else x
-        pred_xstart = process.predict_xstart(model(x, process.network_t(t)), x, t, clip_denoised)
-    return pred_xstart
+        pred_xstart = process.predict_xstart(model(x, process.network_t(t)), x, t, clip_denoised=False)
+    return pred_xstart.clamp(-1, 1) if clip_denoised else pred_xstart
 
 
 ADAMS_BASHFORTH = (1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)

@@ -116,8 +116,8 @@ def place_timesteps(log_snr: Array, respacing: Respacing) -> list[int]:
     `"karrasN"` keeps N, evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5), and a sequence keeps the
     timesteps in it. The first two begin where log(alpha / sigma) is -5.1, since a network is of no use in the
     almost pure noise beyond, but for a schedule that ends in pure noise, whose last timestep they keep too.
-    `"jumpsN"` keeps N for jumps to the data: of N + 1, evenly spaced in log(alpha / sigma) from 5.1 to -5.1, all but the
-    first.
+    `"jumpsN"` keeps N for jumps to the data: of N + 1, evenly spaced in log(alpha / sigma) from 5.1 to -5.1, all but
+    the first.
 
     Raises UsageError if it is none of these, asks for too many steps, or lists some out of order or range.
     """

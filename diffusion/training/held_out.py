@@ -51,8 +51,9 @@ def pairs(images: Labels, num_timesteps: int) -> tuple[Labels, Labels, NDArray[n
     Both divide [0, 1) into equal parts, in a random order. A pair is where a part of an image overlaps one of a
     timestep, and its weight is their overlap: N + T pairs at most. Returns (images, timesteps, weights).
     """
-    images, t = (values[torch.randperm(len(values), generator=generator_for("cpu", 0, name)).numpy()]
-                 for values, name in ((images, "images"), (np.arange(num_timesteps), "timesteps")))  # fmt: skip
+    both = {"images": images, "timesteps": np.arange(num_timesteps)}
+    order = {name: torch.randperm(len(x), generator=generator_for("cpu", 0, name)).numpy() for name, x in both.items()}
+    images, t = (values[order[name]] for name, values in both.items())
     starts = np.union1d(np.arange(len(images)) * len(t), np.arange(len(t)) * len(images))
     whole = len(images) * len(t)
     return images[starts // len(t)], t[starts // len(images)], np.diff(np.append(starts, whole)) / whole

@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import process, small_unet
 from scipy.integrate import solve_ivp
 from scipy.stats import kstest, norm
 
 from diffusion import GaussianDiffusion, Schedule
-from diffusion.errors import UsageError
 from diffusion.losses import HUBER, training_losses
 from diffusion.samplers import consistency
-from diffusion.schedule import LOWEST_LOG_SNR, place_timesteps
 
 MEANS, SPREADS, SHARES = np.array([-0.7, 0.4]), np.array([0.1, 0.2]), np.array([0.3, 0.7])
 GRID = np.linspace(-2.5, 2.5, 20001)
@@ -29,7 +26,7 @@ def cdf(x, alpha=1.0, sigma=0.0):
 
 
 def map_of(p):
-    """The end of the deterministic path through x_t. In one dimension paths do not cross, so it has the same quantile."""
+    """The end of the deterministic path through x_t: in one dimension, where paths do not cross, the same quantile."""
     quantiles = cdf(GRID)
     levels = p.tables["network_t"].astype(np.float32)
 
