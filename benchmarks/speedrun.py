@@ -36,6 +36,7 @@ from scipy.stats import ttest_ind
 
 from diffusion.config.schema import Config, by_section, config_of
 from diffusion.data.loader import batch_indices
+from diffusion.parallel.compilation import precision_of
 from diffusion.parallel.launchers import keep_freed_memory
 from diffusion.training.build import build_step, learning_rate
 from diffusion.training.step import TrainingStep
@@ -114,7 +115,7 @@ def fit(config: Config, judge: Judge, seed: int, weights: Path | None = None) ->
     network = config.network(judge.classes)
     if weights is not None:
         network.load_state_dict(torch.load(weights))
-    accelerator = Accelerator(cpu=True, mixed_precision=train.precision or "no")
+    accelerator = Accelerator(cpu=True, mixed_precision=precision_of(train.precision))
     step = build_step(config, network, config.diffusion.process(), accelerator)
     step.seed = seed
     began = time.process_time()

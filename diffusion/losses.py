@@ -194,3 +194,4 @@ LOSSES: dict[str, Loss] = {
     "rescaled_kl": rescaled_kl,
     "consistency": consistency,
 }
+"""The parts of the loss of each image."""

@@ -28,7 +28,7 @@ def announce(trainer: "Trainer") -> None:
     config, device = trainer.config, trainer.accelerator.device.type
     origin = f" with the weights of {trainer.origin['path']}" if trainer.origin else ""
     begins = f"continues after step {trainer.step}" if trainer.step else f"begins{origin}"
-    precision = f", {config.train.precision}" if config.train.precision not in (None, "no") else ""
+    precision = f", {mixed}" if (mixed := trainer.accelerator.mixed_precision) != "no" else ""
     where = f"{trainer.accelerator.num_processes} x {device}"
     where += f" of {torch.get_num_threads()} threads" if device == "cpu" else ""
     slower = [f"{name}={os.environ[name]}" for name in SLOWER if name in os.environ and device == "cpu"]

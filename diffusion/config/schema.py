@@ -107,8 +107,8 @@ class TrainConfig(Section):
     """largest norm of the gradient; null: the launcher's setting, or no clipping"""
     max_skipped: Positive = 20
     """stop after this many steps in a row with a non-finite loss or gradient, each of which is skipped and counted"""
-    precision: Literal["no", "bf16", "fp16"] | None = None
-    """mixed precision; null: the launcher's setting, or no"""
+    precision: Literal["no", "bf16", "fp16", "auto"] | None = None
+    """mixed precision; auto: bf16 on devices that multiply it, else no; null: the launcher's setting, or no"""
     compile: bool = False
     """compile the network: faster steps, after half a minute or more at the start"""
     ema_rates: Annotated[tuple[float, ...], Field(strict=False)] = (0.999,)

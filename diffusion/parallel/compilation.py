@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.errors import one_line
+from diffusion.parallel.launchers import on_cpu
 
 
 def compile_network(network: nn.Module, device: torch.device) -> str | None:
@@ -40,3 +41,15 @@ def _look_up(table: nn.Embedding, rows: Tensor) -> Tensor:
     chosen = rows[..., None] == torch.arange(table.num_embeddings, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         return chosen.to(table.weight.dtype) @ table.weight
+
+
+def precision_of(setting: str | None) -> str:
+    """The mixed precision that train.precision means on this machine. (A processor without bf16 takes ten times as long
+    for it.)"""
+    if setting != "auto":
+        return setting or "no"
+    if on_cpu():
+        has = getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("avx512_bf16", False)
+    else:
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has else "no"

@@ -18,7 +18,7 @@ from diffusion.data.base import Batch, DataSet
 from diffusion.data.loader import batch_indices, step_batches
 from diffusion.data.values import to_uint8
 from diffusion.errors import NotWritten, Stopped, UsageError, WorkerDied, name_some, one_line
-from diffusion.parallel.compilation import compile_network
+from diffusion.parallel.compilation import compile_network, precision_of
 from diffusion.parallel.cores import CORES
 from diffusion.parallel.launchers import accelerate_starts, check_known, keep_freed_memory, launcher, on_cpu
 from diffusion.parallel.sharding import shard_like, to_host
@@ -58,7 +58,7 @@ class Trainer:
         # Without a plugin, accelerate would divide gradients by what the environment says, a second time.
         options = dict[str, Any](gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), cpu=on_cpu())
         with accelerate_starts():
-            self.accelerator = accelerator = Accelerator(mixed_precision=train.precision or "no", **options)
+            self.accelerator = accelerator = Accelerator(mixed_precision=precision_of(train.precision), **options)
         self.warn: Warn = warn if accelerator.is_main_process else lambda message: None
         check_known(accelerator)
         if accelerator.device.type == "cpu":
@@ -159,6 +159,7 @@ class Trainer:
         device, processes = self.accelerator.device.type, self.accelerator.num_processes
         kind = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
         environment = {"device": device, "processes": processes, "threads": torch.get_num_threads()}
+        environment |= {"precision": self.accelerator.mixed_precision}
         return environment | {"torch": torch.__version__, "processor": kind}
 
     def describe(self, about: Sequence[str]) -> None:

@@ -105,7 +105,7 @@ def test_the_checks_of_the_project_pass_on_what_the_page_adds(extended):
 
 def test_the_commands_of_the_page_work(extended):
     commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     small = {"train.py": [*SMALL[: SMALL.index("--model.channel_mult")], *SMALL[SMALL.index("--sample.n") :]]}
     lines = [[*shlex.split(line)[1:], *small.get(shlex.split(line)[1], [])] for line in commands]
     outputs = run_all(
