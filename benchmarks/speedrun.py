@@ -85,9 +85,10 @@ RECIPES = {
     "mnist": {
         "baseline": Recipe(OLD | MNIST | {"train.steps": 150}),
         "v, schedule and Muon": Recipe(STACK | MNIST | {"train.steps": 50}, "baseline"),
+        "1,300 steps in bf16": Recipe(STACK | MNIST | {"train.steps": 1300, "train.precision": "auto"}, full=True),
     },
 }  # fmt: skip
-SAMPLES = {"digits": 1000, "mnist": 500}
+SAMPLES = {"digits": 1000, "mnist": 400}
 
 
 @lru_cache
