@@ -69,6 +69,10 @@ MUON = {"train.optimizer": "muon"}
 STACK = OLD | V | SCHEDULE | MUON | {"train.lr": 4e-3, "train.steps": 450}
 NARROW = {"model.channel_mult": [1, 1], "model.attention_resolutions": []}
 MNIST = {"model.channel_mult": [1, 2, 2], "model.attention_resolutions": [4]}
+DIGITS = STACK | NARROW | {"train.lr": 5e-3, "train.steps": 750}
+MNIST_HALF = STACK | MNIST | {"train.steps": 1300, "train.precision": "auto"}
+CONSISTENT = {"diffusion.loss": "consistency", "sample.sampler": "consistency", "train.lr": 1e-3, "train.steps": 540,
+              "train.decay_share": 0.8, "train.init_from": "the recipe before"}  # fmt: skip
 RECIPES = {
     "digits": {
         "baseline": Recipe(OLD, full=True),
@@ -78,14 +82,14 @@ RECIPES = {
         "+ Muon": Recipe(THIRD | MUON, "a third of its steps"),
         "v and schedule": Recipe(THIRD | V | SCHEDULE, "+ v"),
         "v, schedule and Muon": Recipe(STACK, "v and schedule"),
-        "v, schedule, Muon, narrow": Recipe(
-            STACK | NARROW | {"train.lr": 5e-3, "train.steps": 750}, "v, schedule and Muon", full=True
-        ),
+        "v, schedule, Muon, narrow": Recipe(DIGITS, "v, schedule and Muon", full=True),
+        "consistency": Recipe(DIGITS | CONSISTENT, of="v, schedule, Muon, narrow"),
     },
     "mnist": {
         "baseline": Recipe(OLD | MNIST | {"train.steps": 150}),
         "v, schedule and Muon": Recipe(STACK | MNIST | {"train.steps": 50}, "baseline"),
-        "1,300 steps in bf16": Recipe(STACK | MNIST | {"train.steps": 1300, "train.precision": "auto"}, full=True),
+        "1,300 steps in bf16": Recipe(MNIST_HALF, full=True),
+        "consistency": Recipe(MNIST_HALF | CONSISTENT | {"train.steps": 975}, of="1,300 steps in bf16"),
     },
 }  # fmt: skip
 SAMPLES = {"digits": 1000, "mnist": 400}
@@ -123,6 +127,7 @@ def fit(config: Config, judge: Judge, seed: int, weights: Path | None = None) ->
     for i in range(train.steps):
         for group in step.optimizer.param_groups:
             group["lr"] = learning_rate(train, i)
+        step.done = i / train.steps
         indices = batch_indices(len(x), train.batch_size, seed, i)
         step(x[indices], y[indices] if config.model.class_cond else None)
     network.eval()

@@ -16,18 +16,20 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """The interface of a network to losses and samplers: (x_t (B, C, ...), timestep input (B,)) -> output."""
 Parts = dict[str, Tensor]
 """What the loss of each image is the sum of, by name: each (B,)."""
-HUBER = 0.03
-"""The distance below which the loss of consistency is a square, and above which it is a norm."""
+HUBER, FIRST_GAP = 0.03, 0.7
+"""Of consistency: the distance below which it is a square, above which a norm; its gap when training begins."""
 
 
 class Case(NamedTuple):
-    """Images x_0, (B, C, ...) in [-1, 1], the timesteps (B,), and the noise at which a network is trained on them."""
+    """Images (B, C, ...) in [-1, 1], the timesteps (B,) and noise at which a network is trained on them, and which share
+    of its training is done."""
 
     process: GaussianDiffusion
     model: Denoiser
     x_start: Tensor
     t: Tensor
     noise: Tensor
+    done: float = 1.0
 
     def noised(self) -> tuple[Tensor, Tensor]:
         """x_t, and the network's output there."""
@@ -42,21 +44,20 @@ Loss = Callable[[Case], Parts]
 
 def training_losses(
     process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, loss_type: Loss | str,
-    weights: Tensor | None = None,
+    weights: Tensor | None = None, done: float = 1.0,
 ) -> Parts:  # fmt: skip
     """The loss of each image at its timestep, and its parts.
 
     Args:
-        x_start, t, noise: see `Case`.
-        loss_type: a loss, or its name in `LOSSES`.
-        weights: (B,), factors of the part `mse` (see `WEIGHTINGS`).
+        x_start, t, noise, done: see `Case`.
+        loss_type: a loss, or its name in `LOSSES`. weights: (B,), factors of the part `mse` (see `WEIGHTINGS`).
 
     Returns `loss`, (B,), and with the mse losses also their parts `mse` and, if the variance is learned, `vb`.
     """
     if isinstance(loss_type, str):
         check_name("loss_type", loss_type, LOSSES)
         loss_type = LOSSES[loss_type]
-    parts = loss_type(Case(process, model, x_start, t, noise))
+    parts = loss_type(Case(process, model, x_start, t, noise, done))
     if weights is not None and "mse" in parts:
         parts["mse"] = parts["mse"] * weights
     return {"loss": torch.stack(list(parts.values())).sum(0), **parts}
@@ -94,16 +95,16 @@ def rescaled_kl(case: Case) -> Parts:
 def consistency(case: Case, *, gap: Annotated[float, (1e-9, 0.999)] = 0.05) -> Parts:
     """Consistency training of a finished diffusion model (Geng et al. 2024, "Consistency models made easy", section 3).
 
-    The distance of the predicted x_0 to that at the next timestep whose noise level sigma / alpha is lower by `gap` of
-    it, with the same noise, over the difference of the levels. The latter has no gradient, and is x_0 at the data.
+    The distance of the predicted x_0 to that at a lower level sigma / alpha of the same noise (at the data, x_0 itself),
+    over the share by which the level is lower, which falls to `gap`, and over the root of the level.
     """
-    process, t = case.process, case.t
+    process, t, gap = case.process, case.t, FIRST_GAP * (gap / FIRST_GAP) ** case.done
     with np.errstate(divide="ignore"):  # infinite in pure noise
         levels = process.tables["sigma"] / process.tables["alpha"]
     lower = np.minimum(np.searchsorted(levels, levels * (1 - gap), side="right"), np.arange(len(levels))) - 1
     share = 1 - np.append(levels, 0.0)[lower] / levels
-    slope = 1 / (share * np.minimum(levels, levels[np.isfinite(levels)].max(initial=1.0)))
-    r, weights = (torch.from_numpy(each).to(t.device)[t] for each in (lower, slope.astype(np.float32)))
+    weight = 1 / (share * np.sqrt(np.minimum(levels, levels[np.isfinite(levels)].max(initial=1.0))))
+    r, weights = (torch.from_numpy(each).to(t.device)[t] for each in (lower, weight.astype(np.float32)))
 
     def predicted(t: Tensor) -> Tensor:
         x_t, output = case._replace(t=t).noised()

@@ -80,6 +80,7 @@ class TrainingStep:
 
     Attributes:
         step: how many steps are done.
+        done: which share of training is done, for losses that depend on it.
     """
 
     network: nn.Module
@@ -100,6 +101,7 @@ class TrainingStep:
     unbounded: bool = False
     accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=on_cpu()))
     step: int = field(default=0, init=False)
+    done: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         right = {"grad_clip": self.grad_clip is None or self.grad_clip > 0}
@@ -146,7 +148,7 @@ class TrainingStep:
             synced = nullcontext() if part == slices[-1] else accelerator.no_sync(self.model)
             with CORES.spared(self.network, images), synced:
                 t, noise, model = draws.t[part], draws.noise[part], partial(self.model, **inputs)
-                case = self.process, model, images, t, noise, self.loss, self._weights[t]
+                case = self.process, model, images, t, noise, self.loss, self._weights[t], self.done
                 loss = training_losses(*case)["loss"]
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
             losses[part] = loss.detach()

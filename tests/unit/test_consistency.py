@@ -73,16 +73,16 @@ def by_ode(x, level):
 
 @pytest.mark.parametrize("path", ["cosine", "flow"])
 @pytest.mark.parametrize("t", [0, 30, 400, 800])
-def test_the_loss_is_exact_where_the_map_is_known(path, t):
-    p, gap = of_path(path), 0.05
-    x_start, noise = drawn(20, 1, 1, 1)
-    loss = training_losses(p, map_of(p), x_start, torch.full((20,), t), noise, "consistency")["loss"]
+@pytest.mark.parametrize(("done", "gap"), [(0.0, 0.7), (1.0, 0.05)])
+def test_the_loss_is_exact_where_the_map_is_known(path, t, done, gap):
+    p, (x_start, noise) = of_path(path), drawn(20, 1, 1, 1)
+    loss = training_losses(p, map_of(p), x_start, torch.full((20,), t), noise, "consistency", done=done)["loss"]
     levels = p.tables["sigma"] / p.tables["alpha"]
     r = max([i for i in range(t) if levels[i] <= levels[t] * (1 - gap)], default=-1)
     lower = levels[r] if r >= 0 else 0.0
     ends = [by_ode((x_start + level * noise).double().flatten().numpy(), level) if level else x_start.flatten().numpy()
             for level in (levels[t], lower)]  # fmt: skip
-    expected = (np.sqrt((ends[0] - ends[1]) ** 2 + HUBER**2) - HUBER) / (levels[t] - lower)
+    expected = (np.sqrt((ends[0] - ends[1]) ** 2 + HUBER**2) - HUBER) / (1 - lower / levels[t]) / np.sqrt(levels[t])
     np.testing.assert_allclose(loss, expected, rtol=2e-3, atol=2e-4)
 
 

@@ -74,7 +74,7 @@ def test_the_mathematics_stands_alone_and_can_be_read_in_an_evening():
         assert outside - set(sys.stdlib_module_names) <= {"torch", "numpy", "einops"}, module
     read = [*MATHEMATICS, "models.layers", "models.unet"]
     lines = sum((PACKAGE / f"{name.replace('.', '/')}.py").read_text().count("\n") for name in read)
-    assert lines < 1770
+    assert lines < 1780
 
 
 def lines_of_code(path):
