@@ -21,8 +21,8 @@ HUBER, FIRST_GAP = 0.03, 0.7
 
 
 class Case(NamedTuple):
-    """Images (B, C, ...) in [-1, 1], the timesteps (B,) and noise at which a network is trained on them, and which share
-    of its training is done."""
+    """Images (B, C, ...) in [-1, 1], the timesteps (B,) and noise at which a network is trained on them, and which
+    share of its training is done."""
 
     process: GaussianDiffusion
     model: Denoiser
@@ -95,8 +95,8 @@ def rescaled_kl(case: Case) -> Parts:
 def consistency(case: Case, *, gap: Annotated[float, (1e-9, 0.999)] = 0.05) -> Parts:
     """Consistency training of a finished diffusion model (Geng et al. 2024, "Consistency models made easy", section 3).
 
-    The distance of the predicted x_0 to that at a lower level sigma / alpha of the same noise (at the data, x_0 itself),
-    over the share by which the level is lower, which falls to `gap`, and over the root of the level.
+    The distance of the predicted x_0 to that at a lower level sigma / alpha of the same noise (at the data, x_0
+    itself), over the share by which the level is lower, which falls to `gap`, and over the root of the level.
     """
     process, t, gap = case.process, case.t, FIRST_GAP * (gap / FIRST_GAP) ** case.done
     with np.errstate(divide="ignore"):  # infinite in pure noise
