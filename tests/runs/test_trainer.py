@@ -10,6 +10,7 @@ import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import diffusion
@@ -673,3 +674,14 @@ def test_without_normalisation_clipping_is_advised(tmp_path):
     Trainer(small(**FIXUP, train__grad_clip=1.0), tmp_path / "b", warn=heard.append)
     Trainer(small(), tmp_path / "c", warn=heard.append)
     assert len(heard) == 1
+
+
+def test_auto_precision_is_bf16_where_the_processor_multiplies_it(tmp_path, monkeypatch):
+    heard = []
+    for has, precision, steps in ((True, "bf16", 2), (False, "no", 4)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": has}, raising=False)  # noqa: B023
+        trainer = Trainer(small(**TINY, train__precision="auto", train__steps=steps), tmp_path / "run", heard.append)
+        assert trainer.accelerator.mixed_precision == precision
+        trainer.run()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert any("the run continues with other rounding: precision was bf16 and is no" in line for line in heard)
