@@ -7,8 +7,10 @@ from scipy.integrate import solve_ivp
 from scipy.stats import kstest, norm
 
 from diffusion import GaussianDiffusion, Schedule
+from diffusion.errors import UsageError
 from diffusion.losses import HUBER, training_losses
 from diffusion.samplers import consistency
+from diffusion.schedule import LOWEST_LOG_SNR, place_timesteps
 
 MEANS, SPREADS, SHARES = np.array([-0.7, 0.4]), np.array([0.1, 0.2]), np.array([0.3, 0.7])
 GRID = np.linspace(-2.5, 2.5, 20001)
@@ -110,3 +112,32 @@ def test_samples_of_the_map_are_the_data():
         x_T = torch.randn(20_000, 1, 1, 1, generator=generator)
         x = consistency(p, map_of(p), x_T, lambda step: torch.randn(x_T.shape, generator=generator))  # noqa: B023
         assert kstest(x.flatten().numpy(), cdf).statistic < 0.015, (path, respacing)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "flow", "gvp"])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_jumps_are_evenly_spaced_from_the_noise(name, n):
+    path = Schedule.named(name, 1000).path
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(path.alphas / path.sigmas)
+    found = log_snr[place_timesteps(log_snr, f"jumps{n}")]
+    expected = np.linspace(-LOWEST_LOG_SNR, LOWEST_LOG_SNR, n + 1)[1:]
+    np.testing.assert_allclose(found[:-1], expected[:-1], atol=0.3)
+    assert found[-1] == pytest.approx(LOWEST_LOG_SNR, abs=0.3) or (np.isneginf(log_snr[-1]) and np.isneginf(found[-1]))
+
+
+def test_jumps_that_cannot_be_placed_say_so():
+    for wrong, says in (("jumps0", "not understood"), ("jumps", "not understood"), ("jumps2,3", "must be one number"),
+                        ("jumps5000", "must be one number, from 1 to 996 of 1000 steps")):  # fmt: skip
+        with pytest.raises(UsageError, match=says):
+            Schedule.named("cosine", 1000, wrong)
+
+
+def test_both_predictions_have_the_same_dropout():
+    """A network that is nothing but a random output agrees with itself, but at the data."""
+    p, (x_start, noise) = of_path("cosine"), drawn(4, 1, 8, 8)
+    with torch.random.fork_rng():
+        loss = training_losses(p, lambda x, t: torch.rand_like(x), x_start, torch.tensor([0, 9, 99, 999]), noise,
+                               "consistency")["loss"]  # fmt: skip
+    assert loss[0] > 0
+    assert (loss[1:] == 0).all()
