@@ -5,7 +5,7 @@
 
 The features are those of EfficientNet-Lite0, trained on ImageNet, of images enlarged to 128 pixels. The distance is
 that of --n images to as many training images; that of as many held-out ones stands beside it. What is seen is said by a
-logistic regression on the features of 20,000 training images. The checkpoints of a run are scored with a fifth as many
+logistic regression on the features of 10,000 training images. The checkpoints of a run are scored with a quarter as many
 images (distances of fewer images are larger), and the last one at each of --guidance. --rate is how many images a
 second the run trained on, which makes minutes of its steps. Results are kept in OUT.json: what is there is not drawn
 again. OUT.png is the plot.
@@ -41,7 +41,7 @@ sys.path.append(str(Path(__file__).parents[1] / "studies"))
 from tables import keep, table
 
 MEAN, SPREAD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-CLASSIFIER_IMAGES = 20_000
+CLASSIFIER_IMAGES = 10_000
 
 
 class Eye:
@@ -101,15 +101,15 @@ def main() -> None:
     parser.add_argument("--ckpt", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="without a suffix")
     parser.add_argument("--rate", type=float, required=True, help="images a second in training")
-    parser.add_argument("--n", type=int, default=5000)
-    parser.add_argument("--guidance", type=float, nargs="*", default=[1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--guidance", type=float, nargs="*", default=[1.0, 1.5, 2.0])
     parser.add_argument("--title", default="CIFAR-10 on two cores")
     args = parser.parse_args()
     run, file = load(args.ckpt), args.out.with_suffix(".json")
     results: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
     trained, held_out = hold_out(open_data(run.config.data), run.config.data.held_out, run.config.train.seed)
     assert held_out is not None, "the run held no images out"
-    eye, few, batch_size = Eye(trained), args.n // 5, run.config.train.batch_size
+    eye, few, batch_size = Eye(trained), args.n // 4, run.config.train.batch_size
     for name, n in (("held-out images", args.n), ("held-out images, few", few)):
         results[name] = eye.scores(*of(held_out, n))
         keep(file, results)
