@@ -5,8 +5,8 @@
 
 The features are those of EfficientNet-Lite0, trained on ImageNet, of images enlarged to 128 pixels. The distance is
 that of --n images to as many training images; that of as many held-out ones stands beside it. What is seen is said by a
-logistic regression on the features of 10,000 training images. The checkpoints of a run are scored with a quarter as many
-images (distances of fewer images are larger), and the last one at each of --guidance. --rate is how many images a
+logistic regression on the features of 10,000 training images. The checkpoints of a run are scored with a quarter as
+many images (distances of fewer images are larger), and the last one at each of --guidance. --rate is how many images a
 second the run trained on, which makes minutes of its steps. Results are kept in OUT.json: what is there is not drawn
 again. OUT.png is the plot.
 """

@@ -6,11 +6,12 @@
 
 The rules: each recipe of a track trains --seeds times, in processes of one thread, on nine tenths of the images, and is
 scored by the rest (benchmarks/quality.py): bits per dimension, and Fréchet distances of `SAMPLES` samples to the
-training images, at 10 and 12 evaluations (DPM-Solver++) and, of the recipes that are `full`, at 250 (ancestral). A recipe that
-trains another one `of` the track further, as a consistency model, is scored at 1, 2 and 4 evaluations instead, and its
-seconds are those of the further training alone. CPU seconds are of training. The targets are the baseline's means. p is
-of a one-sided Welch test against the recipe that it `beats`. Runs are kept in runs/speedrun/: what is there is not run
-again. Each recipe's record is appended to benchmarks/records.jsonl, with date, commit and machine.
+training images, at 10 and 12 evaluations (DPM-Solver++) and, of the recipes that are `full`, at 250 (ancestral). A
+recipe that trains another one `of` the track further, as a consistency model, is scored at 1, 2 and 4 evaluations
+instead, and its seconds are those of the further training alone. CPU seconds are of training. The targets are the
+baseline's means. p is of a one-sided Welch test against the recipe that it `beats`. Runs are kept in runs/speedrun/:
+what is there is not run again. Each recipe's record is appended to benchmarks/records.jsonl, with date, commit and
+machine.
 """
 
 from __future__ import annotations
