@@ -60,7 +60,7 @@ def training_losses(
     parts = loss_type(Case(process, model, x_start, t, noise, done))
     if weights is not None and "mse" in parts:
         parts["mse"] = parts["mse"] * weights
-    return {"loss": torch.stack(list(parts.values())).sum(0), **parts}
+    return parts | {"loss": torch.stack(list(parts.values())).sum(0)}
 
 
 def mse(case: Case, vb_factor: float = 1.0) -> Parts:

@@ -135,27 +135,31 @@ def place_timesteps(log_snr: Array, respacing: Respacing) -> list[int]:
     pure_noise = [] if np.isfinite(log_snr[-1]) else [steps - 1]
     log_snr = log_snr[: steps - len(pure_noise)]
     last = min(int((log_snr >= LOWEST_LOG_SNR).sum()), len(log_snr) - 1)
-    jumps = placed[1] == "jumps"
-    extra = 1 if jumps else -len(pure_noise)
-    count = wanted[0] + extra
-    if len(wanted) > 1 or not 1 <= count <= last + 1:
-        least, most = max(1, 1 - extra), last + 1 - extra
+    jumps, count = placed[1] == "jumps", wanted[0] - len(pure_noise)
+    least, most = 1 if jumps else 1 + len(pure_noise), last + 1 + len(pure_noise)
+    if len(wanted) > 1 or not least <= wanted[0] <= most:
         raise UsageError(f"respacing '{respacing}': it must be one number, from {least} to {most} of {steps} steps")
-    high = -LOWEST_LOG_SNR if jumps else float(log_snr[0 if count > 1 else last])
-    low = float(log_snr[last])
-    at = np.linspace(high, low, count)
+    if not count:
+        return pure_noise
+    if jumps:
+        at = np.linspace(-LOWEST_LOG_SNR, LOWEST_LOG_SNR, wanted[0] + 1)[1 : count + 1]
+    else:
+        high, low = float(log_snr[0 if count > 1 else last]), float(log_snr[last])
+        at = np.linspace(high, low, count)
     if placed[1] == "karras":
         at = -7 * np.log(np.linspace(math.exp(-high / 7), math.exp(-low / 7), count))
     nearest = np.rint(np.interp(-at, -log_snr, np.arange(len(log_snr)))).astype(int)
     numbers = np.arange(count)
     distinct = np.minimum(np.maximum.accumulate(nearest - numbers), last + 1 - count) + numbers
-    return [*(distinct[1 : count - len(pure_noise)] if jumps else distinct).tolist(), *pure_noise]
+    return [*distinct.tolist(), *pure_noise]
 
 
 def _counts(text: str, respacing: str) -> list[int]:
     parts = text.split(",")
     if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", part) for part in parts):
-        right = "a count like 50, sections like 10,15,20, ddim50, logsnr10, karras10, or a list like [0, 250, 999]"
+        right = (
+            "a count like 50, sections like 10,15,20, ddim50, logsnr10, karras10, jumps2, or a list like [0, 250, 999]"
+        )
         raise UsageError(f"respacing '{respacing}' is not understood: it must be {right}")
     return [int(part) for part in parts]
 

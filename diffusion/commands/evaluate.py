@@ -132,7 +132,9 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
 def check_flags(args: argparse.Namespace, run: Run) -> None:
     """Raise UsageError for flags that do not fit the model or each other."""
     with prefixed("--steps: "):
-        process = run.config.diffusion.process(args.steps)
+        process = run.config.diffusion.process(args.steps if "bits_per_dim" in args.metric else "")
+        if args.metric != ["bits_per_dim"]:
+            run.with_sampling(steps=args.steps or None)
     if "bits_per_dim" in args.metric:
         if run.config.diffusion.loss == "consistency":
             raise UsageError(

@@ -63,7 +63,11 @@ class DiffusionConfig(Section):
             self.process().check_diffusion(f"loss {self.loss}")
         self.process()
         if self.weighting != "none" and "mse" not in self.loss:
-            raise UsageError(f"diffusion.weighting is {self.weighting}, which is for mse losses, not for {self.loss}")
+            raise UsageError(
+                f"diffusion.weighting is {self.weighting}, which is for mse losses: for {self.loss}, set it to none"
+            )
+        if self.loss == "consistency" and (self.prediction == "previous_x" or self.respacing != ""):
+            raise UsageError("diffusion.loss is consistency, which takes no prediction previous_x and no respacing")
 
     def process(self, respacing: Respacing = "") -> GaussianDiffusion:
         """The process, with `respacing` in place of the training's if given. Raises UsageError if it is impossible."""

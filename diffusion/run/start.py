@@ -45,10 +45,8 @@ def continued_config(saved: Checkpoint, now: Config, out: Path) -> Config:
 
 def changes(saved: Checkpoint, now: Config, environment: Mapping[str, Any]) -> list[str]:
     """Messages about what has changed since `saved` was written: settings, and what rounding depends on."""
-    settings, rounding = (
-        _differences(saved.config.flat(), now.flat()),
-        _differences({"precision": "no"} | dict(saved.environment), environment),
-    )
+    before = {"precision": saved.config.train.precision or "no", **saved.environment}
+    settings, rounding = _differences(saved.config.flat(), now.flat()), _differences(before, environment)
     messages = {f"changed since step {saved.step}": settings, "the run continues with other rounding": rounding}
     return [f"{what}: {'; '.join(changed.values())}" for what, changed in messages.items() if changed]
 

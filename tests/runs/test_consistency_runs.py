@@ -44,7 +44,7 @@ def test_a_count_of_steps_is_so_many_evaluations(fast, steps):
     run.network.register_forward_pre_hook(lambda network, inputs: calls.append(inputs[1][0].item()))
     images = run.sample(3, steps=steps)
     assert len(calls) == steps
-    assert calls[0] == 996  # log(alpha / sigma) is -5.1
+    assert calls[0] == 995  # log(alpha / sigma) is -5.1
     assert images.shape == (3, 1, 8, 8)
     torch.testing.assert_close(images[1:2], run.sample(2, steps=steps, batch_size=1)[1:], atol=1e-3, rtol=0)
 
@@ -68,12 +68,16 @@ def test_what_it_cannot_do_is_refused_in_a_line(first, fast, monkeypatch, capsys
     assert f"{goes_on}: model.channel_mult was [1] and is [2]" in refused("d", **wider)
     assert "sample.sampler is dpmpp, and diffusion.loss consistency" in refused("e", sample__sampler="dpmpp")
     assert "diffusion.weighting is min_snr" in refused("f", diffusion__weighting="min_snr")
+    for name, change in (("g", {"diffusion__prediction": "previous_x"}), ("h", {"diffusion__respacing": "10"})):
+        assert "takes no prediction previous_x and no respacing" in refused(name, **change)
 
     def said(module, *argv):
         code, _, err = script(module, monkeypatch, capsys, *argv)
         assert (code, err.count("\n")) == (2, 1), err
         return err
 
+    assert "has consistency true" in said(sample, "--ckpt", first, "--guide", fast, "--guidance", "2")
+    assert "jumps5000" in said(evaluate, "--ckpt", fast, "--metric", "frechet", "--steps", "5000")
     assert "is a consistency model, which has no likelihood" in said(evaluate, "--ckpt", fast)
     assert "sampler is ddim, and diffusion.loss consistency" in said(sample, "--ckpt", fast, "--sampler", "ddim")
     assert "sampler is consistency, and diffusion.loss" in said(sample, "--ckpt", first, "--sampler", "consistency")

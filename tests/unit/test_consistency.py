@@ -122,13 +122,19 @@ def test_jumps_are_evenly_spaced_from_the_noise(name, n):
         log_snr = np.log(path.alphas / path.sigmas)
     found = log_snr[place_timesteps(log_snr, f"jumps{n}")]
     expected = np.linspace(-LOWEST_LOG_SNR, LOWEST_LOG_SNR, n + 1)[1:]
-    np.testing.assert_allclose(found[:-1], expected[:-1], atol=0.3)
-    assert found[-1] == pytest.approx(LOWEST_LOG_SNR, abs=0.3) or (np.isneginf(log_snr[-1]) and np.isneginf(found[-1]))
+    np.testing.assert_allclose(found[:-1], expected[:-1], atol=0.05)
+    assert found[-1] == pytest.approx(LOWEST_LOG_SNR, abs=0.05) or (np.isneginf(log_snr[-1]) and np.isneginf(found[-1]))
+
+
+def test_a_short_process_is_jumped_from_at_any_of_its_steps():
+    kept = [Schedule.named(name, steps, f"jumps{steps}").timestep_map
+            for name in ("cosine", "flow") for steps in (1, 2)]  # fmt: skip
+    assert kept == [(0,), (0, 1), (0,), (0, 1)]
 
 
 def test_jumps_that_cannot_be_placed_say_so():
     for wrong, says in (("jumps0", "not understood"), ("jumps", "not understood"), ("jumps2,3", "must be one number"),
-                        ("jumps5000", "must be one number, from 1 to 996 of 1000 steps")):  # fmt: skip
+                        ("jumps5000", "must be one number, from 1 to 997 of 1000 steps")):  # fmt: skip
         with pytest.raises(UsageError, match=says):
             Schedule.named("cosine", 1000, wrong)
 

@@ -43,6 +43,13 @@ def test_the_bound_of_the_hybrid_loss_trains_the_variance_alone():
     assert (gradient[3:] != 0).all()
 
 
+def test_a_loss_is_the_sum_of_its_parts():
+    parts = {"loss": torch.ones(5), "other": 2 * torch.ones(5)}
+    terms = training_losses(process("cosine", 100), small_unet(), X0, T, NOISE, lambda case: dict(parts))
+    assert terms["loss"].tolist() == [3] * 5
+    assert terms["other"].tolist() == [2] * 5
+
+
 def test_kl_is_that_of_torch():
     m1, v1, m2, v2 = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
     normal = [torch.distributions.Normal(m, torch.exp(0.5 * v)) for m, v in ((m1, v1), (m2, v2))]
