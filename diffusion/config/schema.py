@@ -63,9 +63,8 @@ class DiffusionConfig(Section):
             self.process().check_diffusion(f"loss {self.loss}")
         self.process()
         if self.weighting != "none" and "mse" not in self.loss:
-            raise UsageError(
-                f"diffusion.weighting is {self.weighting}, which is for mse losses: for {self.loss}, set it to none"
-            )
+            right = f"which is for mse losses, not for {self.loss}: set it to none"
+            raise UsageError(f"diffusion.weighting is {self.weighting}, {right}")
         if self.loss == "consistency" and (self.prediction == "previous_x" or self.respacing != ""):
             raise UsageError("diffusion.loss is consistency, which takes no prediction previous_x and no respacing")
 
