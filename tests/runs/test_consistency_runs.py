@@ -12,6 +12,7 @@ import evaluate
 import sample
 from diffusion import UsageError
 from diffusion.commands import convert
+from diffusion.training import step as step_module
 from diffusion.training.trainer import Trainer
 
 FAST = TINY | dict(diffusion__loss="consistency", sample__sampler="consistency", sample__steps=2, train__seed=1)
@@ -36,6 +37,13 @@ def test_it_is_continued_to_the_bit(first, fast, tmp_path):
     shutil.rmtree(again / "checkpoints/step_00000006")
     train(small(**FAST, train__init_from=str(first), checkpoint__every=3, model__dropout=0.1), again)
     assert_same_bits(tensors(again), tensors(fast))
+
+
+def test_the_gap_shrinks_over_training(first, tmp_path, monkeypatch):
+    seen, real = [], step_module.training_losses
+    monkeypatch.setattr(step_module, "training_losses", lambda *case: seen.append(case[-1]) or real(*case))
+    train(small(**FAST, train__init_from=str(first)), tmp_path / "run")
+    assert seen == [i / 6 for i in range(6)]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -147,3 +147,11 @@ def test_both_predictions_have_the_same_dropout():
                                "consistency")["loss"]  # fmt: skip
     assert loss[0] > 0
     assert (loss[1:] == 0).all()
+
+
+def test_only_the_last_prediction_is_clipped():
+    p, seen = of_path("cosine", "jumps2"), []
+    x = consistency(p, lambda x, t: seen.append(x) or torch.full_like(x, 2.0), torch.zeros(1, 1, 1, 1),
+                    lambda step: torch.zeros(1, 1, 1, 1))  # fmt: skip
+    assert seen[1].item() == pytest.approx(2 * p.path(0)[0])
+    assert x.item() == 1
