@@ -157,9 +157,7 @@ def place_timesteps(log_snr: Array, respacing: Respacing) -> list[int]:
 def _counts(text: str, respacing: str) -> list[int]:
     parts = text.split(",")
     if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", part) for part in parts):
-        right = (
-            "a count like 50, sections like 10,15,20, ddim50, logsnr10, karras10, jumps2, or a list like [0, 250, 999]"
-        )
+        right = "a count like 50, sections like 10,15,20, ddim50, logsnr10, karras10, jumps2, or a list like [0, 999]"
         raise UsageError(f"respacing '{respacing}' is not understood: it must be {right}")
     return [int(part) for part in parts]
 

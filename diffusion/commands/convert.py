@@ -71,7 +71,7 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
         raise UsageError("sit goes one way: its weights become a run")
     if run.vectors.size or saved.config.data.condition_channels:
         raise UsageError(f"{args.source} has condition vectors or images, which {args.format} cannot express")
-    if saved.config.diffusion.loss == "consistency":
+    if saved.config.is_consistency_model:
         raise UsageError(f"{args.source} is a consistency model, which their samplers would take for a diffusion model")
     if args.format in ("openai", "dit"):
         name = (check_unet if args.format == "openai" else check_dit)(saved.config)

@@ -136,10 +136,8 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
         if args.metric != ["bits_per_dim"]:
             run.with_sampling(steps=args.steps or None)
     if "bits_per_dim" in args.metric:
-        if run.config.diffusion.loss == "consistency":
-            raise UsageError(
-                f"--metric is bits_per_dim, and {run.path} is a consistency model, which has no likelihood"
-            )
+        if run.config.is_consistency_model:
+            raise UsageError(f"{run.path} is a consistency model, which has no likelihood: leave out bits_per_dim")
         process.check_diffusion("--metric bits_per_dim", "score samples, with --metric frechet")
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")

@@ -218,21 +218,24 @@ class Config:
         if self.data.unbounded and self.sample.options["clip_denoised"]:
             both = "sample.clip_denoised is true, and data.unbounded too"
             raise UsageError(f"{both}, whose values it cuts: set it to false")
-        consistent = self.diffusion.loss == "consistency"
-        if consistent != (self.sample.sampler == "consistency"):
+        sampler, loss = self.sample.sampler, self.diffusion.loss
+        if self.is_consistency_model != (sampler == "consistency"):
             right = "the sampler consistency goes with the loss consistency, and no other with it"
-            raise UsageError(
-                f"sample.sampler is {self.sample.sampler}, and diffusion.loss {self.diffusion.loss}: {right}"
-            )
-        if consistent and self.train.init_from is None:
-            raise UsageError(
-                "diffusion.loss is consistency, which trains a finished run further: name it in train.init_from"
-            )
+            raise UsageError(f"sample.sampler is {sampler}, and diffusion.loss {loss}: {right}")
+        if self.is_consistency_model and self.train.init_from is None:
+            right = "which trains a finished run further: name it in train.init_from"
+            raise UsageError(f"diffusion.loss is consistency, {right}")
         with prefixed("sample.steps: "):
             check_process(self.sample.sampler, self.sample.options, self.sampling_process())
         if self.sample.guide_between is not None:
             with prefixed("sample."):
                 noise_between(self.sampling_process(), *self.sample.guide_between)
+
+    @property
+    def is_consistency_model(self) -> bool:
+        """Whether the network predicts the end of a path instead of a mean: it has no likelihood, and a sampler of its
+        own."""
+        return self.diffusion.loss == "consistency"
 
     def resolved(self) -> Self:
         """This configuration with the size of the first image of the data, if `data.image_size` is null."""

@@ -265,11 +265,7 @@ def check_guide(run: Run, guide: Run) -> None:
         data, settings = of.config.data, of.config.flat()
         must = {f"diffusion.{name}": settings.get(f"diffusion.{name}") for name in PROCESS if name != "variance"}
         may = {"classes": of.class_names, "conditions": dict(of.vectors.widths), **data.condition_shapes}
-        must |= {
-            "images": data.shape,
-            "data.range": data.range,
-            "consistency": of.config.diffusion.loss == "consistency",
-        }
+        must |= {"images": data.shape, "data.range": data.range, "consistency model": of.config.is_consistency_model}
         return must, {**may, "data.condition_range": data.condition_range}
 
     (must, may), (own_must, own_may) = meaning(guide), meaning(run)

@@ -77,14 +77,11 @@ def start_from(path: Path, network: nn.Module, config: Config, classes: Sequence
     if not any(own[name].ndim > 1 for name in fit):
         hint = f"take its settings too, with --config {source.path / 'config.yaml'}"
         raise UsageError(f"train.init_from: no weight of {source.path} fits ({settings}): {hint}")
-    if config.diffusion.loss == "consistency":
-        reached, steps = source.step, source.config.train.steps
-        why = (
-            f"it has done {reached} of {steps} steps" if 0 < reached < steps else settings or "; ".join(differ.values())
-        )
-        if why:
-            right = "a consistency run goes on from a finished run of the same network and process"
-            raise UsageError(f"train.init_from is {source.path}, and {right}: {why}")
+    done, steps = source.step, source.config.train.steps
+    unfinished = f"it has done {done} of {steps} steps" if 0 < done < steps else ""
+    if config.is_consistency_model and (why := unfinished or settings or "; ".join(differ.values())):
+        right = "a consistency run goes on from a finished run of the same network and process"
+        raise UsageError(f"train.init_from is {source.path}, and {right}: {why}")
     for name in fit:
         own[name].copy_(weights[name])
     tables = {name: (own[name], weights.get(name)) for name in CLASSES & own.keys()}

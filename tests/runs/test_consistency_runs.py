@@ -84,7 +84,7 @@ def test_what_it_cannot_do_is_refused_in_a_line(first, fast, monkeypatch, capsys
         assert (code, err.count("\n")) == (2, 1), err
         return err
 
-    assert "has consistency true" in said(sample, "--ckpt", first, "--guide", fast, "--guidance", "2")
+    assert "has consistency model true" in said(sample, "--ckpt", first, "--guide", fast, "--guidance", "2")
     assert "jumps5000" in said(evaluate, "--ckpt", fast, "--metric", "frechet", "--steps", "5000")
     assert "is a consistency model, which has no likelihood" in said(evaluate, "--ckpt", fast)
     assert "sampler is ddim, and diffusion.loss consistency" in said(sample, "--ckpt", fast, "--sampler", "ddim")
