@@ -51,7 +51,8 @@ class DiffusionConfig(Section):
     variance: VarianceType = "learned_range"
     """variance of the reverse process"""
     loss: str = "rescaled_mse"
-    """mse and rescaled_mse: the simple loss, hybrid if the variance is learned; kl: the variational bound"""
+    """mse and rescaled_mse: the simple loss, hybrid if the variance is learned; kl: the variational bound; consistency:
+    for a finished run (train.init_from), to draw in 1, 2 or 4 evaluations"""
     weighting: str = "none"
     """weights of the simple loss by timestep; min_snr: min(signal-to-noise ratio, gamma) in terms of x_0"""
     rescale_timesteps: bool = True
