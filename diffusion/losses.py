@@ -46,11 +46,11 @@ def training_losses(
     process: GaussianDiffusion, model: Denoiser, x_start: Tensor, t: Tensor, noise: Tensor, loss_type: Loss | str,
     weights: Tensor | None = None, done: float = 1.0,
 ) -> Parts:  # fmt: skip
-    """The loss of each image at its timestep, and its parts.
+    """The loss of each image at its timestep, and its parts. The arguments are those of a `Case`, and these:
 
     Args:
-        x_start, t, noise, done: see `Case`.
-        loss_type: a loss, or its name in `LOSSES`. weights: (B,), factors of the part `mse` (see `WEIGHTINGS`).
+        loss_type: a loss, or its name in `LOSSES`.
+        weights: (B,), factors of the part `mse` (see `WEIGHTINGS`).
 
     Returns `loss`, (B,), and with the mse losses also their parts `mse` and, if the variance is learned, `vb`.
     """

@@ -12,7 +12,7 @@ from diffusion.commands import evaluate, sample
 from diffusion.commands.command_line import run_parser
 from diffusion.config.schema import SECTIONS, all_settings
 
-ADDED = {"data.count", "diffusion.p", "model.width", "sample.temperature", "train.nesterov_momentum"}
+ADDED = {"data.count", "diffusion.p", "diffusion.delta", "model.width", "sample.temperature", "train.nesterov_momentum"}
 """Settings of the components that docs/extending.md adds."""
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 

@@ -84,13 +84,14 @@ fitting |= dict.fromkeys(
 fitting |= dict.fromkeys(
     ["model.dropout", "train.lr", "train.weight_decay", "train.grad_clip", "train.label_dropout",
      "train.scalar_lr_factor", "sample.guidance", "train.seed",
-     "train.momentum", "train.decay_share", "train.uniform_prob", "diffusion.gamma", "sample.eta"], rates)  # fmt: skip
+     "train.momentum", "train.decay_share", "train.uniform_prob", "diffusion.gamma", "diffusion.gap", "sample.eta"],
+    rates)  # fmt: skip
 OWNERS = {
     "train.history": {"timestep_sampler": "loss_second_moment"}, "train.decay_share": {"lr_schedule": "wsd"},
     "train.uniform_prob": {"timestep_sampler": "loss_second_moment"}, "train.momentum": {"optimizer": "muon"},
     "diffusion.gamma": {"weighting": "min_snr", "loss": "mse"}, "sample.eta": {"sampler": "ddim"},
     "sample.order": {"sampler": "ipndm"}, "train.location": {"timestep_sampler": "logit_normal"},
-    "train.scale": {"timestep_sampler": "logit_normal"},
+    "train.scale": {"timestep_sampler": "logit_normal"}, "diffusion.gap": {"loss": "consistency"},
     "diffusion.s_max": {"schedule": "flow", "variance": "fixed_small", "prediction": "velocity"},
     **{f"model.{name}": {"network": "dit"} for name in ("patch_size", "hidden_size", "depth", "mlp_ratio")},
 }  # fmt: skip
