@@ -134,7 +134,7 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
     with prefixed("--steps: "):
         process = run.config.diffusion.process(args.steps if "bits_per_dim" in args.metric else "")
         if args.metric != ["bits_per_dim"]:
-            run.with_sampling(steps=args.steps or None)
+            run.with_sampling(steps=None if args.steps == "" else args.steps)
     if "bits_per_dim" in args.metric:
         if run.config.is_consistency_model:
             raise UsageError(f"{run.path} is a consistency model, which has no likelihood: leave out bits_per_dim")

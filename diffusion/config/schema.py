@@ -256,7 +256,8 @@ class Config:
         """The steps of the section `sample`: its own, or the sampler's usual ones."""
         steps, sampler = self.sample.steps, self.sample.sampler
         steps = usual_steps(sampler, self.diffusion.steps) if steps is None else steps
-        return f"{SAMPLERS[sampler].placed}{steps}" if str(steps).isdecimal() else steps
+        placed = SAMPLERS[sampler].placed
+        return f"{placed}{steps}" if placed and str(steps).isdecimal() else steps
 
     def sampling_process(self) -> GaussianDiffusion:
         """The process with the steps of the section `sample`."""

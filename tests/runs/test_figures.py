@@ -233,9 +233,10 @@ def test_a_spread_over_subsets_is_one():
 def test_evaluations_are_counted_around_the_network(sampler, guidance):
     data, pool = fold("shuffled")
     subject = subject_of(data, pool, 6)
+    further = dict(diffusion__loss="consistency", train__init_from="first") if sampler == "consistency" else {}
     subject.run.config = small(
         diffusion__prediction="x_start", diffusion__variance="fixed_small", sample__steps="5",
-        train__label_dropout=0.1, sample__sampler=sampler, sample__guidance=guidance)  # fmt: skip
+        train__label_dropout=0.1, sample__sampler=sampler, sample__guidance=guidance, **further)  # fmt: skip
     network = subject.run.network
     subject.run.network = Function(lambda x, t, y: network(x, t, y.clamp(min=0)))
     assert len(subject.samples) == 6
