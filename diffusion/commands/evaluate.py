@@ -133,7 +133,8 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
     """Raise UsageError for flags that do not fit the model or each other."""
     with prefixed("--steps: "):
         process = run.config.diffusion.process(args.steps if "bits_per_dim" in args.metric else "")
-        if args.metric != ["bits_per_dim"]:
+    if args.metric != ["bits_per_dim"]:
+        with prefixed("--"):
             run.with_sampling(steps=None if args.steps == "" else args.steps)
     if "bits_per_dim" in args.metric:
         if run.config.is_consistency_model:
