@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="without a suffix")
     parser.add_argument("--rate", type=float, required=True, help="images a second in training")
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--guidance", type=float, nargs="*", default=[1.0, 1.5, 2.0])
+    parser.add_argument("--guidance", type=float, nargs="*", default=[1.5, 2.0])
     parser.add_argument("--title", default="CIFAR-10 on two cores, without guidance")
     args = parser.parse_args()
     run, file = load(args.ckpt), args.out.with_suffix(".json")

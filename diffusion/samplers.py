@@ -249,7 +249,7 @@ SAMPLERS = {
     "ipndm": Sampler(ipndm, "logsnr12", solver=True),
     "heun": Sampler(heun, "logsnr10", solver=True),
     "ode": Sampler(ode, "25", solver=True),
-    "consistency": Sampler(consistency, "jumps2", solver=True, placed="jumps"),
+    "consistency": Sampler(consistency, "2", solver=True, placed="jumps"),
 }
 
 

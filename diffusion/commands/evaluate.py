@@ -131,14 +131,14 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
 
 def check_flags(args: argparse.Namespace, run: Run) -> None:
     """Raise UsageError for flags that do not fit the model or each other."""
-    with prefixed("--steps: "):
-        process = run.config.diffusion.process(args.steps if "bits_per_dim" in args.metric else "")
     if args.metric != ["bits_per_dim"]:
         with prefixed("--"):
             run.with_sampling(steps=None if args.steps == "" else args.steps)
     if "bits_per_dim" in args.metric:
         if run.config.is_consistency_model:
             raise UsageError(f"{run.path} is a consistency model, which has no likelihood: leave out bits_per_dim")
+        with prefixed("--steps: "):
+            process = run.config.diffusion.process(args.steps)
         process.check_diffusion("--metric bits_per_dim", "score samples, with --metric frechet")
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")

@@ -1,4 +1,4 @@
-"""Compiling a network in place, so that its state-dict keys stay the published ones."""
+"""How a network is computed: compiled in place, so that state-dict keys stay the published ones; in what precision."""
 
 from types import MethodType
 from typing import Any

@@ -10,7 +10,7 @@ from diffusion.models.initialisation import scalars
 from diffusion.process import GaussianDiffusion
 from diffusion.training.step import TrainingStep
 
-SAME_IN_TRAIN = "ema_rates", "ema_warmup", "ema_lengths", "seed", "grad_clip", "label_dropout"
+SAME_IN_TRAIN = "ema_rates", "ema_warmup", "ema_lengths", "seed", "grad_clip", "label_dropout", "steps"
 SAME_IN_DATA = "random_flip", "unbounded"
 """Settings that the training step takes under the same name."""
 

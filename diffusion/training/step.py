@@ -76,11 +76,11 @@ class TrainingStep:
         label_dropout: share of the images that are trained on without label, vector and image.
         random_flip: mirror half of the images, and their condition images, along their last axis.
         unbounded: images may have values beyond [-1, 1].
+        steps: of the whole training, for losses that depend on the share that is done; None: all counts as done.
         accelerator: of several processes or mixed precision; by default a plain one.
 
     Attributes:
         step: how many steps are done.
-        done: which share of training is done, for losses that depend on it.
     """
 
     network: nn.Module
@@ -99,9 +99,9 @@ class TrainingStep:
     label_dropout: float = 0.0
     random_flip: bool = False
     unbounded: bool = False
+    steps: int | None = None
     accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=on_cpu()))
     step: int = field(default=0, init=False)
-    done: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         right = {"grad_clip": self.grad_clip is None or self.grad_clip > 0}
@@ -139,6 +139,7 @@ class TrainingStep:
         batch = len(x_start) * processes
         slices = micro_batch_slices(batch, accelerator.process_index, processes, self.gradient_accumulation)
         draws = self.draws(self.step, batch, x_start.shape[1:])
+        done = 1.0 if self.steps is None else self.step / self.steps
         losses = torch.zeros_like(draws.weights)
         chunks = {name: value.chunk(len(slices)) for name, value in {"x_start": x_start, **given}.items()}
         for i, part in enumerate(slices):
@@ -148,7 +149,7 @@ class TrainingStep:
             synced = nullcontext() if part == slices[-1] else accelerator.no_sync(self.model)
             with CORES.spared(self.network, images), synced:
                 t, noise, model = draws.t[part], draws.noise[part], partial(self.model, **inputs)
-                case = self.process, model, images, t, noise, self.loss, self._weights[t], self.done
+                case = self.process, model, images, t, noise, self.loss, self._weights[t], done
                 loss = training_losses(*case)["loss"]
                 accelerator.backward((loss * draws.weights[part]).mean() / len(slices))
             losses[part] = loss.detach()

@@ -200,7 +200,6 @@ class Trainer:
             lr = learning_rate(train, self.step)
             for group in step.optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            step.done = self.step / train.steps
             x_start, given = self.sampled.given(next(data))
             result = step(x_start, **given)
             meter.update(result.losses, result.weights, result.t * 4 // self.process.num_timesteps)
