@@ -3,8 +3,10 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 
 from diffusion.commands import terminal
 from diffusion.commands.command_line import parse_settings
+from diffusion.commands.report import write_report
 from diffusion.config.schema import config_of, override
 from diffusion.data.base import DataConfig, DataSet, hold_out, open_data, with_classes
 from diffusion.data.image_files import FileDataset
@@ -21,11 +24,10 @@ from diffusion.errors import UsageError, check_name, one_line, prefixed
 from diffusion.files.atomic import replace_text, written_by
 from diffusion.metrics import METRICS
 from diffusion.metrics.base import Reference, Score, Subject, over_sets
-from diffusion.metrics.bits_per_dim import check_levels
 from diffusion.metrics.features import FEATURES
 from diffusion.parallel.launchers import accelerate_starts, check_launcher, on_cpu
 from diffusion.run.checkpoint import folders
-from diffusion.run.folder import run_of
+from diffusion.run.folder import SCORES, append_line, run_of
 from diffusion.run.grids import PNG_MARK, save_grid
 from diffusion.run.loaded import Run
 from diffusion.samplers import Progress
@@ -72,6 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name in ELSEWHERE:
             raise UsageError(f"--metric {name} is here {ELSEWHERE[name]}")
         check_name("--metric", name, METRICS)
+    args.draws = any(METRICS[name].draws for name in args.metric)
     return args
 
 
@@ -93,9 +96,10 @@ def choose_data(args: argparse.Namespace, run: Run) -> DataConfig:
     return data
 
 
-def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[DataSet, DataSet]:
-    """The images to score, and those of all classes. Raises UsageError if they do not fit the model or the metrics."""
-    saved, dataset = run.saved, open_data(data, "test" if args.split == "test" else "train")
+def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[DataSet, DataSet, DataSet | None]:
+    """The images to score, those of all classes, and those that the run held out, or the data's test images. Raises
+    UsageError if they do not fit the model or the metrics."""
+    saved, dataset, held_out = run.saved, open_data(data, "test" if args.split == "test" else "train"), None
     if isinstance(dataset, FileDataset):  # each image is scored once, so none may replace another
         dataset.on_error = "fail"
     if left := dataset.left_out:
@@ -109,8 +113,11 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
         elif held_out is not None:
             dataset = held_out if args.split == "held_out" else trained
     names, numbers = saved.class_names, tuple(map(str, range(len(dataset.class_names))))
+    if held_out is None and "gap" in args.metric and "test" in data.splits:
+        with suppress(UsageError):
+            held_out = open_data(data, "test")
     if names != dataset.class_names and set(names) == set(dataset.class_names):
-        dataset = with_classes(dataset, names)
+        dataset, held_out = with_classes(dataset, names), held_out and with_classes(held_out, names)
     elif names not in ((), dataset.class_names) and not (saved.step == 0 and names == numbers):  # of a converted model
         raise UsageError(f"the data's classes are {dataset.class_names}; those of {saved.path} are {names}")
     if dataset.vectors.widths != run.vectors.widths:
@@ -124,28 +131,21 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
         if (least := METRICS[name].least) > min(wanted, images):
             counts = f"--n is {wanted}, and there are {images} images"
             raise UsageError(f"{name} needs at least {least} samples and images of the data: {counts}")
-    if "bits_per_dim" in args.metric:
-        check_levels(dataset)
-    return dataset, whole
+    return dataset, whole, held_out
 
 
 def check_flags(args: argparse.Namespace, run: Run) -> None:
     """Raise UsageError for flags that do not fit the model or each other."""
-    if args.metric != ["bits_per_dim"]:
+    if args.draws:
         with prefixed("--"):
             run.with_sampling(steps=None if args.steps == "" else args.steps)
-    if "bits_per_dim" in args.metric:
-        if run.config.is_consistency_model:
-            raise UsageError(f"{run.path} is a consistency model, which has no likelihood: leave out bits_per_dim")
-        with prefixed("--steps: "):
-            process = run.config.diffusion.process(args.steps)
-        process.check_diffusion("--metric bits_per_dim", "score samples, with --metric frechet")
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")
     flags = {name: getattr(args, name) for name in ("sampler", "guidance", "guide", "guide_ema", "guide_between")}
-    given = [name for name, value in (flags | {"sets": args.sets > 1 or None}).items() if value is not None]
-    if given and args.metric == ["bits_per_dim"]:
-        raise UsageError(f"--{given[0]} is of samples, and bits_per_dim draws none: leave it out")
+    flags |= {"sets": args.sets > 1 or None, "steps": args.steps or None if args.metric == ["gap"] else None}
+    given = [name for name, value in flags.items() if value is not None]
+    if given and not args.draws:
+        raise UsageError(f"--{given[0]} is of samples, and {args.metric[0]} draws none: leave it out")
     if "nearest" in args.metric and args.split != "train":
         raise UsageError(f"--split is {args.split}, and nearest looks for copies of what was trained on: leave it out")
     if args.out is not None:
@@ -160,17 +160,18 @@ def main() -> None:
     run = terminal.sampling_as(terminal.open_run(args.ckpt, args.ema), args)
     data = choose_data(args, run)
     check_flags(args, run)
-    dataset, whole = open_scored(args, run, data)
+    dataset, whole, held_out = open_scored(args, run, data)
     from accelerate import PartialState
 
     with accelerate_starts():
         state = PartialState(cpu=on_cpu())
     features = args.features or ("classifier" if dataset.class_names else "pixels")
     reference = Reference(dataset, state.device, features, args.features_weights, run.config.data.random_flip, whole)
-    if reference.network == "classifier" and args.metric != ["bits_per_dim"] and state.is_main_process:
+    if reference.network == "classifier" and args.draws and state.is_main_process:
         terminal.print_line("evaluate: training a small classifier on the data, for its features", error=True)
-    for name in args.metric:
-        METRICS[name].check(reference)
+    common = dataset, state, reference, args.n, args.steps
+    for name in sorted(args.metric, key=[*METRICS].index):  # those that train a classifier last
+        METRICS[name].check(Subject(run, *common))
     rows, failed = list[Scored](), list[str]()
     with terminal.progress_bar(0, state.is_main_process) as bar:
 
@@ -179,15 +180,18 @@ def main() -> None:
             return partial(terminal.advance, bar)
 
         for scored in models(args, run):
-            given = scored.to(state.device), dataset, state, reference, args.n, args.steps
-            sets = [Subject(*given, args.seed + number, args.batch_size, wrap) for number in range(args.sets)]
+            given = args.batch_size, wrap, held_out
+            sets = [Subject(scored.to(state.device), *common, args.seed + i, *given) for i in range(args.sets)]
             if scores := score(sets, args.metric, f"of {title(scored)}", failed):
                 rows.append((scored, scores))
                 if state.is_main_process:
-                    settings = sets[0].settings(args.metric, args.sets) | {"evaluations": sets[0].evaluations}
+                    settings = sets[0].settings(args.metric, args.draws, args.sets)
+                    settings |= {"evaluations": sets[0].evaluations}
                     write(args, settings, rows, failed)
     if state.is_main_process:
         report(args, rows)
+        with suppress(Exception):  # of any type: it can be written later, and a converted run has no curves
+            write_report([out := rows[0][0].path.parent.parent], out / "report.html")
     if failed:
         raise UsageError("; ".join(failed))
 
@@ -212,7 +216,7 @@ def score(sets: Sequence[Subject], names: Sequence[str], where: str, failed: lis
     scores = {}
     for name in names:
         try:
-            used = sets if name != "bits_per_dim" else sets[:1]
+            used = sets if METRICS[name].draws else sets[:1]
             scores[name] = over_sets([METRICS[name].score(subject) for subject in used])
         except (ValueError, RuntimeError, MemoryError) as error:  # UsageError is a ValueError
             failed.append(f"{name} {where}: {one_line(error)}")
@@ -229,9 +233,13 @@ def write(args: argparse.Namespace, settings: dict[str, Any], rows: Sequence[Sco
             replace_text(args.out, json.dumps(result, allow_nan=False, indent=1))
         except OSError as error:
             failed.append(f"--out {args.out} cannot be written: {one_line(error)}")
-    run, scores = rows[-1]
+    (run, scores), owner = rows[-1], run_of(rows[-1][0].path)
+    for name, score in scores.items():
+        with suppress(OSError):  # of somebody else, or a checkpoint by itself
+            about = {"metric": name, "lines": score.lines, "settings": settings}
+            append_line((owner or Path(os.devnull)) / SCORES, about | figures_of(run, {name: score}))
     name = f"samples/nearest_{run.path.name}_{run.saved.name_of(run.ema)}.png"
-    out = args.sheet or (run_of(run.path) or Path()) / name
+    out = args.sheet or (owner or Path()) / name
     for sheet, headings in [(score.sheet, score.headings) for score in scores.values() if score.sheet is not None]:
         try:
             terminal.check_output(out, "--sheet", ".png", SHEET)

@@ -35,6 +35,7 @@ class Reference:
         random_flip: whether the model is also trained on mirrored images.
         whole: the data of all classes, which the classifier is trained on; by default, `dataset`.
         most: the most images used, spread over all.
+        kept: what a metric keeps from one model to the next.
     """
 
     dataset: DataSet
@@ -44,6 +45,7 @@ class Reference:
     random_flip: bool = False
     whole: DataSet | None = None
     most: int = 50_000
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -74,6 +76,7 @@ class Subject:
         run: its network is on `state.device`.
         state: the processes that share the work.
         n: how many images of the data are scored, or generated; None: as many as the data have.
+        held_out: images that the model was not trained on, if there are any.
         steps: steps of the process, a count or sections; empty: all for a bound, those of the run's grids for samples.
         bar: given the number of steps, returns a function that wraps them.
         evaluations: how often the network was evaluated for an image, once there are samples.
@@ -88,6 +91,7 @@ class Subject:
     seed: int = 0
     batch_size: int = 64
     bar: Callable[[int], Progress] = lambda total: iter
+    held_out: DataSet | None = None
     evaluations: float | None = None
 
     @property
@@ -95,10 +99,10 @@ class Subject:
         """How many images are generated."""
         return self.n or len(self.dataset)
 
-    def data_batches(self) -> Iterator[tuple[range, list[int]]]:
-        """This process's share of `n` images that are spread over the data, in batches: the numbers that determine
-        their noise, and their indices."""
-        chosen = part(len(self.dataset), self.count).tolist()
+    def data_batches(self, dataset: DataSet | None = None, n: int | None = None) -> Iterator[tuple[range, list[int]]]:
+        """This process's share of `n` images that are spread over the data, or over others, in batches: the numbers
+        that determine their noise, and their indices."""
+        chosen = part(len(dataset or self.dataset), n or self.count).tolist()
         return ((batch, chosen[batch.start : batch.stop]) for batch in self._share(len(chosen)))
 
     @property
@@ -143,12 +147,12 @@ class Subject:
         """The features and logits of the generated images."""
         return self.reference.run(self.samples)
 
-    def settings(self, metrics: Sequence[str], sets: int = 1) -> dict[str, Any]:
+    def settings(self, metrics: Sequence[str], draws: bool = True, sets: int = 1) -> dict[str, Any]:
         """What the figures of metrics depend on beside the weights: figures of equal settings compare."""
         settings: dict[str, Any] = {"n": self.count, "seed": self.seed, "data": self.dataset.fingerprint()}
         if "bits_per_dim" in metrics:
             settings["bound_steps"] = self.steps or "all"
-        if set(metrics) != {"bits_per_dim"}:
+        if draws:
             config, images = self.sampled.config, self.reference.images
             counts = np.bincount(np.asarray(self.dataset.labels)).tolist()
             classes = {name: n for name, n in zip(self.dataset.class_names, counts, strict=False) if n}
@@ -184,12 +188,13 @@ class Score:
 
 
 class Metric(NamedTuple):
-    """A function that scores a model, and its requirements: the least number of images, and a check, which raises
-    UsageError before any image is generated."""
+    """A function that scores a model, its requirements (the least number of images, and a check, which raises
+    UsageError before anything is computed), and whether it scores generated images."""
 
     score: Callable[[Subject], Score]
     least: int = 1
-    check: Callable[[Reference], object] = lambda reference: None
+    check: Callable[[Subject], object] = lambda subject: None
+    draws: bool = True
 
 
 T_95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262

@@ -7,15 +7,21 @@ import torch
 from torch import Tensor
 
 from diffusion import likelihood
-from diffusion.data.base import DataSet, load, part
-from diffusion.errors import UsageError
+from diffusion.data.base import load, part
+from diffusion.errors import UsageError, prefixed
 from diffusion.metrics.base import Score, Subject
 from diffusion.parallel.cores import CORES
 from diffusion.randomness import image_noise
 
 
-def check_levels(dataset: DataSet) -> None:
-    """Raise UsageError if some of the images are not of 8 bits."""
+def check_likelihood(subject: Subject) -> None:
+    """Raise UsageError if the model has no likelihood, or some of the images are not of 8 bits."""
+    run, dataset = subject.run, subject.dataset
+    if run.config.is_consistency_model:
+        raise UsageError(f"{run.path} is a consistency model, which has no likelihood: leave out bits_per_dim")
+    with prefixed("--steps: "):
+        process = run.config.diffusion.process(subject.steps)
+    process.check_diffusion("--metric bits_per_dim", "score samples, with --metric frechet")
     if load(dataset, part(len(dataset), 256).tolist()).images.dtype != torch.uint8:
         raise UsageError("bits_per_dim is defined for 8-bit images, and these data have 16 bits or a data.range")
 

@@ -27,7 +27,7 @@ class Extractor(NamedTuple):
     run: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-def check_fidelity(reference: object = None) -> None:
+def check_fidelity(subject: object = None) -> None:
     """Raise UsageError if torch-fidelity is not installed."""
     if importlib.util.find_spec("torch_fidelity") is None:
         raise UsageError("the package torch-fidelity is not installed: pip install torch-fidelity")

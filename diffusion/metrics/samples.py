@@ -8,7 +8,7 @@ from torch import Tensor
 from diffusion.data.base import digest, part
 from diffusion.data.values import to_x_start
 from diffusion.errors import UsageError
-from diffusion.metrics.base import Reference, Score, Subject
+from diffusion.metrics.base import Score, Subject
 from diffusion.metrics.features import check_fidelity
 
 FEW = 2048
@@ -128,9 +128,10 @@ def _nearest(x: Tensor, points: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*results, strict=True))
 
 
-def check_classifies(reference: Reference) -> None:
+def check_classifies(subject: Subject) -> None:
     """Raise UsageError if the network of features is not a classifier, or the data have one class."""
-    check_fidelity(reference)
+    check_fidelity()
+    reference = subject.reference
     if reference.run(reference.images[:1])[1] is None:
         raise UsageError(f"inception_score needs a classifier, and {reference.network} is not: --features classifier")
     if reference.network == "classifier" and len(np.unique(np.asarray(reference.dataset.labels))) < 2:

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from diffusion.config.files import load_config
 from diffusion.data.decode import open_image
 from diffusion.errors import UsageError
 from diffusion.run import checkpoint
-from diffusion.run.folder import about_run
+from diffusion.run.folder import about_run, newest_scores, read_lines
 from diffusion.run.grids import encode
 
 POINTS, GRIDS, GRID_PIXELS = 1500, 24, 640
@@ -33,7 +34,7 @@ def report(runs: Sequence[Path]) -> str:
     data = []
     for run, name in zip(runs, short_names(runs), strict=True):
         curves, grids = average(read_metrics(run)), read_grids(run, math.ceil(GRIDS / len(runs)))
-        data.append({"name": name, "curves": curves, "grids": grids, **read_texts(run)})
+        data.append({"name": name, "curves": curves, "grids": grids, **read_scores(run), **read_texts(run)})
     page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     # File names may not be UTF-8.
     text = json.dumps(data, allow_nan=False, ensure_ascii=False).encode(errors="replace").decode()
@@ -51,12 +52,9 @@ def short_names(runs: Sequence[Path]) -> list[str]:
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The numbers of a run's metrics, sorted by step. Raises UsageError if there are none."""
     metrics = []
-    for line in (run / "metrics.jsonl").read_text(errors="replace").splitlines():
-        with suppress(Exception):  # a kill or a full disk cuts a line off; sums of numbers above 1e300 overflow
-            values = json.loads(line).items()
-            numbers = {name: value for name, value in values if type(value) in (int, float) and abs(value) < 1e300}
-            if "step" in numbers:
-                metrics.append(numbers)
+    for line in read_lines(run / "metrics.jsonl"):  # sums of numbers above 1e300 overflow
+        numbers = {name: x for name, x in line.items() if type(x) in (int, float) and abs(x) < 1e300}
+        metrics += [numbers] if "step" in numbers else []
     if not metrics:
         raise UsageError(f"{run} has no metrics yet: it has not reached its first train.log_every")
     return sorted(metrics, key=lambda numbers: numbers["step"])
@@ -84,6 +82,18 @@ def read_grids(run: Path, most: int) -> list[tuple[int, str]]:
                 content = base64.b64encode(encode(image.convert("RGB"), "WEBP", quality=85)).decode()
                 grids.append((int(path.stem.removeprefix("step_")), f"data:image/webp;base64,{content}"))
     return grids[::-1]
+
+
+def read_scores(run: Path) -> dict[str, Any]:
+    """What was measured of a run: `scores` in lines, the newest first, and the newest `gap`: its curves over the noise
+    levels, and what it says."""
+    scores, found = newest_scores(run), dict[str, Any]()
+    with suppress(Exception):
+        found["scores"] = [f"{one['checkpoint']}, {one['ema']}: {line}" for one in scores for line in one["lines"]]
+        gap = next(one for one in scores if one["metric"] == "gap")
+        found["gap"] = {"curves": {name: {"x": gap["log_snr"], "y": y} for name, y in gap["curves"].items()}}
+        found["gap"] |= {"says": f"{gap['checkpoint']}: {gap['lines'][-1]}"}
+    return found
 
 
 def read_texts(run: Path) -> dict[str, dict[str, str]]:

@@ -5,6 +5,7 @@ runs/x/
     config.yaml                  every setting, resolved
     metrics.jsonl                a line each train.log_every steps
     metrics_superseded.jsonl     lines of steps that were done again, or of a run that began again
+    scores.jsonl                 a line for each metric and checkpoint that was evaluated
     samples/                     grids
     checkpoints/step_00000300/   see `diffusion.run.checkpoint`
     best                         a link to the checkpoint with the lowest loss of held-out images
@@ -29,8 +30,8 @@ from diffusion.errors import UsageError, refusing
 from diffusion.files.atomic import lock, replace_text, unlock
 from diffusion.run.checkpoint import FORMAT, STATE
 
-MARK = "run.json"
-OWN = "config.yaml", "metrics.jsonl", "samples", "checkpoints", "best", "report.html", "trackers"
+MARK, SCORES = "run.json", "scores.jsonl"
+OWN = "config.yaml", "metrics.jsonl", "scores.jsonl", "samples", "checkpoints", "best", "report.html", "trackers"
 """What a run writes first beside its mark."""
 
 
@@ -205,6 +206,23 @@ def _truncate_metrics(out: Path, step: int) -> int:
             file.writelines(moved)
     replace_text(path, "".join(kept))
     return last if last > step else 0
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON objects, as far as they can be read."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):  # a kill or a full disk cuts a line off
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def newest_scores(run: Path) -> list[dict[str, Any]]:
+    """The newest scores of a run by each metric of each of its weights, the newest first."""
+    newest: dict[Any, dict[str, Any]] = {}
+    for line in reversed(read_lines(run / SCORES) if (run / SCORES).exists() else []):
+        newest.setdefault((line.get("metric"), line.get("weights")), line)
+    return list(newest.values())
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:

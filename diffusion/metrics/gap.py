@@ -1,0 +1,260 @@
+"""The gap between a network's loss and the least that any network can have on its training set.
+
+The least loss has a closed form: the best prediction of x_0 at x_t is its mean over the training set, given x_t. A
+network that reaches it copies training images. The loss of images that were not trained on says how near is too near.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.data.base import DataSet, load
+from diffusion.errors import UsageError
+from diffusion.losses import training_losses
+from diffusion.metrics.base import Score, Subject
+from diffusion.parallel.cores import CORES
+from diffusion.process import GaussianDiffusion
+from diffusion.randomness import image_noise
+from diffusion.run.checkpoint import folders, step_of
+from diffusion.run.folder import run_of
+from diffusion.run.loaded import Run, load_run
+
+LEVELS, IMAGES, VALUES = 20, 500, 2**27
+"""Timesteps, evenly spaced; images of each kind, by default; and the most values of all noisy images together."""
+CHECKPOINTS = 6
+"""How many checkpoints are compared, the scored one among them."""
+CERTAIN = 3.3
+"""Standard errors of a finding that is looked for at all levels and checkpoints: 95% after Bonferroni's correction."""
+PURE_NOISE = 1e-9
+"""The signal-to-noise ratio that pure noise is shown at."""
+COVERED = "mse", "rescaled_mse"
+
+
+class Losses(NamedTuple):
+    """The losses of a checkpoint on images that it was trained on, (n, levels), and on held-out ones, (m, levels)."""
+
+    step: int
+    train: Tensor
+    held_out: Tensor
+
+
+def check_gap(subject: Subject) -> None:
+    """Raise UsageError if the least loss has no closed form, or the images are not those that were trained on."""
+    run, config = subject.run, subject.run.config
+    if config.diffusion.loss not in COVERED:
+        right = f"the least loss has a closed form for {' and '.join(COVERED)}"
+        raise UsageError(f"--metric gap is not defined for diffusion.loss {config.diffusion.loss}: {right}")
+    if shapes := config.data.condition_shapes:
+        raise UsageError(f"--metric gap is not defined with condition images ({', '.join(shapes)}), each of one answer")
+    if subject.dataset.fingerprint() != run.saved.data:
+        hint = "leave out --split, --classes and --data" if run.saved.data else "nothing is known of its data"
+        raise UsageError(f"--metric gap needs the images that {run.path} was trained on, and no others: {hint}")
+    if 1 < len(subject.dataset) == len(groups(run, subject.dataset).unique()):
+        raise UsageError("--metric gap says nothing here: each image has a condition vector of its own, which tells it")
+
+
+def groups(run: Run, dataset: DataSet) -> Tensor:
+    """Numbers (N,) that are equal for images of the same class and condition vector, as far as the network has any."""
+    columns = [np.zeros((len(dataset), 1))] + [np.asarray(dataset.labels)[:, None]] * bool(run.class_names)
+    table = np.column_stack(columns + [dataset.vectors.rows] * bool(run.vectors.size))
+    return torch.from_numpy(np.unique(table, axis=0, return_inverse=True)[1].reshape(-1))
+
+
+def posterior_means(
+    x_t: Tensor, alpha: Tensor, sigma: Tensor, groups: Tensor, images: Iterable[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """E[x_0 | x_t], (Q, D), for x_0 that is any image of a group with equal probability, in one pass over the images.
+
+    Args:
+        x_t: (Q, D), each at its own `alpha` and `sigma` (Q,), and of its own group, one of `groups` (Q,).
+        images: parts of all images, (n, D), and their groups (n,).
+    """
+    peak = torch.full_like(alpha, torch.finfo(alpha.dtype).min)
+    total, mean = torch.zeros_like(alpha), torch.zeros_like(x_t)
+    for x_start, groups_of in images:
+        for group in groups_of.unique():
+            candidates = x_start[groups_of == group]
+            for rows in (groups == group).nonzero().flatten().split(2048):
+                a, variance = alpha[rows, None], sigma[rows, None] ** 2
+                # log q(x_t | x_0), without what is the same for all x_0; its softmax goes on from part to part.
+                log_q = (a * (x_t[rows] @ candidates.T) - a**2 / 2 * candidates.square().sum(1)) / variance
+                highest = torch.maximum(peak[rows], log_q.amax(1))
+                weights, before = (log_q - highest[:, None]).exp(), (peak[rows] - highest).exp()
+                total[rows] = total[rows] * before + weights.sum(1)
+                mean[rows] = mean[rows] * before[:, None] + weights @ candidates
+                peak[rows] = highest
+    return mean / total[:, None]
+
+
+def levels_of(process: GaussianDiffusion) -> list[int]:
+    """The timesteps at which losses are compared."""
+    steps = process.num_timesteps
+    return sorted({(2 * level + 1) * steps // (2 * LEVELS) for level in range(LEVELS)})
+
+
+def weighting(run: Run) -> Tensor:
+    """The weights of the loss at each level, (levels,), float64."""
+    weights = run.config.diffusion.component("weighting")(run.process)
+    return torch.from_numpy(weights[levels_of(run.process)])
+
+
+def at_levels(subject: Subject, batch: range, x_start: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The timesteps (B,) and the noise of a batch of images at each level."""
+    for t in levels_of(subject.run.process):
+        noise = image_noise(batch, x_start.shape[1:], x_start.device, subject.seed, f"gap {t}")
+        yield torch.full((len(x_start),), t, device=x_start.device), noise
+
+
+@torch.no_grad()
+def losses(subject: Subject, run: Run, dataset: DataSet, n: int) -> Tensor:
+    """The loss of the network of `run` on n images at each level, (n, levels), as it is weighted in training."""
+    from accelerate.utils import gather_object  # takes long to import
+
+    rows, process = list[Tensor](), run.process
+    for batch, indices in subject.data_batches(dataset, n):
+        x_start, inputs = run.given(load(dataset, indices))
+        with CORES.followed(run.network) as network:
+            given = process, partial(network, **inputs), x_start
+            columns = [training_losses(*given, *drawn, "mse")["mse"] for drawn in at_levels(subject, batch, x_start)]
+        rows.append(torch.stack(columns, 1).double().cpu() * weighting(run))
+    return torch.cat(gather_object(rows))
+
+
+@torch.no_grad()
+def least_losses(subject: Subject, n: int) -> Tensor:
+    """The least loss that any network can have on n of the training images at each level, (n, levels)."""
+    from accelerate.utils import gather_object  # takes long to import
+
+    run, dataset, process = subject.run, subject.dataset, subject.run.process
+    levels, size, every = levels_of(process), math.prod(run.config.data.shape), groups(run, dataset)
+    # In double precision: where there is little noise, small differences of large numbers decide.
+    device = torch.device("cpu") if subject.state.device.type == "mps" else subject.state.device
+    numbers, originals, noisy = list[int](), [torch.empty(0, 1, size)], [torch.empty(0, len(levels), size)]
+    for batch, indices in subject.data_batches(dataset, n):
+        images = run.raw(load(dataset, indices))[0]
+        drawn = [process.q_sample(images, t, noise) for t, noise in at_levels(subject, batch, images)]
+        noisy.append(torch.stack(drawn, 1).flatten(2).cpu())
+        originals.append(images.flatten(1)[:, None].cpu())
+        numbers += indices
+    x_start, x_t = (torch.cat(parts).double().to(device) for parts in (originals, noisy))
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        """All that is trained on, in parts of bounded size."""
+        length = min(1024, max(1, 2**24 // size))
+        for start in range(0, len(dataset), length):
+            indices = list(range(start, min(start + length, len(dataset))))
+            images = run.raw(load(dataset, indices))[0]
+            for shown in (images, images.flip(-1)) if run.config.data.random_flip else (images,):
+                yield shown.flatten(1).to(device).double(), every[indices].to(device)
+
+    path = (torch.from_numpy(process.tables[name][levels]).repeat(len(numbers)) for name in ("alpha", "sigma"))
+    alpha, sigma, own = (x.to(device) for x in (*path, every[numbers].repeat_interleave(len(levels))))
+    mean = posterior_means(x_t.flatten(0, 1), alpha, sigma, own, parts()).view_as(x_t)
+    factor = torch.from_numpy(process.squared_error(process.prediction)[levels]) * weighting(run)
+    return torch.cat(gather_object([(mean - x_start).square().mean(2).cpu() * factor]))
+
+
+def earlier(run: Run) -> Iterator[Run]:
+    """The run at up to `CHECKPOINTS` - 1 earlier checkpoints of the same data, evenly spaced, with the same average."""
+    owner = run_of(run.path)
+    paths = [path for path in reversed(folders(owner)) if step_of(path) < run.saved.step] if owner else []
+    count = min(len(paths), CHECKPOINTS - 1)
+    for i in np.linspace(0, len(paths) - 1, count).round().astype(int):
+        with suppress(UsageError):  # damaged, or of another average
+            one = load_run(paths[i], run.ema)
+            if one.saved.data == run.saved.data:
+                yield one.to(run.device)
+
+
+def gap(subject: Subject) -> Score:
+    """The mean loss above the least that any network can have, and what follows from it and the held-out loss.
+
+    Held-out images are those of the run or, if it has none, the test images of the data, if they have any.
+    """
+    run, kept, runs = subject.run, subject.reference.kept, [*earlier(subject.run), subject.run]
+    most = min(subject.n or IMAGES, max(1, VALUES // (LEVELS * math.prod(run.config.data.shape))))
+    sets = [(dataset, min(most, len(dataset))) for dataset in (subject.dataset, subject.held_out) if dataset]
+    names = ["least", *(one.saved.fingerprint(one.ema) for one in runs)]
+    for i in subject.bar(len(names))(range(len(names))):
+        if names[i] in kept:
+            continue
+        if i == 0:
+            kept[names[i]] = least_losses(subject, sets[0][1])
+        else:
+            both = [losses(subject, runs[i - 1], dataset, n) for dataset, n in sets]
+            kept[names[i]] = Losses(runs[i - 1].saved.step, *both, *[kept["least"][:0]] * (2 - len(both)))
+    return score([kept[name] for name in names[1:]], kept["least"], run.process)
+
+
+def score(history: Sequence[Losses], least: Tensor, process: GaussianDiffusion) -> Score:
+    """The figures of the last checkpoint of `history`, and in words what follows from all of them."""
+    now, levels = history[-1], levels_of(process)
+    log_snr = np.log(process.tables["snr"][levels].clip(PURE_NOISE)).tolist()
+    curves = {"least": least, "train": now.train} | ({"held_out": now.held_out} if len(now.held_out) else {})
+    figures: dict[str, Any] = {"t": levels, "log_snr": log_snr}
+    figures["curves"] = {name: values.mean(0).tolist() for name, values in curves.items()}
+    for name, values in {"gap": now.train - least, **{f"{name}_loss": x for name, x in curves.items()}}.items():
+        figures |= {name: values.mean().item(), f"{name}_interval": 1.96 * error_of(values.mean(1)).item()}
+    said = (
+        "gap {gap:.4f} +- {gap_interval:.4f}: training loss {train_loss:.4f}, the least possible one {least_loss:.4f}"
+    )
+    lines = [(said + ", held-out loss {held_out_loss:.4f}" * (len(curves) - 2)).format(**figures)]
+    if len(now.held_out):
+        figures |= found(history, least, log_snr)
+        lines.append(": ".join(filter(None, (figures["verdict"], figures["advice"]))))
+    else:
+        lines.append("nothing is held out, so learning cannot be told from copying: train with --data.held_out 0.1")
+    return Score(figures, lines, best="held_out_loss" if len(now.held_out) else "train_loss")
+
+
+def error_of(values: Tensor) -> Tensor:
+    """The standard error of the mean over the first axis."""
+    return values.std(0) / math.sqrt(len(values))
+
+
+def found(history: Sequence[Losses], least: Tensor, log_snr: Sequence[float]) -> dict[str, Any]:
+    """What follows for the last checkpoint of `history`: a verdict, advice, and the figures that they rest on."""
+    now, best = history[-1], min(history, key=lambda one: one.held_out.mean().item())
+    held_out = torch.stack([one.held_out for one in history])
+    # What held-out images allow: at each level, the losses of the checkpoint where their mean is the least.
+    allowed = held_out[held_out.mean(1).argmin(0), :, torch.arange(len(log_snr))].T
+    copied = [is_copied(one.train, allowed, least) for one in history]
+    share = (allowed.mean() - now.train.mean()) / (allowed.mean() - least.mean())
+    figures: dict[str, Any] = {"copied": share.item(), "best_step": best.step, "copying_since": None, "verdict": None}
+    if copied[-1].any():
+        since = next(one.step for one, there in zip(history, copied, strict=True) if there.any())
+        where = [x for x, there in zip(log_snr, copied[-1], strict=True) if there]
+        words = (
+            f"since step {since}, now at log SNR {min(where):.1f} to {max(where):.1f}, the training loss is nearer to "
+        )
+        words += f"that of a copy than to the least held-out loss: stop at step {best.step}, or train on more images"
+        return figures | {"verdict": "copying", "copying_since": since, "advice": words}
+    if len(history) == 1:
+        return figures | {"advice": "one checkpoint does not tell whether it still learns: keep several of a run"}
+    before = history[-2]
+    change = (now.held_out - before.held_out).mean(1)
+    if change.mean() < -1.96 * error_of(change):
+        words = f"the held-out loss fell by {-change.mean() / before.held_out.mean():.1%} since step {before.step}"
+        return figures | {"verdict": "still learning", "advice": f"{words}: train longer, with a higher --train.steps"}
+    words = f"the held-out loss has not fallen since step {before.step}"
+    rise = (now.held_out - best.held_out).mean(1)
+    if rise.mean() > 1.96 * error_of(rise):
+        words = (
+            f"the held-out loss has risen by {rise.mean() / best.held_out.mean():.1%} since step {best.step}, the best"
+        )
+    words += ": more steps do not help; more images or another network may"
+    return figures | {"verdict": "as good as held-out images allow", "advice": words}
+
+
+def is_copied(train: Tensor, allowed: Tensor, least: Tensor) -> Tensor:
+    """Levels at which the training loss is nearer to the least, that of a copy, than to what held-out images allow,
+    where the two are apart."""
+    ours, theirs = train - least / 2, allowed / 2
+    error = (error_of(ours) ** 2 + error_of(theirs) ** 2).sqrt()
+    return (ours.mean(0) - theirs.mean(0) < -CERTAIN * error) & (least.mean(0) < theirs.mean(0))
