@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "score a trained model",
     "convert": "take in or write weights of improved-diffusion, guided-diffusion, DiT, SiT and diffusers",
     "report": "write one HTML page of a run, or of several to compare them",
+    "card": "write a model card of a run",
     "check-data": "tell what a data set holds, and what the network would see of it",
 }
 

@@ -7,6 +7,7 @@ A run becomes the other's format; anything else becomes a run, whose step is 0 a
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from diffusion.commands.terminal import Parser, check_writable, non_empty_path, 
 from diffusion.config.files import save_config
 from diffusion.config.schema import DiffusionConfig
 from diffusion.errors import UsageError, refusing
-from diffusion.interop.diffusers import pipeline_writer, read_pipeline
+from diffusion.interop.diffusers import pipeline_writer, read_pipeline, unet_config
 from diffusion.interop.dit import check_dit, from_dit
 from diffusion.interop.openai import check_unet, from_openai
+from diffusion.report.card import card, grid_of
 from diffusion.run import checkpoint
 from diffusion.run.folder import is_checkpoint, is_run, mark_run
+from diffusion.run.loaded import Run
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -67,18 +70,35 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     run = open_run(args.source, args.ema)
     saved, weights = run.saved, run.network.state_dict()
     _check_finite(weights, args.source)
-    if args.format == "sit":
-        raise UsageError("sit goes one way: its weights become a run")
-    if run.vectors.size or saved.config.data.condition_channels:
-        raise UsageError(f"{args.source} has condition vectors or images, which {args.format} cannot express")
-    if saved.config.is_consistency_model:
-        raise UsageError(f"{args.source} is a consistency model, which their samplers would take for a diffusion model")
+    check_export(run, args.format)
     if args.format in ("openai", "dit"):
         name = (check_unet if args.format == "openai" else check_dit)(saved.config)
         summary = f"a state dict of the published {name}, for {_process(saved.config.diffusion)}"
         return lambda out: torch.save(weights, out), summary
     classes = "; it passes no classes: call its unet with class_labels (docs/formats.md)" if saved.class_names else ""
-    return pipeline_writer(saved, weights), f"DDPMPipeline{classes}"
+    write, grid = pipeline_writer(saved, weights), grid_of(run)
+
+    def with_card(out: Path) -> None:
+        write(out)
+        (out / "README.md").write_text(
+            card(run, out.name, "samples.png" if grid else None, exports=True, is_pipeline=True)
+        )
+        if grid:
+            shutil.copyfile(grid, out / "samples.png")
+
+    return with_card, f"DDPMPipeline{classes}"
+
+
+def check_export(run: Run, to: str) -> None:
+    """Raise UsageError if a run cannot be expressed in a format."""
+    if to == "sit":
+        raise UsageError("sit goes one way: its weights become a run")
+    if run.vectors.size or run.config.data.condition_channels:
+        raise UsageError(f"{run.path} has condition vectors or images, which {to} cannot express")
+    if run.config.is_consistency_model:
+        raise UsageError(f"{run.path} is a consistency model, which their samplers would take for a diffusion model")
+    if to == "diffusers":
+        unet_config(run.config, len(run.class_names))
 
 
 def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:

@@ -149,9 +149,9 @@ class Subject:
 
     def settings(self, metrics: Sequence[str], draws: bool = True, sets: int = 1) -> dict[str, Any]:
         """What the figures of metrics depend on beside the weights: figures of equal settings compare."""
-        settings: dict[str, Any] = {"n": self.count, "seed": self.seed, "data": self.dataset.fingerprint()}
-        if "bits_per_dim" in metrics:
-            settings["bound_steps"] = self.steps or "all"
+        settings: dict[str, Any] = {"seed": self.seed, "data": self.dataset.fingerprint()}
+        settings |= {"n": self.count} if set(metrics) != {"gap"} else {}
+        settings |= {"bound_steps": self.steps or "all"} if "bits_per_dim" in metrics else {}
         if draws:
             config, images = self.sampled.config, self.reference.images
             counts = np.bincount(np.asarray(self.dataset.labels)).tolist()

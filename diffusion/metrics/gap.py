@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.data.base import DataSet, load
+from diffusion.data.base import DataSet, load, part
 from diffusion.errors import UsageError
 from diffusion.losses import training_losses
 from diffusion.metrics.base import Score, Subject
@@ -24,10 +24,11 @@ from diffusion.randomness import image_noise
 from diffusion.run.checkpoint import folders, step_of
 from diffusion.run.folder import run_of
 from diffusion.run.loaded import Run, load_run
+from diffusion.sampling import batches
 
-LEVELS, IMAGES, VALUES = 20, 500, 2**27
+LEVELS, IMAGES, VALUES = 20, 300, 2**27
 """Timesteps, evenly spaced; images of each kind, by default; and the most values of all noisy images together."""
-CHECKPOINTS = 6
+CHECKPOINTS = 5
 """How many checkpoints are compared, the scored one among them."""
 CERTAIN = 3.3
 """Standard errors of a finding that is looked for at all levels and checkpoints: 95% after Bonferroni's correction."""
@@ -41,7 +42,7 @@ class Losses(NamedTuple):
 
     step: int
     train: Tensor
-    held_out: Tensor
+    held_out: Tensor = torch.empty(0, 0)
 
 
 def check_gap(subject: Subject) -> None:
@@ -94,8 +95,7 @@ def posterior_means(
 
 def levels_of(process: GaussianDiffusion) -> list[int]:
     """The timesteps at which losses are compared."""
-    steps = process.num_timesteps
-    return sorted({(2 * level + 1) * steps // (2 * LEVELS) for level in range(LEVELS)})
+    return sorted({(2 * level + 1) * process.num_timesteps // (2 * LEVELS) for level in range(LEVELS)})
 
 
 def weighting(run: Run) -> Tensor:
@@ -127,37 +127,27 @@ def losses(subject: Subject, run: Run, dataset: DataSet, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def least_losses(subject: Subject, n: int) -> Tensor:
+def least_losses(subject: Subject, dataset: DataSet, n: int) -> Tensor:
     """The least loss that any network can have on n of the training images at each level, (n, levels)."""
-    from accelerate.utils import gather_object  # takes long to import
-
-    run, dataset, process = subject.run, subject.dataset, subject.run.process
-    levels, size, every = levels_of(process), math.prod(run.config.data.shape), groups(run, dataset)
-    # In double precision: where there is little noise, small differences of large numbers decide.
-    device = torch.device("cpu") if subject.state.device.type == "mps" else subject.state.device
-    numbers, originals, noisy = list[int](), [torch.empty(0, 1, size)], [torch.empty(0, len(levels), size)]
-    for batch, indices in subject.data_batches(dataset, n):
-        images = run.raw(load(dataset, indices))[0]
-        drawn = [process.q_sample(images, t, noise) for t, noise in at_levels(subject, batch, images)]
-        noisy.append(torch.stack(drawn, 1).flatten(2).cpu())
-        originals.append(images.flatten(1)[:, None].cpu())
-        numbers += indices
-    x_start, x_t = (torch.cat(parts).double().to(device) for parts in (originals, noisy))
+    run, process, every = subject.run, subject.run.process, groups(subject.run, dataset)
+    levels, size, chosen = levels_of(process), math.prod(run.config.data.shape), part(len(dataset), n)
+    x_start = run.raw(load(dataset, chosen.tolist()))[0]
+    noisy = [process.q_sample(x_start, *drawn) for drawn in at_levels(subject, range(n), x_start)]
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         """All that is trained on, in parts of bounded size."""
-        length = min(1024, max(1, 2**24 // size))
-        for start in range(0, len(dataset), length):
-            indices = list(range(start, min(start + length, len(dataset))))
-            images = run.raw(load(dataset, indices))[0]
+        for rows in batches(range(len(dataset)), min(1024, max(1, 2**24 // size))):
+            images = run.raw(load(dataset, rows))[0]
             for shown in (images, images.flip(-1)) if run.config.data.random_flip else (images,):
-                yield shown.flatten(1).to(device).double(), every[indices].to(device)
+                yield shown.flatten(1).cpu().double(), every[rows]
 
-    path = (torch.from_numpy(process.tables[name][levels]).repeat(len(numbers)) for name in ("alpha", "sigma"))
-    alpha, sigma, own = (x.to(device) for x in (*path, every[numbers].repeat_interleave(len(levels))))
+    # In double precision: where there is little noise, small differences of large numbers decide.
+    x_t = torch.stack(noisy, 1).cpu().double().flatten(2)
+    alpha, sigma = (torch.from_numpy(process.tables[name][levels]).repeat(n) for name in ("alpha", "sigma"))
+    own = every[chosen].repeat_interleave(len(levels))
     mean = posterior_means(x_t.flatten(0, 1), alpha, sigma, own, parts()).view_as(x_t)
-    factor = torch.from_numpy(process.squared_error(process.prediction)[levels]) * weighting(run)
-    return torch.cat(gather_object([(mean - x_start).square().mean(2).cpu() * factor]))
+    error = (mean - x_start.cpu().double().flatten(1)[:, None]).square().mean(2)
+    return error * torch.from_numpy(process.squared_error(process.prediction)[levels]) * weighting(run)
 
 
 def earlier(run: Run) -> Iterator[Run]:
@@ -177,39 +167,31 @@ def gap(subject: Subject) -> Score:
 
     Held-out images are those of the run or, if it has none, the test images of the data, if they have any.
     """
-    run, kept, runs = subject.run, subject.reference.kept, [*earlier(subject.run), subject.run]
-    most = min(subject.n or IMAGES, max(1, VALUES // (LEVELS * math.prod(run.config.data.shape))))
+    kept, runs = subject.reference.kept, [*earlier(subject.run), subject.run]
+    most = min(subject.n or IMAGES, max(1, VALUES // (LEVELS * math.prod(subject.run.config.data.shape))))
     sets = [(dataset, min(most, len(dataset))) for dataset in (subject.dataset, subject.held_out) if dataset]
-    names = ["least", *(one.saved.fingerprint(one.ema) for one in runs)]
-    for i in subject.bar(len(names))(range(len(names))):
-        if names[i] in kept:
-            continue
-        if i == 0:
-            kept[names[i]] = least_losses(subject, sets[0][1])
-        else:
-            both = [losses(subject, runs[i - 1], dataset, n) for dataset, n in sets]
-            kept[names[i]] = Losses(runs[i - 1].saved.step, *both, *[kept["least"][:0]] * (2 - len(both)))
-    return score([kept[name] for name in names[1:]], kept["least"], run.process)
+    if "least" not in kept:
+        kept["least"] = least_losses(subject, *sets[0])
+    for i in subject.bar(len(runs))(range(len(runs))):
+        if (key := runs[i].saved.fingerprint(runs[i].ema)) not in kept:
+            kept[key] = Losses(runs[i].saved.step, *(losses(subject, runs[i], *images) for images in sets))
+    return score([kept[one.saved.fingerprint(one.ema)] for one in runs], kept["least"], subject.run.process)
 
 
 def score(history: Sequence[Losses], least: Tensor, process: GaussianDiffusion) -> Score:
     """The figures of the last checkpoint of `history`, and in words what follows from all of them."""
     now, levels = history[-1], levels_of(process)
-    log_snr = np.log(process.tables["snr"][levels].clip(PURE_NOISE)).tolist()
     curves = {"least": least, "train": now.train} | ({"held_out": now.held_out} if len(now.held_out) else {})
-    figures: dict[str, Any] = {"t": levels, "log_snr": log_snr}
-    figures["curves"] = {name: values.mean(0).tolist() for name, values in curves.items()}
+    figures: dict[str, Any] = {"curves": {name: values.mean(0).tolist() for name, values in curves.items()}}
+    figures["log_snr"] = np.log(process.tables["snr"][levels].clip(PURE_NOISE)).tolist()
     for name, values in {"gap": now.train - least, **{f"{name}_loss": x for name, x in curves.items()}}.items():
         figures |= {name: values.mean().item(), f"{name}_interval": 1.96 * error_of(values.mean(1)).item()}
-    said = (
-        "gap {gap:.4f} +- {gap_interval:.4f}: training loss {train_loss:.4f}, the least possible one {least_loss:.4f}"
-    )
-    lines = [(said + ", held-out loss {held_out_loss:.4f}" * (len(curves) - 2)).format(**figures)]
-    if len(now.held_out):
-        figures |= found(history, least, log_snr)
-        lines.append(": ".join(filter(None, (figures["verdict"], figures["advice"]))))
-    else:
-        lines.append("nothing is held out, so learning cannot be told from copying: train with --data.held_out 0.1")
+    line = "gap {gap:.4f} +- {gap_interval:.4f}: training loss {train_loss:.4f}, of which {least_loss:.4f} must remain"
+    line += "; held-out loss {held_out_loss:.4f}" * (len(curves) - 2)
+    figures["gap_images"] = [len(now.train), len(now.held_out)]
+    lines = [f"{line.format(**figures)}; of {' and '.join(str(n) for n in figures['gap_images'] if n)} images"]
+    figures |= found(history, least, figures["log_snr"])
+    lines.append(": ".join(filter(None, (figures["verdict"], figures["advice"]))))
     return Score(figures, lines, best="held_out_loss" if len(now.held_out) else "train_loss")
 
 
@@ -220,36 +202,39 @@ def error_of(values: Tensor) -> Tensor:
 
 def found(history: Sequence[Losses], least: Tensor, log_snr: Sequence[float]) -> dict[str, Any]:
     """What follows for the last checkpoint of `history`: a verdict, advice, and the figures that they rest on."""
-    now, best = history[-1], min(history, key=lambda one: one.held_out.mean().item())
-    held_out = torch.stack([one.held_out for one in history])
+    now, held_out = history[-1], torch.stack([one.held_out for one in history])
+    if not held_out.numel():
+        return {
+            "verdict": None,
+            "advice": "nothing is held out, which could tell learning from copying (data.held_out)",
+        }
     # What held-out images allow: at each level, the losses of the checkpoint where their mean is the least.
     allowed = held_out[held_out.mean(1).argmin(0), :, torch.arange(len(log_snr))].T
     copied = [is_copied(one.train, allowed, least) for one in history]
     share = (allowed.mean() - now.train.mean()) / (allowed.mean() - least.mean())
-    figures: dict[str, Any] = {"copied": share.item(), "best_step": best.step, "copying_since": None, "verdict": None}
+    best = history[int(held_out.mean((1, 2)).argmin())]
+    figures: dict[str, Any] = {"verdict": None, "copied": share.item(), "copying_since": None, "best_step": best.step}
     if copied[-1].any():
         since = next(one.step for one, there in zip(history, copied, strict=True) if there.any())
         where = [x for x, there in zip(log_snr, copied[-1], strict=True) if there]
-        words = (
-            f"since step {since}, now at log SNR {min(where):.1f} to {max(where):.1f}, the training loss is nearer to "
-        )
-        words += f"that of a copy than to the least held-out loss: stop at step {best.step}, or train on more images"
+        words = f"since step {since}, now at log SNR {min(where):.1f} to {max(where):.1f}, the training loss is nearer"
+        words += f" to that of a copy than to the least held-out loss: stop at step {best.step}, or add images"
         return figures | {"verdict": "copying", "copying_since": since, "advice": words}
     if len(history) == 1:
         return figures | {"advice": "one checkpoint does not tell whether it still learns: keep several of a run"}
-    before = history[-2]
-    change = (now.held_out - before.held_out).mean(1)
-    if change.mean() < -1.96 * error_of(change):
-        words = f"the held-out loss fell by {-change.mean() / before.held_out.mean():.1%} since step {before.step}"
-        return figures | {"verdict": "still learning", "advice": f"{words}: train longer, with a higher --train.steps"}
-    words = f"the held-out loss has not fallen since step {before.step}"
-    rise = (now.held_out - best.held_out).mean(1)
-    if rise.mean() > 1.96 * error_of(rise):
-        words = (
-            f"the held-out loss has risen by {rise.mean() / best.held_out.mean():.1%} since step {best.step}, the best"
-        )
-    words += ": more steps do not help; more images or another network may"
+    (fall, certainly), (rise, beyond) = change(history[-2], now), change(best, now)
+    if fall < 0 and certainly:
+        words = f"the held-out loss fell by {-fall:.1%} since step {history[-2].step}: train longer (--train.steps)"
+        return figures | {"verdict": "still learning", "advice": words}
+    words = f"has risen by {rise:.1%} since step {best.step}" if beyond else f"has not fallen since {history[-2].step}"
+    words = f"the held-out loss {words}: more steps do not help; more images, or another network, may"
     return figures | {"verdict": "as good as held-out images allow", "advice": words}
+
+
+def change(before: Losses, after: Losses) -> tuple[float, bool]:
+    """The relative change of the held-out loss, and whether it is beyond chance. The images and noise are the same."""
+    each = (after.held_out - before.held_out).mean(1)
+    return (each.mean() / before.held_out.mean()).item(), bool(each.mean().abs() > 1.96 * error_of(each))
 
 
 def is_copied(train: Tensor, allowed: Tensor, least: Tensor) -> Tensor:
