@@ -224,8 +224,9 @@ def found(history: Sequence[Losses], least: Tensor, log_snr: Sequence[float]) ->
         return figures | {"advice": "one checkpoint does not tell whether it still learns: keep several of a run"}
     (fall, certainly), (rise, beyond) = change(history[-2], now), change(best, now)
     if fall < 0 and certainly:
-        words = f"the held-out loss fell by {-fall:.1%} since step {history[-2].step}: train longer (--train.steps)"
-        return figures | {"verdict": "still learning", "advice": words}
+        pace = -fall / math.log2(now.step / max(history[-2].step, 1))
+        words = f"the held-out loss fell by {-fall:.1%} since step {history[-2].step}, at a pace of {pace:.1%} for twice the"
+        return figures | {"verdict": "still learning", "advice": f"{words} steps: train longer (--train.steps)"}
     words = f"has risen by {rise:.1%} since step {best.step}" if beyond else f"has not fallen since {history[-2].step}"
     words = f"the held-out loss {words}: more steps do not help; more images, or another network, may"
     return figures | {"verdict": "as good as held-out images allow", "advice": words}
