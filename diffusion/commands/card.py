@@ -3,11 +3,9 @@
 import os
 import sys
 
-from diffusion.commands.convert import check_export
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, open_run, print_line
-from diffusion.errors import UsageError
 from diffusion.files.atomic import replace_text, written_by
-from diffusion.report.card import MARK, card, grid_of
+from diffusion.interop.card import MARK, card, grid_of
 from diffusion.run.folder import run_of
 
 
@@ -18,15 +16,10 @@ def main() -> None:
     parser.add_argument("--out", type=non_empty_path, metavar="FILE.md", help="default: README.md in the run's folder")
     args = parser.parse_args(sys.argv[1:])
     run = open_run(args.run, args.ema)
-    folder = run_of(run.path) or run.path
+    folder, grid = run_of(run.path) or run.path, grid_of(run)
     out = args.out or folder / "README.md"
     check_output(out, "--out", ".md", written_by(MARK))
-    grid, exports = grid_of(run), True
-    try:
-        check_export(run, "diffusers")
-    except UsageError:
-        exports = False
     out.parent.mkdir(parents=True, exist_ok=True)
-    shown = os.path.relpath(grid.resolve(), out.parent.resolve()) if grid else None
-    replace_text(out, card(run, folder.resolve().name, shown, exports))
+    shown = grid and os.path.relpath(grid.resolve(), out.parent.resolve())
+    replace_text(out, card(run, folder.resolve().name, shown))
     print_line(f"card: {out.resolve()}")

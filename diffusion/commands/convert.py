@@ -20,13 +20,12 @@ from diffusion.commands.terminal import Parser, check_writable, non_empty_path, 
 from diffusion.config.files import save_config
 from diffusion.config.schema import DiffusionConfig
 from diffusion.errors import UsageError, refusing
-from diffusion.interop.diffusers import pipeline_writer, read_pipeline, unet_config
+from diffusion.interop.card import card, grid_of
+from diffusion.interop.diffusers import check_plain, pipeline_writer, read_pipeline
 from diffusion.interop.dit import check_dit, from_dit
 from diffusion.interop.openai import check_unet, from_openai
-from diffusion.report.card import card, grid_of
 from diffusion.run import checkpoint
 from diffusion.run.folder import is_checkpoint, is_run, mark_run
-from diffusion.run.loaded import Run
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -70,7 +69,9 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
     run = open_run(args.source, args.ema)
     saved, weights = run.saved, run.network.state_dict()
     _check_finite(weights, args.source)
-    check_export(run, args.format)
+    if args.format == "sit":
+        raise UsageError("sit goes one way: its weights become a run")
+    check_plain(run, args.format)
     if args.format in ("openai", "dit"):
         name = (check_unet if args.format == "openai" else check_dit)(saved.config)
         summary = f"a state dict of the published {name}, for {_process(saved.config.diffusion)}"
@@ -80,25 +81,11 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
 
     def with_card(out: Path) -> None:
         write(out)
-        (out / "README.md").write_text(
-            card(run, out.name, "samples.png" if grid else None, exports=True, is_pipeline=True)
-        )
+        (out / "README.md").write_text(card(run, out.name, grid and "samples.png", is_pipeline=True))
         if grid:
             shutil.copyfile(grid, out / "samples.png")
 
     return with_card, f"DDPMPipeline{classes}"
-
-
-def check_export(run: Run, to: str) -> None:
-    """Raise UsageError if a run cannot be expressed in a format."""
-    if to == "sit":
-        raise UsageError("sit goes one way: its weights become a run")
-    if run.vectors.size or run.config.data.condition_channels:
-        raise UsageError(f"{run.path} has condition vectors or images, which {to} cannot express")
-    if run.config.is_consistency_model:
-        raise UsageError(f"{run.path} is a consistency model, which their samplers would take for a diffusion model")
-    if to == "diffusers":
-        unet_config(run.config, len(run.class_names))
 
 
 def take_in(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:

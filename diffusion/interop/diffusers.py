@@ -21,6 +21,7 @@ from diffusion.interop.openai import EVERY, TRAIN, unet_of
 from diffusion.models.layers import timestep_embedding
 from diffusion.models.networks import UNet
 from diffusion.run.checkpoint import Checkpoint, Weights
+from diffusion.run.loaded import Run
 
 Settings = Mapping[str, Any]
 DIFFUSION, FLOW = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler"
@@ -34,6 +35,14 @@ MODULES = {
     "proj_out": "to_out.0", "op": "conv", "conv": "conv",
 }  # fmt: skip
 """Our modules with weights, and diffusers': of the network, then inside its blocks. (It has to_q, to_k and to_v.)"""
+
+
+def check_plain(run: Run, to: str) -> None:
+    """Raise UsageError if a run has what other formats cannot express."""
+    if run.vectors.size or run.config.data.condition_channels:
+        raise UsageError(f"{run.path} has condition vectors or images, which {to} cannot express")
+    if run.config.is_consistency_model:
+        raise UsageError(f"{run.path} is a consistency model, which their samplers would take for a diffusion model")
 
 
 def unet_config(config: Config, num_classes: int) -> dict[str, Any]:

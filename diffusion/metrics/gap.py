@@ -191,8 +191,8 @@ def score(history: Sequence[Losses], least: Tensor, process: GaussianDiffusion) 
     figures["gap_images"] = [len(now.train), len(now.held_out)]
     lines = [f"{line.format(**figures)}; of {' and '.join(str(n) for n in figures['gap_images'] if n)} images"]
     figures |= found(history, least, figures["log_snr"])
-    lines.append(": ".join(filter(None, (figures["verdict"], figures["advice"]))))
-    return Score(figures, lines, best="held_out_loss" if len(now.held_out) else "train_loss")
+    figures["advice"] = ": ".join(filter(None, (figures["verdict"], figures["advice"])))
+    return Score(figures, [*lines, figures["advice"]], best="held_out_loss" if len(now.held_out) else "train_loss")
 
 
 def error_of(values: Tensor) -> Tensor:
@@ -225,8 +225,11 @@ def found(history: Sequence[Losses], least: Tensor, log_snr: Sequence[float]) ->
     (fall, certainly), (rise, beyond) = change(history[-2], now), change(best, now)
     if fall < 0 and certainly:
         pace = -fall / math.log2(now.step / max(history[-2].step, 1))
-        words = f"the held-out loss fell by {-fall:.1%} since step {history[-2].step}, at a pace of {pace:.1%} for twice the"
-        return figures | {"verdict": "still learning", "advice": f"{words} steps: train longer (--train.steps)"}
+        words = f"the held-out loss fell by {-fall:.1%} since step {history[-2].step}, at a pace of {pace:.1%} for"
+        return figures | {
+            "verdict": "still learning",
+            "advice": f"{words} twice the steps: train longer (--train.steps)",
+        }
     words = f"has risen by {rise:.1%} since step {best.step}" if beyond else f"has not fallen since {history[-2].step}"
     words = f"the held-out loss {words}: more steps do not help; more images, or another network, may"
     return figures | {"verdict": "as good as held-out images allow", "advice": words}

@@ -1,0 +1,86 @@
+"""A card of a run: Markdown with the fields of the Hugging Face Hub's model cards, of what is known and measured."""
+
+import html
+import re
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from diffusion.errors import UsageError
+from diffusion.interop.diffusers import check_plain, unet_config
+from diffusion.report.page import without_folders
+from diffusion.run.folder import about_run, newest_scores, run_of
+from diffusion.run.loaded import Run
+
+MARK = "# written by diffusion card"
+SETTINGS = "n", "sets", "sampler", "steps", "guidance", "bound_steps", "seed", "features", "data"
+"""What is told of the settings of figures."""
+SECTION = re.compile(r"## [^\n]+\n+(?=## )")
+"""A section without content."""
+
+
+def card(run: Run, name: str, grid: object, is_pipeline: bool = False) -> str:
+    """The card of a run, or of the pipeline of diffusers that it became, in a folder `name` with a picture `grid`."""
+    saved, sections, owner = run.saved, run.config.sections(), run_of(run.path) or run.path
+    shape, weights = ", ".join(map(str, run.config.data.shape)), sum(p.numel() for p in run.network.parameters())
+    facts = {"classes": ", ".join(saved.class_names), "hash of the data that it was trained on": saved.data}
+    facts |= {"weights": f"after step {saved.step}, {saved.name_of(run.ema)}" if saved.step else None}
+    facts |= {"begun with": f"step {saved.origin['step']} of {saved.origin['path']}" if saved.origin else None}
+    facts |= {"computed on": ", ".join(f"{key} {value}" for key, value in saved.environment.items())}
+    shown = sections if saved.step else {key: sections[key] for key in ("model", "diffusion")}
+    scores = [one for one in newest_scores(owner) if one["weights"] == saved.fingerprint(run.ema)]
+    # Advice is for the owner.
+    lines = [[line for line in one["lines"] if line != one.get("advice")] for one in scores]
+    measured = [f"{'; '.join(texts)} ({_settings(one)})" for texts, one in zip(lines, scores, strict=True)]
+    other = f"{name}_run" if is_pipeline else f"{name}_pipeline"
+    values = {
+        "name": name, "other": other, "shape": shape, "grid": f"![samples]({grid})" * bool(grid),
+        "kind": f"a {run.config.model.network} of {weights:,} weights, for images of {shape.replace(', ', ' x ')}",
+        "told": _listed([*about_run(owner), *(f"{key}: {value}" for key, value in facts.items() if value)]),
+        "recipe": without_folders(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)),
+        "measured": _listed(measured),
+        "run": other if is_pipeline else name, "pipeline": name if is_pipeline else other,
+        "labels": f", class_labels=torch.arange(4) % {len(saved.class_names)}" if saved.class_names else "",
+    }  # fmt: skip
+    text = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).substitute(values)
+    try:
+        check_plain(run, "diffusers")
+        unet_config(run.config, len(saved.class_names))
+    except UsageError:
+        text = text.partition("## Use in diffusers")[0]
+    fields = yaml.safe_dump(_fields(run, name, scores, is_pipeline), sort_keys=False, allow_unicode=True)
+    return f"---\n{MARK}\n{fields}---\n\n{SECTION.sub('', text)}"
+
+
+def grid_of(run: Run) -> Path | None:
+    """The grid that training drew with the weights of a run's checkpoint, if there is one."""
+    path = run.path.parent.parent / "samples" / f"{run.path.name}.png"
+    return path if path.exists() else None
+
+
+def _fields(run: Run, name: str, scores: list[dict[str, Any]], is_pipeline: bool) -> dict[str, Any]:
+    """The fields that the Hub reads, without those that are unknown."""
+    source, task, path = (
+        run.config.data.source,
+        "unconditional-image-generation",
+        getattr(run.config.data, "path", None),
+    )
+    fields: dict[str, Any] = {"pipeline_tag": task, "tags": ["diffusion"]}
+    fields |= {"library_name": "diffusers"} if is_pipeline else {}
+    fields |= {"datasets": [path]} if source == "huggingface" and not Path(str(path)).exists() else {}
+    named = [(one["metric"], one.get(one["metric"]), without_folders(one["lines"][0])) for one in scores]
+    figures = [{"type": name, "value": x, "name": line} for name, x, line in named if isinstance(x, float)]
+    about = {"task": {"type": task}, "dataset": {"name": source, "type": source}, "metrics": figures}
+    return fields | ({"model-index": [{"name": name, "results": [about]}]} if figures else {})
+
+
+def _settings(score: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {score['settings'][name]}" for name in SETTINGS if score["settings"].get(name))
+
+
+def _listed(lines: list[str]) -> str:
+    """A list that Markdown shows as it is, without absolute paths."""
+    escaped = (re.sub(r"([*_`\[\]\\])", r"\\\1", html.escape(without_folders(line), quote=False)) for line in lines)
+    return "\n".join(f"- {line}" for line in escaped)

@@ -1,0 +1,91 @@
+"""The card of a run: what the Hub reads, what was measured, and code that works."""
+
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from helpers import script
+from test_trainer import TINY, small
+
+import evaluate
+from diffusion.commands import card as command
+from diffusion.commands import convert
+from diffusion.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose name and classes have what Markdown and HTML would read."""
+    out = tmp_path_factory.mktemp("secret") / "di_gits"
+    Trainer(small(train__steps=2, checkpoint__every=1, data__held_out=0.1, **TINY), out).run()
+    return out
+
+
+def card_of(run, monkeypatch, capsys, *argv):
+    code, _, err = script(command, monkeypatch, capsys, run, *argv)
+    assert code == 0, err
+    return (run / "README.md").read_text()
+
+
+def test_a_card_says_what_was_measured_and_nothing_else(run, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    text = card_of(run, monkeypatch, capsys)
+    assert "## Measured" not in text
+    assert "model-index" not in text
+    code, said, err = script(
+        evaluate, monkeypatch, capsys, "--ckpt", run, "--metric", "gap,bits_per_dim", "--n", 4, "--steps", 2
+    )
+    assert code == 0, err
+    code, _, err = script(evaluate, monkeypatch, capsys, *argv, "--ema", "none")
+    assert code == 0, err
+    text = card_of(run, monkeypatch, capsys)
+    fields = yaml.safe_load(text.split("---")[1])
+    [result] = fields["model-index"][0]["results"]
+    assert {one["type"] for one in result["metrics"]} == {"gap", "bits_per_dim"}  # those of the first average
+    measured = re.search(r"## Measured\n\n(.*?)\n\n##", text, re.DOTALL)[1]
+    assert len(measured.splitlines()) == 2
+    assert said.splitlines()[0] in measured.replace("\\", "")
+    assert "still learning" not in measured
+    assert fields["pipeline_tag"] == "unconditional-image-generation"
+    assert "![samples](samples/step_00000002.png)" in text
+    assert str(tmp_path) not in text
+
+
+def test_the_hubs_own_reader_takes_the_card(run, monkeypatch, capsys):
+    hub = pytest.importorskip("huggingface_hub")
+    card_of(run, monkeypatch, capsys)
+    card = hub.ModelCard.load(run / "README.md")
+    assert card.data.to_dict()["tags"] == ["diffusion"]
+
+
+def test_the_code_of_a_card_works_here_and_in_diffusers(run, tmp_path, monkeypatch, capsys):
+    """Of a run, and of the pipeline that it becomes."""
+    pytest.importorskip("diffusers")
+    run = shutil.copytree(run, tmp_path / "digits", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    text = card_of(run, monkeypatch, capsys)
+    code, _, err = script(convert, monkeypatch, capsys, "diffusers", run, "--out", "digits_pipeline")
+    assert code == 0, err
+    pipeline = (tmp_path / "digits_pipeline/README.md").read_text()
+    assert (tmp_path / "digits_pipeline/samples.png").read_bytes() == (run / "samples/step_00000002.png").read_bytes()
+    assert yaml.safe_load(pipeline.split("---")[1])["library_name"] == "diffusers"
+    code, _, err = script(convert, monkeypatch, capsys, "diffusers", "digits_pipeline", "--out", "digits_pipeline_run")
+    assert code == 0, err
+    for page in (text, pipeline):
+        here, there = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        names = {}
+        exec(here, names)
+        assert names["images"].shape == (4, 1, 8, 8)
+        exec(there.replace("set_timesteps(50)", "set_timesteps(2)"), names)
+        assert torch.is_tensor(names["x"])
+        assert names["x"].shape == (4, 1, 8, 8)
+
+
+def test_what_diffusers_cannot_express_is_not_promised(tmp_path, monkeypatch, capsys):
+    process = {"diffusion__schedule": "gvp", "diffusion__prediction": "v", "diffusion__variance": "fixed_small"}
+    Trainer(small(train__steps=1, **process, **TINY), tmp_path / "run").run()
+    text = card_of(tmp_path / "run", monkeypatch, capsys)
+    assert "diffusers" not in text
+    assert "diffusion.load" in text
