@@ -22,18 +22,14 @@ from diffusion.parallel.cores import CORES
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
 from diffusion.run.checkpoint import folders, step_of
-from diffusion.run.folder import run_of
 from diffusion.run.loaded import Run, load_run
 from diffusion.sampling import batches
 
-LEVELS, IMAGES, VALUES = 20, 300, 2**27
-"""Timesteps, evenly spaced; images of each kind, by default; and the most values of all noisy images together."""
-CHECKPOINTS = 5
-"""How many checkpoints are compared, the scored one among them."""
+LEVELS, IMAGES, VALUES, CHECKPOINTS = 20, 300, 2**27, 5
+"""Timesteps, evenly spaced; images of each kind, by default; the most values of all noisy images together; and how many
+checkpoints are compared, the scored one among them."""
 CERTAIN = 3.3
 """Standard errors of a finding that is looked for at all levels and checkpoints: 95% after Bonferroni's correction."""
-PURE_NOISE = 1e-9
-"""The signal-to-noise ratio that pure noise is shown at."""
 COVERED = "mse", "rescaled_mse"
 
 
@@ -47,17 +43,19 @@ class Losses(NamedTuple):
 
 def check_gap(subject: Subject) -> None:
     """Raise UsageError if the least loss has no closed form, or the images are not those that were trained on."""
-    run, config = subject.run, subject.run.config
-    if config.diffusion.loss not in COVERED:
-        right = f"the least loss has a closed form for {' and '.join(COVERED)}"
-        raise UsageError(f"--metric gap is not defined for diffusion.loss {config.diffusion.loss}: {right}")
-    if shapes := config.data.condition_shapes:
-        raise UsageError(f"--metric gap is not defined with condition images ({', '.join(shapes)}), each of one answer")
-    if subject.dataset.fingerprint() != run.saved.data:
-        hint = "leave out --split, --classes and --data" if run.saved.data else "nothing is known of its data"
-        raise UsageError(f"--metric gap needs the images that {run.path} was trained on, and no others: {hint}")
-    if 1 < len(subject.dataset) == len(groups(run, subject.dataset).unique()):
-        raise UsageError("--metric gap says nothing here: each image has a condition vector of its own, which tells it")
+    run, loss, shapes = subject.run, subject.run.config.diffusion.loss, subject.run.config.data.condition_shapes
+    hint = "leave out --split, --classes and --data" if run.saved.data else "nothing is known of its data"
+    reasons = {
+        f"is defined for the losses {' and '.join(COVERED)}, and diffusion.loss is {loss}": loss not in COVERED,
+        f"is not defined with condition images ({', '.join(shapes)}), each of one answer": bool(shapes),
+        f"needs the images that {run.path} was trained on, all and no others: {hint}":
+            subject.dataset.fingerprint() != run.saved.data,
+        "says nothing where each image has a condition vector of its own":
+            1 < len(subject.dataset) == len(groups(run, subject.dataset).unique()),
+    }  # fmt: skip
+    for reason, holds in reasons.items():
+        if holds:
+            raise UsageError(f"--metric gap {reason}")
 
 
 def groups(run: Run, dataset: DataSet) -> Tensor:
@@ -100,8 +98,7 @@ def levels_of(process: GaussianDiffusion) -> list[int]:
 
 def weighting(run: Run) -> Tensor:
     """The weights of the loss at each level, (levels,), float64."""
-    weights = run.config.diffusion.component("weighting")(run.process)
-    return torch.from_numpy(weights[levels_of(run.process)])
+    return torch.from_numpy(run.config.diffusion.component("weighting")(run.process)[levels_of(run.process)])
 
 
 def at_levels(subject: Subject, batch: range, x_start: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -116,20 +113,25 @@ def losses(subject: Subject, run: Run, dataset: DataSet, n: int) -> Tensor:
     """The loss of the network of `run` on n images at each level, (n, levels), as it is weighted in training."""
     from accelerate.utils import gather_object  # takes long to import
 
-    rows, process = list[Tensor](), run.process
+    rows = list[Tensor]()
     for batch, indices in subject.data_batches(dataset, n):
         x_start, inputs = run.given(load(dataset, indices))
         with CORES.followed(run.network) as network:
-            given = process, partial(network, **inputs), x_start
+            given = run.process, partial(network, **inputs), x_start
             columns = [training_losses(*given, *drawn, "mse")["mse"] for drawn in at_levels(subject, batch, x_start)]
         rows.append(torch.stack(columns, 1).double().cpu() * weighting(run))
     return torch.cat(gather_object(rows))
 
 
 @torch.no_grad()
-def least_losses(subject: Subject, dataset: DataSet, n: int) -> Tensor:
+def least_losses(subject: Subject, n: int) -> Tensor:
     """The least loss that any network can have on n of the training images at each level, (n, levels)."""
-    run, process, every = subject.run, subject.run.process, groups(subject.run, dataset)
+    run, dataset, process, every = (
+        subject.run,
+        subject.dataset,
+        subject.run.process,
+        groups(subject.run, subject.dataset),
+    )
     levels, size, chosen = levels_of(process), math.prod(run.config.data.shape), part(len(dataset), n)
     x_start = run.raw(load(dataset, chosen.tolist()))[0]
     noisy = [process.q_sample(x_start, *drawn) for drawn in at_levels(subject, range(n), x_start)]
@@ -142,9 +144,8 @@ def least_losses(subject: Subject, dataset: DataSet, n: int) -> Tensor:
                 yield shown.flatten(1).cpu().double(), every[rows]
 
     # In double precision: where there is little noise, small differences of large numbers decide.
-    x_t = torch.stack(noisy, 1).cpu().double().flatten(2)
+    x_t, own = torch.stack(noisy, 1).cpu().double().flatten(2), every[chosen].repeat_interleave(len(levels))
     alpha, sigma = (torch.from_numpy(process.tables[name][levels]).repeat(n) for name in ("alpha", "sigma"))
-    own = every[chosen].repeat_interleave(len(levels))
     mean = posterior_means(x_t.flatten(0, 1), alpha, sigma, own, parts()).view_as(x_t)
     error = (mean - x_start.cpu().double().flatten(1)[:, None]).square().mean(2)
     return error * torch.from_numpy(process.squared_error(process.prediction)[levels]) * weighting(run)
@@ -152,10 +153,8 @@ def least_losses(subject: Subject, dataset: DataSet, n: int) -> Tensor:
 
 def earlier(run: Run) -> Iterator[Run]:
     """The run at up to `CHECKPOINTS` - 1 earlier checkpoints of the same data, evenly spaced, with the same average."""
-    owner = run_of(run.path)
-    paths = [path for path in reversed(folders(owner)) if step_of(path) < run.saved.step] if owner else []
-    count = min(len(paths), CHECKPOINTS - 1)
-    for i in np.linspace(0, len(paths) - 1, count).round().astype(int):
+    paths = [path for path in reversed(folders(run.path.parent.parent)) if step_of(path) < run.saved.step]
+    for i in np.linspace(0, len(paths) - 1, min(len(paths), CHECKPOINTS - 1)).round().astype(int):
         with suppress(UsageError):  # damaged, or of another average
             one = load_run(paths[i], run.ema)
             if one.saved.data == run.saved.data:
@@ -169,30 +168,31 @@ def gap(subject: Subject) -> Score:
     """
     kept, runs = subject.reference.kept, [*earlier(subject.run), subject.run]
     most = min(subject.n or IMAGES, max(1, VALUES // (LEVELS * math.prod(subject.run.config.data.shape))))
-    sets = [(dataset, min(most, len(dataset))) for dataset in (subject.dataset, subject.held_out) if dataset]
+    sets = [(images, min(most, len(images))) for images in (subject.dataset, subject.held_out) if images]
+    keys = [one.saved.fingerprint(one.ema) for one in runs]
     if "least" not in kept:
-        kept["least"] = least_losses(subject, *sets[0])
+        kept["least"] = least_losses(subject, sets[0][1])
     for i in subject.bar(len(runs))(range(len(runs))):
-        if (key := runs[i].saved.fingerprint(runs[i].ema)) not in kept:
-            kept[key] = Losses(runs[i].saved.step, *(losses(subject, runs[i], *images) for images in sets))
-    return score([kept[one.saved.fingerprint(one.ema)] for one in runs], kept["least"], subject.run.process)
+        if keys[i] not in kept:
+            kept[keys[i]] = Losses(runs[i].saved.step, *(losses(subject, runs[i], *images) for images in sets))
+    return score([kept[key] for key in keys], kept["least"], subject.run.process)
 
 
 def score(history: Sequence[Losses], least: Tensor, process: GaussianDiffusion) -> Score:
     """The figures of the last checkpoint of `history`, and in words what follows from all of them."""
-    now, levels = history[-1], levels_of(process)
+    now, log_snr = history[-1], np.log(process.tables["snr"][levels_of(process)].clip(1e-9))  # not infinite
     curves = {"least": least, "train": now.train} | ({"held_out": now.held_out} if len(now.held_out) else {})
-    figures: dict[str, Any] = {"curves": {name: values.mean(0).tolist() for name, values in curves.items()}}
-    figures["log_snr"] = np.log(process.tables["snr"][levels].clip(PURE_NOISE)).tolist()
+    figures: dict[str, Any] = {"gap_images": [len(now.train), len(now.held_out)], "log_snr": log_snr.tolist()}
+    figures["curves"] = {name: values.mean(0).tolist() for name, values in curves.items()}
     for name, values in {"gap": now.train - least, **{f"{name}_loss": x for name, x in curves.items()}}.items():
         figures |= {name: values.mean().item(), f"{name}_interval": 1.96 * error_of(values.mean(1)).item()}
     line = "gap {gap:.4f} +- {gap_interval:.4f}: training loss {train_loss:.4f}, of which {least_loss:.4f} must remain"
     line += "; held-out loss {held_out_loss:.4f}" * (len(curves) - 2)
-    figures["gap_images"] = [len(now.train), len(now.held_out)]
-    lines = [f"{line.format(**figures)}; of {' and '.join(str(n) for n in figures['gap_images'] if n)} images"]
-    figures |= found(history, least, figures["log_snr"])
+    figures |= found(history, least, log_snr)
     figures["advice"] = ": ".join(filter(None, (figures["verdict"], figures["advice"])))
-    return Score(figures, [*lines, figures["advice"]], best="held_out_loss" if len(now.held_out) else "train_loss")
+    counts = " and ".join(str(n) for n in figures["gap_images"] if n)
+    lines = [f"{line.format(**figures)}; of {counts} images", figures["advice"]]
+    return Score(figures, lines, best="held_out_loss" if len(now.held_out) else "train_loss")
 
 
 def error_of(values: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def error_of(values: Tensor) -> Tensor:
     return values.std(0) / math.sqrt(len(values))
 
 
-def found(history: Sequence[Losses], least: Tensor, log_snr: Sequence[float]) -> dict[str, Any]:
+def found(history: Sequence[Losses], least: Tensor, log_snr: np.ndarray) -> dict[str, Any]:
     """What follows for the last checkpoint of `history`: a verdict, advice, and the figures that they rest on."""
     now, held_out = history[-1], torch.stack([one.held_out for one in history])
     if not held_out.numel():
@@ -212,26 +212,28 @@ def found(history: Sequence[Losses], least: Tensor, log_snr: Sequence[float]) ->
     allowed = held_out[held_out.mean(1).argmin(0), :, torch.arange(len(log_snr))].T
     copied = [is_copied(one.train, allowed, least) for one in history]
     share = (allowed.mean() - now.train.mean()) / (allowed.mean() - least.mean())
-    best = history[int(held_out.mean((1, 2)).argmin())]
+    best, before = history[int(held_out.mean((1, 2)).argmin())], history[-2 % len(history)]
     figures: dict[str, Any] = {"verdict": None, "copied": share.item(), "copying_since": None, "best_step": best.step}
+    (fall, certainly), (rise, beyond) = change(before, now), change(best, now)
     if copied[-1].any():
         since = next(one.step for one, there in zip(history, copied, strict=True) if there.any())
-        where = [x for x, there in zip(log_snr, copied[-1], strict=True) if there]
+        where = log_snr[copied[-1].numpy()]
         words = f"since step {since}, now at log SNR {min(where):.1f} to {max(where):.1f}, the training loss is nearer"
-        words += f" to that of a copy than to the least held-out loss: stop at step {best.step}, or add images"
+        words += (
+            f" to that of a copy than to the least held-out loss: stop at step {best.step}, the best, or add images"
+        )
         return figures | {"verdict": "copying", "copying_since": since, "advice": words}
-    if len(history) == 1:
+    if before is now:
         return figures | {"advice": "one checkpoint does not tell whether it still learns: keep several of a run"}
-    (fall, certainly), (rise, beyond) = change(history[-2], now), change(best, now)
     if fall < 0 and certainly:
-        pace = -fall / math.log2(now.step / max(history[-2].step, 1))
-        words = f"the held-out loss fell by {-fall:.1%} since step {history[-2].step}, at a pace of {pace:.1%} for"
+        pace = -fall / math.log2(now.step / max(before.step, 1))
+        words = f"the held-out loss fell by {-fall:.1%} since step {before.step}, at a pace of {pace:.1%} for"
         return figures | {
             "verdict": "still learning",
             "advice": f"{words} twice the steps: train longer (--train.steps)",
         }
-    words = f"has risen by {rise:.1%} since step {best.step}" if beyond else f"has not fallen since {history[-2].step}"
-    words = f"the held-out loss {words}: more steps do not help; more images, or another network, may"
+    words = f"risen by {rise:.1%} since step {best.step}" if beyond else f"not fallen since step {before.step}"
+    words = f"the held-out loss has {words}: more steps do not help; more images, or another network, may"
     return figures | {"verdict": "as good as held-out images allow", "advice": words}
 
 

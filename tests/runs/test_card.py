@@ -34,9 +34,8 @@ def test_a_card_says_what_was_measured_and_nothing_else(run, tmp_path, monkeypat
     text = card_of(run, monkeypatch, capsys)
     assert "## Measured" not in text
     assert "model-index" not in text
-    code, said, err = script(
-        evaluate, monkeypatch, capsys, "--ckpt", run, "--metric", "gap,bits_per_dim", "--n", 4, "--steps", 2
-    )
+    argv = ["--ckpt", run, "--n", 4, "--steps", 2]
+    code, said, err = script(evaluate, monkeypatch, capsys, *argv, "--metric", "gap,bits_per_dim")
     assert code == 0, err
     code, _, err = script(evaluate, monkeypatch, capsys, *argv, "--ema", "none")
     assert code == 0, err
