@@ -2,8 +2,8 @@
 
     python benchmarks/gap.py runs/few runs/most --at 250 500 750 --out docs/gap
 
-For the checkpoints of each run after the steps --at: the verdict, the losses, the share of copies among --n samples (by
-pixels), and their Fréchet distance (--sets sets). The plot shows the losses of each run's last one over the noise levels.
+For the checkpoints of each run after the steps --at: the verdict, the losses, the share of copies among --n samples, by
+pixels, and their Fréchet distance, over --sets sets. The plot shows the losses of each run's last one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "studies"))
-from tables import table
-
 from diffusion.run.checkpoint import checkpoint_folder
 from diffusion.run.folder import read_lines
+
+sys.path.append(str(Path(__file__).parents[1] / "studies"))
+from tables import table
 
 HEAD = ["run", "step", "verdict", "training loss", "held-out loss", "share copied", "Fréchet distance", "copies"]
 
@@ -39,7 +38,7 @@ def main() -> None:
         for path in [checkpoint_folder(run, step) for step in args.at if checkpoint_folder(run, step).exists()]:
             metrics = ["--metric", "gap"], ["--metric", "frechet,nearest", "--n", str(args.n), "--sets", str(args.sets)]
             for flags in metrics:
-                command = [sys.executable, ROOT / "evaluate.py", "--ckpt", path, *flags]
+                command = [sys.executable, "evaluate.py", "--ckpt", str(path), *flags]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found = {one["metric"]: one for one in read_lines(run / "scores.jsonl") if one["checkpoint"] == path.name}
             gap, frechet = found["gap"], found["frechet"]
