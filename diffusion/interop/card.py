@@ -34,17 +34,16 @@ def card(run: Run, name: str, grid: object, is_pipeline: bool = False) -> str:
     # Advice is for the owner.
     lines = [[line for line in one["lines"] if line != one.get("advice")] for one in scores]
     measured = [f"{'; '.join(texts)} ({_settings(one)})" for texts, one in zip(lines, scores, strict=True)]
-    other = f"{name}_run" if is_pipeline else f"{name}_pipeline"
-    values = {
-        "name": name, "other": other, "shape": shape, "grid": f"![samples]({grid})" * bool(grid),
-        "kind": f"a {run.config.model.network} of {weights:,} weights, for images of {shape.replace(', ', ' x ')}",
-        "told": _listed([*about_run(owner), *(f"{key}: {value}" for key, value in facts.items() if value)]),
-        "recipe": without_folders(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)),
-        "measured": _listed(measured),
-        "run": other if is_pipeline else name, "pipeline": name if is_pipeline else other,
-        "labels": f", class_labels=torch.arange(4) % {len(saved.class_names)}" if saved.class_names else "",
-    }  # fmt: skip
-    text = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).substitute(values)
+    names = (f"{name}_run", name) if is_pipeline else (name, f"{name}_pipeline")
+    holes = {"name": name, "run": names[0], "pipeline": names[1], "other": names[not is_pipeline], "shape": shape}
+    holes |= {
+        "kind": f"a {run.config.model.network} of {weights:,} weights, for images of {shape.replace(', ', ' x ')}"
+    }
+    holes |= {"grid": f"![samples]({grid})" if grid else "", "measured": _listed(measured)}
+    holes |= {"told": _listed([*about_run(owner), *(f"{key}: {value}" for key, value in facts.items() if value)])}
+    holes |= {"recipe": without_folders(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))}
+    holes |= {"labels": f", class_labels=torch.arange(4) % {len(saved.class_names)}" if saved.class_names else ""}
+    text = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).substitute(holes)
     try:
         check_plain(run, "diffusers")
         unet_config(run.config, len(saved.class_names))

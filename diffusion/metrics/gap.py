@@ -44,18 +44,18 @@ class Losses(NamedTuple):
 def check_gap(subject: Subject) -> None:
     """Raise UsageError if the least loss has no closed form, or the images are not those that were trained on."""
     run, loss, shapes = subject.run, subject.run.config.diffusion.loss, subject.run.config.data.condition_shapes
-    hint = "leave out --split, --classes and --data" if run.saved.data else "nothing is known of its data"
-    reasons = {
-        f"is defined for the losses {' and '.join(COVERED)}, and diffusion.loss is {loss}": loss not in COVERED,
-        f"is not defined with condition images ({', '.join(shapes)}), each of one answer": bool(shapes),
-        f"needs the images that {run.path} was trained on, all and no others: {hint}":
-            subject.dataset.fingerprint() != run.saved.data,
-        "says nothing where each image has a condition vector of its own":
-            1 < len(subject.dataset) == len(groups(run, subject.dataset).unique()),
-    }  # fmt: skip
-    for reason, holds in reasons.items():
-        if holds:
-            raise UsageError(f"--metric gap {reason}")
+    wrong = None
+    if loss not in COVERED:
+        wrong = f"is defined for the losses {' and '.join(COVERED)}, and diffusion.loss is {loss}"
+    elif shapes:
+        wrong = f"is not defined with condition images ({', '.join(shapes)}), each of one answer"
+    elif subject.dataset.fingerprint() != run.saved.data:
+        hint = "leave out --split, --classes and --data" if run.saved.data else "nothing is known of its data"
+        wrong = f"needs the images that {run.path} was trained on, all and no others: {hint}"
+    elif 1 < len(subject.dataset) == len(groups(run, subject.dataset).unique()):
+        wrong = "says nothing where each image has a condition vector of its own"
+    if wrong:
+        raise UsageError(f"--metric gap {wrong}")
 
 
 def groups(run: Run, dataset: DataSet) -> Tensor:

@@ -48,4 +48,4 @@ def test_the_command_finds_its_subcommands(argv, code, says, monkeypatch, capsys
     assert main() == code
     out = capsys.readouterr()
     assert says in out.out + out.err
-    assert {"train", "sample", "evaluate", "convert", "report", "check-data"} == set(COMMANDS)
+    assert {"train", "sample", "evaluate", "convert", "report", "card", "check-data"} == set(COMMANDS)

@@ -18,7 +18,7 @@ import evaluate
 import sample
 import train
 from diffusion import UsageError
-from diffusion.commands import check_data, convert, report
+from diffusion.commands import card, check_data, convert, report
 from diffusion.commands.terminal import check_output
 from diffusion.config.files import load_config
 from diffusion.files.atomic import written_by
@@ -37,7 +37,7 @@ def places(tmp_path_factory):
     Trainer(small(train__steps=3, checkpoint__every=2, sample__n=2, **TINY), root / "run").run()
     shutil.copytree(root / "run/checkpoints" / STEP, root / "alone")
     Image.new("L", (9, 9)).save(root / "photo.png")
-    for name in ("notes.txt", "page.html", "numbers.json", "animation.gif", "a.npz", "a.pt"):
+    for name in ("notes.txt", "notes.md", "page.html", "numbers.json", "animation.gif", "a.npz", "a.pt"):
         (root / name).write_text("mine")
     (root / "folder").mkdir()
     (root / "folder/notes.txt").write_text("mine")
@@ -64,6 +64,7 @@ BEGUN = ["", "/run.json", "/config.yaml", "/metrics.jsonl", "/report.html", "/sa
          "/checkpoints", *(f"/{name}".replace("STEP", "step_00000001") for name in CHECKPOINT)]  # fmt: skip
 DRAW = ["--ckpt", "run", "--n", "1", "--steps", "2"]
 SCORE = ["--ckpt", "run", "--n", "1", "--steps", "1"]
+KEPT = ["run/scores.jsonl", "run/report.html"]
 NEAREST = ["--ckpt", "run", "--metric", "nearest", "--features", "pixels", "--n", "2", "--steps", "2"]
 WRITES = {
     "train, a new run": (train, ["--out", "new", *ONE], [f"new{name}" for name in BEGUN]),
@@ -81,12 +82,14 @@ WRITES = {
                                       ["samples", "samples/alone_dpmpp2_seed0.png"]),
     "sample, images": (sample, [*DRAW, "--images", "--out", "new"], ["new", "new/000000.png", "new/samples.json"]),
     "sample, an array": (sample, [*DRAW, "--npz", "--out", "new.npz"], ["new.npz"]),
-    "evaluate": (evaluate, SCORE, []),
-    "evaluate, into a file": (evaluate, [*SCORE, "--out", "new/x.json"], ["new", "new/x.json"]),
-    "evaluate, nearest": (evaluate, NEAREST, [f"run/samples/nearest_{STEP}_0.999.png"]),
-    "evaluate, nearest, a sheet": (evaluate, [*NEAREST, "--sheet", "s.png"], ["s.png"]),
+    "evaluate": (evaluate, SCORE, KEPT),
+    "evaluate, into a file": (evaluate, [*SCORE, "--out", "new/x.json"], [*KEPT, "new", "new/x.json"]),
+    "evaluate, nearest": (evaluate, NEAREST, [*KEPT, f"run/samples/nearest_{STEP}_0.999.png"]),
+    "evaluate, nearest, a sheet": (evaluate, [*NEAREST, "--sheet", "s.png"], [*KEPT, "s.png"]),
     "report": (report, ["run"], ["run/report.html"]),
     "report, of several": (report, ["run", "run"], ["report.html"]),
+    "card": (card, ["run"], ["run/README.md"]),
+    "card, elsewhere": (card, ["run", "--out", "new/card.md"], ["new", "new/card.md"]),
     "check-data": (check_data, [], ["check-data.png"]),
     "convert": (convert, ["openai", "run", "--out", "new/x.pt"], ["new", "new/x.pt"]),
 }  # fmt: skip
@@ -123,6 +126,7 @@ def test_a_command_writes_what_the_table_says_and_nothing_else(places, tmp_path,
         (evaluate, [*NEAREST, "--sheet", f"run/checkpoints/{STEP}/state.json"]),
         (report, ["run", "--out", "page.html"]),
         (report, ["run", "--out", "notes.txt"]),
+        (card, ["run", "--out", "notes.md"]),
         (check_data, ["--sheet", "photo.png"]),
         (convert, ["openai", "run", "--out", "a.pt"]),
         (convert, ["openai", "run", "--out", "folder"]),
