@@ -2,8 +2,9 @@
 
     python benchmarks/gap.py runs/few runs/most --at 250 500 750 --out docs/gap
 
-For the checkpoints of each run after the steps --at: the verdict, the losses, the share of copies among --n samples, by
-pixels, and their Fréchet distance, over --sets sets. The plot shows the losses of each run's last one.
+For the checkpoints of each run after the steps --at: the verdict, the losses, the Fréchet distance of --n samples to
+the held-out images (to those trained on, a copy is perfect), over --sets sets, and the share of copies, by pixels. The plot
+shows the losses of each run's last one.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def main() -> None:
     rows = []
     for run in args.runs:
         for path in [checkpoint_folder(run, step) for step in args.at if checkpoint_folder(run, step).exists()]:
-            metrics = ["--metric", "gap"], ["--metric", "frechet,nearest", "--n", str(args.n), "--sets", str(args.sets)]
-            for flags in metrics:
+            samples = ["--n", str(args.n), "--sets", str(args.sets)]
+            far, near = ["--metric", "frechet", "--split", "held_out"], ["--metric", "nearest"]
+            for flags in (["--metric", "gap"], [*far, *samples], [*near, *samples]):
                 command = [sys.executable, "evaluate.py", "--ckpt", str(path), *flags]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found = {one["metric"]: one for one in read_lines(run / "scores.jsonl") if one["checkpoint"] == path.name}
