@@ -3,8 +3,8 @@
     python benchmarks/gap.py runs/few runs/most --at 250 500 750 --out docs/gap
 
 For the checkpoints of each run after the steps --at: the verdict, the losses, the Fréchet distance of --n samples to
-the held-out images (to those trained on, a copy is perfect), over --sets sets, and the share of copies, by pixels. The plot
-shows the losses of each run's last one.
+the held-out images (to those trained on, a copy is perfect), over --sets sets, and the share of copies, by pixels. The
+plot shows the losses of each run's last one.
 """
 
 from __future__ import annotations
