@@ -44,17 +44,17 @@ def main() -> None:
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found = {one["metric"]: one for one in read_lines(run / "scores.jsonl") if one["checkpoint"] == path.name}
             gap, frechet = found["gap"], found["frechet"]
-            losses = [f"{gap[name]:.4f} ± {gap[f'{name}_interval']:.4f}" for name in ("train_loss", "held_out_loss")]
+            losses = [f"{gap[name]:.4f} ± {gap[f'{name}_interval']:.4f}" for name in ("training_loss", "held_out_loss")]
             distance = f"{frechet['frechet']:.3f} ± {frechet['frechet_interval']:.3f}"
-            about = [run.name, f"{int(path.name.removeprefix('step_')):,}", gap["verdict"]]
+            about = [run.name, f"{int(path.name.removeprefix('step_')):,}", gap["verdict"] or ""]
             rows.append([*about, *losses, f"{gap['copied']:.2f}", distance, f"{found['nearest']['pixels_copies']:.1%}"])
             print(json.dumps(dict(zip(HEAD, rows[-1], strict=True)), ensure_ascii=False), file=sys.stderr, flush=True)
     print(table(HEAD, rows))
     figure, axes = plt.subplots(1, len(args.runs), figsize=(5 * len(args.runs), 3.6), squeeze=False)
     for run, axis in zip(args.runs, axes[0], strict=True):
         gap = [one for one in read_lines(run / "scores.jsonl") if one["metric"] == "gap"][-1]
-        for name, label in {"held_out": "held-out", "train": "training", "least": "least possible"}.items():
-            axis.plot(gap["log_snr"], gap["curves"][name], marker="o", markersize=3, label=label)
+        for name in ("training", "held-out", "optimal"):
+            axis.plot(gap["log_snr"], gap["curves"][name], marker="o", markersize=3, label=name)
         axis.set(
             title=f"{run.name}: {gap['verdict']}", xlabel="log SNR, from noise (left) to the image", ylim=(0, None)
         )

@@ -4,8 +4,8 @@ import os
 import sys
 
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, open_run, print_line
-from diffusion.files.atomic import replace_text, written_by
-from diffusion.interop.card import MARK, card, grid_of
+from diffusion.files.atomic import replace_text
+from diffusion.interop.card import card, grid_of, is_card
 from diffusion.run.folder import run_of
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     run = open_run(args.run, args.ema)
     folder, grid = run_of(run.path) or run.path, grid_of(run)
     out = args.out or folder / "README.md"
-    check_output(out, "--out", ".md", written_by(MARK))
+    check_output(out, "--out", ".md", is_card)
     out.parent.mkdir(parents=True, exist_ok=True)
     shown = grid and os.path.relpath(grid.resolve(), out.parent.resolve())
     replace_text(out, card(run, folder.resolve().name, shown))

@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--every", action="store_true", help="score every checkpoint and average of the run, and say which is best")
     add("--sheet", type=path, help="where nearest writes its sheet (default: RUN/samples/nearest_....png)")
     add("--split", choices=["train", "test", "held_out"], default="train", help="part of the data (default: train)")
-    add("--n", type=terminal.number_from(1), help="how many images of the data, or generated ones (default: all)")
+    add("--n", type=terminal.number_from(1), help="images of the data, or generated ones (default: all; of gap, 300)")
     add("--sets", type=int, default=1, choices=range(1, 11), metavar="SETS", help="sets of samples, for 95%% intervals")
     add("--classes", help="score these classes alone, by number or name, separated by commas (default: all)")
     add("--steps", type=terminal.steps, default="", help="see sample.py (default: all; to sample, as in the grids)")
@@ -189,9 +189,10 @@ def main() -> None:
                     settings |= {"evaluations": sets[0].evaluations}
                     write(args, settings, rows, failed)
     if state.is_main_process:
-        report(args, rows)
         with suppress(Exception):  # of any type: it can be written later, and a converted run has no curves
             write_report([out := rows[0][0].path.parent.parent], out / "report.html")
+            terminal.print_line(f"the run's page shows it: {(out / 'report.html').resolve()}", error=True)
+        report(args, rows)
     if failed:
         raise UsageError("; ".join(failed))
 

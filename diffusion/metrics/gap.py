@@ -1,6 +1,6 @@
-"""The gap between a network's loss and the least that any network can have on its training set.
+"""The gap between a network's loss and the optimal one: the least that any network can have on its training set.
 
-The least loss has a closed form: the best prediction of x_0 at x_t is its mean over the training set, given x_t. A
+The optimal loss has a closed form: the best prediction of x_0 at x_t is its mean over the training set, given x_t. A
 network that reaches it copies training images. The loss of images that were not trained on says how near is too near.
 """
 
@@ -30,6 +30,8 @@ LEVELS, IMAGES, VALUES, CHECKPOINTS = 20, 300, 2**27, 5
 checkpoints are compared, the scored one among them."""
 CERTAIN = 3.3
 """Standard errors of a finding that is looked for at all levels and checkpoints: 95% after Bonferroni's correction."""
+FEW = 10
+"""Images of the same conditions, below which the optimal loss says little."""
 COVERED = "mse", "rescaled_mse"
 
 
@@ -42,7 +44,7 @@ class Losses(NamedTuple):
 
 
 def check_gap(subject: Subject) -> None:
-    """Raise UsageError if the least loss has no closed form, or the images are not those that were trained on."""
+    """Raise UsageError if the optimal loss has no closed form, or the images are not those that were trained on."""
     run, loss, shapes = subject.run, subject.run.config.diffusion.loss, subject.run.config.data.condition_shapes
     wrong = None
     if loss not in COVERED:
@@ -124,14 +126,10 @@ def losses(subject: Subject, run: Run, dataset: DataSet, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def least_losses(subject: Subject, n: int) -> Tensor:
+def optimal_losses(subject: Subject, n: int) -> Tensor:
     """The least loss that any network can have on n of the training images at each level, (n, levels)."""
-    run, dataset, process, every = (
-        subject.run,
-        subject.dataset,
-        subject.run.process,
-        groups(subject.run, subject.dataset),
-    )
+    run, dataset, process = subject.run, subject.dataset, subject.run.process
+    every = groups(run, dataset)
     levels, size, chosen = levels_of(process), math.prod(run.config.data.shape), part(len(dataset), n)
     x_start = run.raw(load(dataset, chosen.tolist()))[0]
     noisy = [process.q_sample(x_start, *drawn) for drawn in at_levels(subject, range(n), x_start)]
@@ -170,29 +168,34 @@ def gap(subject: Subject) -> Score:
     most = min(subject.n or IMAGES, max(1, VALUES // (LEVELS * math.prod(subject.run.config.data.shape))))
     sets = [(images, min(most, len(images))) for images in (subject.dataset, subject.held_out) if images]
     keys = [one.saved.fingerprint(one.ema) for one in runs]
-    if "least" not in kept:
-        kept["least"] = least_losses(subject, sets[0][1])
+    if "optimal" not in kept:
+        kept["optimal"] = optimal_losses(subject, sets[0][1])
     for i in subject.bar(len(runs))(range(len(runs))):
         if keys[i] not in kept:
             kept[keys[i]] = Losses(runs[i].saved.step, *(losses(subject, runs[i], *images) for images in sets))
-    return score([kept[key] for key in keys], kept["least"], subject.run.process)
+    result = score([kept[key] for key in keys], kept["optimal"], subject.run.process)
+    if (each := len(subject.dataset) / len(groups(subject.run, subject.dataset).unique())) < FEW:
+        result.notes.append(
+            f"{each:.1f} images share a class and condition vector on average, which leave little to guess"
+        )
+    return result
 
 
-def score(history: Sequence[Losses], least: Tensor, process: GaussianDiffusion) -> Score:
+def score(history: Sequence[Losses], optimal: Tensor, process: GaussianDiffusion) -> Score:
     """The figures of the last checkpoint of `history`, and in words what follows from all of them."""
     now, log_snr = history[-1], np.log(process.tables["snr"][levels_of(process)].clip(1e-9))  # not infinite
-    curves = {"least": least, "train": now.train} | ({"held_out": now.held_out} if len(now.held_out) else {})
+    curves = {"optimal": optimal, "training": now.train} | ({"held-out": now.held_out} if len(now.held_out) else {})
     figures: dict[str, Any] = {"gap_images": [len(now.train), len(now.held_out)], "log_snr": log_snr.tolist()}
     figures["curves"] = {name: values.mean(0).tolist() for name, values in curves.items()}
-    for name, values in {"gap": now.train - least, **{f"{name}_loss": x for name, x in curves.items()}}.items():
-        figures |= {name: values.mean().item(), f"{name}_interval": 1.96 * error_of(values.mean(1)).item()}
-    line = "gap {gap:.4f} +- {gap_interval:.4f}: training loss {train_loss:.4f}, of which {least_loss:.4f} must remain"
-    line += "; held-out loss {held_out_loss:.4f}" * (len(curves) - 2)
-    figures |= found(history, least, log_snr)
-    figures["advice"] = ": ".join(filter(None, (figures["verdict"], figures["advice"])))
-    counts = " and ".join(str(n) for n in figures["gap_images"] if n)
-    lines = [f"{line.format(**figures)}; of {counts} images", figures["advice"]]
-    return Score(figures, lines, best="held_out_loss" if len(now.held_out) else "train_loss")
+    for name, values in {"gap": now.train - optimal, **{f"{name} loss": x for name, x in curves.items()}}.items():
+        key = name.replace(" ", "_").replace("-", "_")
+        figures |= {key: values.mean().item(), f"{key}_interval": 1.96 * error_of(values.mean(1)).item()}
+    figures |= found(history, optimal, log_snr)
+    losses = ", ".join(f"{name} loss {values.mean():.4f}" for name, values in curves.items())
+    line = f"gap {figures['gap']:.4f} +- {figures['gap_interval']:.4f}: {losses}"
+    line += f", copied {figures['copied']:.0%}" if "copied" in figures else ""
+    line += f"; of {' and '.join(str(len(x)) for x in now[1:] if len(x))} images"
+    return Score(figures, [line, figures["advice"]], best=f"{'held_out' if len(now.held_out) else 'training'}_loss")
 
 
 def error_of(values: Tensor) -> Tensor:
@@ -200,41 +203,37 @@ def error_of(values: Tensor) -> Tensor:
     return values.std(0) / math.sqrt(len(values))
 
 
-def found(history: Sequence[Losses], least: Tensor, log_snr: np.ndarray) -> dict[str, Any]:
+def found(history: Sequence[Losses], optimal: Tensor, log_snr: np.ndarray) -> dict[str, Any]:
     """What follows for the last checkpoint of `history`: a verdict, advice, and the figures that they rest on."""
-    now, held_out = history[-1], torch.stack([one.held_out for one in history])
+    now, before, held_out = history[-1], history[-2:][0], torch.stack([one.held_out for one in history])
     if not held_out.numel():
-        return {
-            "verdict": None,
-            "advice": "nothing is held out, which could tell learning from copying (data.held_out)",
-        }
-    # What held-out images allow: at each level, the losses of the checkpoint where their mean is the least.
+        return {"verdict": None, "advice": "nothing is held out, which would tell learning from copying: data.held_out"}
+    # What held-out images allow: at each level, the losses of the checkpoint where their mean is the lowest.
     allowed = held_out[held_out.mean(1).argmin(0), :, torch.arange(len(log_snr))].T
-    copied = [is_copied(one.train, allowed, least) for one in history]
-    share = (allowed.mean() - now.train.mean()) / (allowed.mean() - least.mean())
-    best, before = history[int(held_out.mean((1, 2)).argmin())], history[-2 % len(history)]
-    figures: dict[str, Any] = {"verdict": None, "copied": share.item(), "copying_since": None, "best_step": best.step}
+    share = (allowed.mean() - now.train.mean()) / (allowed.mean() - optimal.mean())
+    copied = [is_copied(one.train, allowed, optimal) for one in history]
+    best, verdict, since = history[int(held_out.mean((1, 2)).argmin())], None, None
     (fall, certainly), (rise, beyond) = change(before, now), change(best, now)
     if copied[-1].any():
+        verdict, where = "copying", log_snr[copied[-1].numpy()]
         since = next(one.step for one, there in zip(history, copied, strict=True) if there.any())
-        where = log_snr[copied[-1].numpy()]
-        words = f"since step {since}, now at log SNR {min(where):.1f} to {max(where):.1f}, the training loss is nearer"
-        words += (
-            f" to that of a copy than to the least held-out loss: stop at step {best.step}, the best, or add images"
+        words = (
+            f"at log SNR {min(where):.1f} to {max(where):.1f}, the training loss is nearer to the optimal one, that of"
         )
-        return figures | {"verdict": "copying", "copying_since": since, "advice": words}
-    if before is now:
-        return figures | {"advice": "one checkpoint does not tell whether it still learns: keep several of a run"}
-    if fall < 0 and certainly:
-        pace = -fall / math.log2(now.step / max(before.step, 1))
-        words = f"the held-out loss fell by {-fall:.1%} since step {before.step}, at a pace of {pace:.1%} for"
-        return figures | {
-            "verdict": "still learning",
-            "advice": f"{words} twice the steps: train longer (--train.steps)",
-        }
-    words = f"risen by {rise:.1%} since step {best.step}" if beyond else f"not fallen since step {before.step}"
-    words = f"the held-out loss has {words}: more steps do not help; more images, or another network, may"
-    return figures | {"verdict": "as good as held-out images allow", "advice": words}
+        words += f" a copy, than to the lowest held-out loss (since step {since}, of {len(history)} checkpoints)"
+        words += f": train on more images{f', or take step {best.step}' if best is not now else ''}"
+    elif before is now:
+        words = "there is no earlier checkpoint to compare with, so whether it still learns is not known"
+    elif fall < 0 and certainly:
+        verdict, pace = "still learning", -fall / math.log2(now.step / max(before.step, 1))
+        words = f"the held-out loss fell by {-fall:.1%} since step {before.step}; at this pace, twice the steps bring"
+        words += f" {pace:.1%} at best: train longer (--train.steps)"
+    else:
+        verdict = "as good as held-out images allow"
+        words = f"risen by {rise:.1%} since step {best.step}" if beyond else f"not fallen since step {before.step}"
+        words = f"the held-out loss has {words}: more steps do not help; more images, or another network, may"
+    figures: dict[str, Any] = {"copied": share.item(), "copying_since": since, "best_step": best.step}
+    return figures | {"verdict": verdict, "advice": f"{verdict}: {words}" if verdict else words}
 
 
 def change(before: Losses, after: Losses) -> tuple[float, bool]:
@@ -243,9 +242,9 @@ def change(before: Losses, after: Losses) -> tuple[float, bool]:
     return (each.mean() / before.held_out.mean()).item(), bool(each.mean().abs() > 1.96 * error_of(each))
 
 
-def is_copied(train: Tensor, allowed: Tensor, least: Tensor) -> Tensor:
-    """Levels at which the training loss is nearer to the least, that of a copy, than to what held-out images allow,
-    where the two are apart."""
-    ours, theirs = train - least / 2, allowed / 2
+def is_copied(train: Tensor, allowed: Tensor, optimal: Tensor) -> Tensor:
+    """Levels at which the training loss is nearer to the optimal one than to what held-out images allow, and these
+    are apart."""
+    ours, theirs = train - optimal / 2, allowed / 2
     error = (error_of(ours) ** 2 + error_of(theirs) ** 2).sqrt()
-    return (ours.mean(0) - theirs.mean(0) < -CERTAIN * error) & (least.mean(0) < theirs.mean(0))
+    return (ours.mean(0) - theirs.mean(0) < -CERTAIN * error) & (optimal.mean(0) < theirs.mean(0))

@@ -85,14 +85,15 @@ def read_grids(run: Path, most: int) -> list[tuple[int, str]]:
 
 
 def read_scores(run: Path) -> dict[str, Any]:
-    """What was measured of a run: `scores` in lines, the newest first, and the newest `gap`: its curves over the noise
-    levels, and what it says."""
+    """What was measured of a run: `scores` in lines, the newest first, and the newest `gap` of its first average: the
+    curves over the noise levels, and what it says."""
     scores, found = newest_scores(run), dict[str, Any]()
     with suppress(Exception):
         found["scores"] = [f"{one['checkpoint']}, {one['ema']}: {line}" for one in scores for line in one["lines"]]
-        gap = next(one for one in scores if one["metric"] == "gap")
+        first = str(load_config(run / "config.yaml").train.averages[0])
+        gap = next(one for one in scores if (one["metric"], one["ema"]) == ("gap", first))
         found["gap"] = {"curves": {name: {"x": gap["log_snr"], "y": y} for name, y in gap["curves"].items()}}
-        found["gap"] |= {"says": f"{gap['checkpoint']}: {gap['lines'][-1]}"}
+        found["gap"] |= {"says": f"{gap['checkpoint']}, {first}: {gap['advice']}"}
     return found
 
 

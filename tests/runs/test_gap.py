@@ -1,4 +1,4 @@
-"""The gap to the least loss of any network: exact where the optimum is known, and what it says of runs."""
+"""The gap to the optimal loss of any network: exact where the optimum is known, and what it says of runs."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from diffusion.config.schema import config_of
 from diffusion.data.base import ArrayDataset
 from diffusion.metrics import METRICS
 from diffusion.metrics.base import Reference, Subject
-from diffusion.metrics.gap import LEVELS, Losses, gap, least_losses, levels_of, posterior_means, score
+from diffusion.metrics.gap import LEVELS, Losses, gap, levels_of, optimal_losses, posterior_means, score
 from diffusion.run.checkpoint import Checkpoint
 from diffusion.run.loaded import Run
 from diffusion.training.trainer import Trainer
@@ -80,19 +80,19 @@ def test_the_best_network_has_no_gap(name, classes):
     labels = torch.arange(40) % 2 if classes else None
     subject = subject_of(some_images(), labels, **PROCESSES[name], data__random_flip=True)
     figures = gap(subject).figures
-    assert abs(figures["gap"]) < 1e-4 * figures["least_loss"]
-    assert figures["least_loss"] > 0
+    assert abs(figures["gap"]) < 1e-4 * figures["optimal_loss"]
+    assert figures["optimal_loss"] > 0
     subject = subject_of(some_images(), labels, **PROCESSES[name], data__random_flip=True)
     subject.run.network.images[::2] *= 0.9
-    assert gap(subject).figures["gap"] > 1e-3 * figures["least_loss"]
+    assert gap(subject).figures["gap"] > 1e-3 * figures["optimal_loss"]
 
 
-def test_the_least_loss_of_two_images_is_its_closed_form():
+def test_the_optimal_loss_of_two_images_is_its_closed_form():
     """Of -1 and 1 everywhere, E[x_0 | x_t] is tanh(alpha sum(x_t) / sigma^2), and the least squared error of x_0 is 1
     minus the mean of its square: an integral over one normal variable."""
     images = torch.tensor([-1.0, 1.0]).repeat(300).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
     subject = subject_of(images, diffusion__prediction="v", n=600)
-    ours, process = least_losses(subject, 600), subject.run.process
+    ours, process = optimal_losses(subject, 600), subject.run.process
     z, weights = np.polynomial.hermite_e.hermegauss(200)
     alpha, sigma = (process.tables[name][levels_of(process)][:, None] for name in ("alpha", "sigma"))
     known = np.tanh(alpha * (4 * alpha + 2 * sigma * z) / sigma**2)
@@ -128,7 +128,7 @@ def history(*pairs, n=200):
         (
             [(0.3, 0.31), (0.25, 0.27)],
             "still learning",
-            "fell by 12.9% since step 100, at a pace of 12.9% for twice the steps: train",
+            "fell by 12.9% since step 100; at this pace, twice the steps bring 12.9% at best: train",
         ),
         (
             [(0.3, 0.31), (0.25, 0.27), (0.24, 0.27)],
@@ -136,9 +136,9 @@ def history(*pairs, n=200):
             "has not fallen since step 200",
         ),
         ([(0.3, 0.31), (0.25, 0.27), (0.2, 0.3)], "as good as held-out images allow", "risen by 11.1% since step 200"),
-        ([(0.3, 0.31), (0.15, 0.3), (0.1, 0.35)], "copying", "since step 200, now at log SNR"),
-        ([(0.3, 0.31), (0.15, 0.3), (0.1, 0.35)], "copying", "stop at step 200"),
-        ([(0.3, 0.31)], None, "one checkpoint does not tell"),
+        ([(0.3, 0.31), (0.15, 0.3), (0.1, 0.35)], "copying", "(since step 200, of 3 checkpoints)"),
+        ([(0.3, 0.31), (0.15, 0.3), (0.1, 0.35)], "copying", "train on more images, or take step 200"),
+        ([(0.3, 0.31)], None, "there is no earlier checkpoint to compare with"),
     ],
 )
 def test_what_follows_from_the_losses_of_a_run(pairs, verdict, says):
@@ -151,7 +151,7 @@ def test_what_follows_from_the_losses_of_a_run(pairs, verdict, says):
 
 
 def test_what_is_no_copy_is_not_called_one():
-    """Where the least loss is near what held-out images allow, as in nearly pure noise, to reach it is no copying."""
+    """Where the optimal loss is near what held-out images allow, as in nearly pure noise, to reach it is no copying."""
     process, losses = small().diffusion.process(), history((0.3, 0.31), (0.28, 0.3))
     assert score(losses, torch.full((200, LEVELS), 0.27, dtype=torch.float64), process).figures["verdict"] != "copying"
 
@@ -172,10 +172,10 @@ def test_a_run_keeps_its_gap_and_shows_it_on_its_page(run, tmp_path, monkeypatch
         name: found[name] for name in ("checkpoint", "gap", "held_out_loss", "curves")
     }
     assert "still learning: the held-out loss fell by" in said
-    assert found["gap"] == pytest.approx(found["train_loss"] - found["least_loss"])
+    assert found["gap"] == pytest.approx(found["training_loss"] - found["optimal_loss"])
     [shown] = data_of((run / "report.html").read_text())
-    assert shown["gap"]["says"].startswith("step_00000004: still learning: ")
-    assert shown["gap"]["curves"]["least"] == {"x": kept["log_snr"], "y": kept["curves"]["least"]}
+    assert shown["gap"]["says"].startswith("step_00000004, 0.999: still learning: ")
+    assert shown["gap"]["curves"]["optimal"] == {"x": kept["log_snr"], "y": kept["curves"]["optimal"]}
     assert shown["scores"][0].startswith("step_00000004, 0.999: gap ")
 
 
@@ -223,7 +223,8 @@ def test_losses_and_conditions_without_a_closed_form_are_refused(settings, says,
 
 
 def test_condition_vectors_of_groups_count_and_those_of_single_images_are_refused(tmp_path, monkeypatch, capsys):
-    for name, vectors in {"shared": np.arange(1797)[:, None] % 5.0, "own": np.arange(1797.0)[:, None]}.items():
+    """And where few share a vector, a note says so."""
+    for name, vectors in {"shared": np.arange(1797)[:, None] % 600.0, "own": np.arange(1797.0)[:, None]}.items():
         np.save(tmp_path / "rows.npy", vectors)
         conditions = {"data__conditions": str(tmp_path / "rows.npy"), "model__class_cond": False}
         Trainer(small(train__steps=1, **conditions, **TINY), tmp_path / name).run()

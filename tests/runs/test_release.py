@@ -18,7 +18,7 @@ from diffusion.training.trainer import Trainer
 RELEASES = Path(__file__).parents[1] / "release"
 FLAGS = """--model.network dit --model.hidden_size 8 --model.depth 1 --model.num_heads 1 --model.patch_size 4
     --diffusion.steps 50 --data.held_out 0.9 --train.batch_size 16 --train.ema_rates [0.9] --train.ema_lengths [0.1]
-    --train.timestep_sampler loss_second_moment --train.label_dropout 0.1 --train.grad_clip 1 --train.log_every 1
+    --train.timestep_sampler loss_second_moment --train.label_dropout 0.1 --train.grad_clip 1 --train.warmup_steps 0
     --sample.n 4 --sample.steps 2 --sample.every 0 --checkpoint.every 0"""
 
 
