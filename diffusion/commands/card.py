@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from diffusion.commands.terminal import Parser, check_output, non_empty_path, open_run, print_line
 from diffusion.files.atomic import replace_text
@@ -20,6 +21,6 @@ def main() -> None:
     out = args.out or folder / "README.md"
     check_output(out, "--out", ".md", is_card)
     out.parent.mkdir(parents=True, exist_ok=True)
-    shown = grid and os.path.relpath(grid.resolve(), out.parent.resolve())
+    shown = grid and Path(os.path.relpath(grid.resolve(), out.parent.resolve()))
     replace_text(out, card(run, folder.resolve().name, shown))
     print_line(f"card: {out.resolve()}")

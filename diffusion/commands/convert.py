@@ -81,7 +81,8 @@ def export(args: argparse.Namespace) -> tuple[Callable[[Path], None], str]:
 
     def with_card(out: Path) -> None:
         write(out)
-        (out / "README.md").write_text(card(run, out.name, grid and "samples.png", is_pipeline=True))
+        text = card(run, out.name, grid and Path("samples.png"), is_pipeline=True)
+        (out / "README.md").write_text(text, encoding="utf-8")
         if grid:
             shutil.copyfile(grid, out / "samples.png")
 

@@ -141,7 +141,8 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
             run.with_sampling(steps=None if args.steps == "" else args.steps)
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")
-    flags = {name: getattr(args, name) for name in ("sampler", "guidance", "guide", "guide_ema", "guide_between")}
+    names = "sampler", "guidance", "guide", "guide_ema", "guide_between", "features", "sheet"
+    flags = {name: getattr(args, name) for name in names}
     flags |= {"sets": args.sets > 1 or None, "steps": args.steps or None if args.metric == ["gap"] else None}
     given = [name for name, value in flags.items() if value is not None]
     if given and not args.draws:
@@ -186,12 +187,13 @@ def main() -> None:
                 rows.append((scored, scores))
                 if state.is_main_process:
                     settings = sets[0].settings(args.metric, args.draws, args.sets)
-                    settings |= {"evaluations": sets[0].evaluations}
+                    settings |= {"evaluations": sets[0].evaluations, "split": args.split}
                     write(args, settings, rows, failed)
     if state.is_main_process:
-        with suppress(Exception):  # of any type: it can be written later, and a converted run has no curves
-            write_report([out := rows[0][0].path.parent.parent], out / "report.html")
-            terminal.print_line(f"the run's page shows it: {(out / 'report.html').resolve()}", error=True)
+        if out := run_of(run.path):
+            with suppress(Exception):  # of any type: it can be written later, and a converted run has no curves
+                write_report([out], out / "report.html")
+                terminal.print_line(f"the run's page shows it: {(out / 'report.html').resolve()}", error=True)
         report(args, rows)
     if failed:
         raise UsageError("; ".join(failed))

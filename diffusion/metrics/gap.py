@@ -22,6 +22,7 @@ from diffusion.parallel.cores import CORES
 from diffusion.process import GaussianDiffusion
 from diffusion.randomness import image_noise
 from diffusion.run.checkpoint import folders, step_of
+from diffusion.run.folder import run_of
 from diffusion.run.loaded import Run, load_run
 from diffusion.sampling import batches
 
@@ -30,8 +31,9 @@ LEVELS, IMAGES, VALUES, CHECKPOINTS = 20, 300, 2**27, 5
 checkpoints are compared, the scored one among them."""
 CERTAIN = 3.3
 """Standard errors of a finding that is looked for at all levels and checkpoints: 95% after Bonferroni's correction."""
-FEW = 10
-"""Images of the same conditions, below which the optimal loss says little."""
+FEW, FEWEST, LONG_AGO = 10, 20, 0.8
+"""Images of the same conditions, below which the optimal loss says little; of a kind, below which there is no verdict;
+and the share of the steps after which the checkpoint is that the held-out loss is compared with."""
 COVERED = "mse", "rescaled_mse"
 
 
@@ -55,7 +57,7 @@ def check_gap(subject: Subject) -> None:
         hint = "leave out --split, --classes and --data" if run.saved.data else "nothing is known of its data"
         wrong = f"needs the images that {run.path} was trained on, all and no others: {hint}"
     elif 1 < len(subject.dataset) == len(groups(run, subject.dataset).unique()):
-        wrong = "says nothing where each image has a condition vector of its own"
+        wrong = "says nothing where each image has a class or condition vector of its own"
     if wrong:
         raise UsageError(f"--metric gap {wrong}")
 
@@ -121,8 +123,11 @@ def losses(subject: Subject, run: Run, dataset: DataSet, n: int) -> Tensor:
         with CORES.followed(run.network) as network:
             given = run.process, partial(network, **inputs), x_start
             columns = [training_losses(*given, *drawn, "mse")["mse"] for drawn in at_levels(subject, batch, x_start)]
-        rows.append(torch.stack(columns, 1).double().cpu() * weighting(run))
-    return torch.cat(gather_object(rows))
+        rows.append(torch.stack(columns, 1).cpu().double() * weighting(run))
+    found = torch.cat(gather_object(rows))
+    if not found.isfinite().all():
+        raise UsageError(f"the loss of {run.path} is not finite at all noise levels: its weights are broken")
+    return found
 
 
 @torch.no_grad()
@@ -151,7 +156,8 @@ def optimal_losses(subject: Subject, n: int) -> Tensor:
 
 def earlier(run: Run) -> Iterator[Run]:
     """The run at up to `CHECKPOINTS` - 1 earlier checkpoints of the same data, evenly spaced, with the same average."""
-    paths = [path for path in reversed(folders(run.path.parent.parent)) if step_of(path) < run.saved.step]
+    owner = run_of(run.path)
+    paths = [path for path in reversed(folders(owner)) if step_of(path) < run.saved.step] if owner else []
     for i in np.linspace(0, len(paths) - 1, min(len(paths), CHECKPOINTS - 1)).round().astype(int):
         with suppress(UsageError):  # damaged, or of another average
             one = load_run(paths[i], run.ema)
@@ -164,9 +170,11 @@ def gap(subject: Subject) -> Score:
 
     Held-out images are those of the run or, if it has none, the test images of the data, if they have any.
     """
+    check_gap(subject)  # with --every, of each checkpoint
     kept, runs = subject.reference.kept, [*earlier(subject.run), subject.run]
-    most = min(subject.n or IMAGES, max(1, VALUES // (LEVELS * math.prod(subject.run.config.data.shape))))
-    sets = [(images, min(most, len(images))) for images in (subject.dataset, subject.held_out) if images]
+    most = min(subject.n or IMAGES, max(2, VALUES // (LEVELS * math.prod(subject.run.config.data.shape))))
+    both = subject.dataset, subject.held_out
+    sets = [(images, min(most, len(images))) for images in both if images and len(images) > 1]
     keys = [one.saved.fingerprint(one.ema) for one in runs]
     if "optimal" not in kept:
         kept["optimal"] = optimal_losses(subject, sets[0][1])
@@ -195,7 +203,7 @@ def score(history: Sequence[Losses], optimal: Tensor, process: GaussianDiffusion
     line = f"gap {figures['gap']:.4f} +- {figures['gap_interval']:.4f}: {losses}"
     line += f", copied {figures['copied']:.0%}" if "copied" in figures else ""
     line += f"; of {' and '.join(str(len(x)) for x in now[1:] if len(x))} images"
-    return Score(figures, [line, figures["advice"]], best=f"{'held_out' if len(now.held_out) else 'training'}_loss")
+    return Score(figures, [line, figures["advice"]], best="held_out_loss" if len(now.held_out) else None)
 
 
 def error_of(values: Tensor) -> Tensor:
@@ -205,7 +213,7 @@ def error_of(values: Tensor) -> Tensor:
 
 def found(history: Sequence[Losses], optimal: Tensor, log_snr: np.ndarray) -> dict[str, Any]:
     """What follows for the last checkpoint of `history`: a verdict, advice, and the figures that they rest on."""
-    now, before, held_out = history[-1], history[-2:][0], torch.stack([one.held_out for one in history])
+    now, held_out = history[-1], torch.stack([one.held_out for one in history])
     if not held_out.numel():
         return {"verdict": None, "advice": "nothing is held out, which would tell learning from copying: data.held_out"}
     # What held-out images allow: at each level, the losses of the checkpoint where their mean is the lowest.
@@ -213,8 +221,11 @@ def found(history: Sequence[Losses], optimal: Tensor, log_snr: np.ndarray) -> di
     share = (allowed.mean() - now.train.mean()) / (allowed.mean() - optimal.mean())
     copied = [is_copied(one.train, allowed, optimal) for one in history]
     best, verdict, since = history[int(held_out.mean((1, 2)).argmin())], None, None
+    before = [one for one in history if one.step <= LONG_AGO * now.step or one is history[0]][-1]
     (fall, certainly), (rise, beyond) = change(before, now), change(best, now)
-    if copied[-1].any():
+    if (few := min(len(now.train), len(now.held_out))) < FEWEST:
+        words = f"{few} images are too few for a verdict, which needs {FEWEST}"
+    elif copied[-1].any():
         verdict, where = "copying", log_snr[copied[-1].numpy()]
         since = next(one.step for one, there in zip(history, copied, strict=True) if there.any())
         words = (
@@ -230,7 +241,11 @@ def found(history: Sequence[Losses], optimal: Tensor, log_snr: np.ndarray) -> di
         words += f" {pace:.1%} at best: train longer (--train.steps)"
     else:
         verdict = "as good as held-out images allow"
-        words = f"risen by {rise:.1%} since step {best.step}" if beyond else f"not fallen since step {before.step}"
+        words = (
+            f"risen by {rise:.1%} since step {best.step}"
+            if beyond
+            else f"not fallen beyond chance since step {before.step}"
+        )
         words = f"the held-out loss has {words}: more steps do not help; more images, or another network, may"
     figures: dict[str, Any] = {"copied": share.item(), "copying_since": since, "best_step": best.step}
     return figures | {"verdict": verdict, "advice": f"{verdict}: {words}" if verdict else words}

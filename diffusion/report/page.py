@@ -89,7 +89,8 @@ def read_scores(run: Path) -> dict[str, Any]:
     curves over the noise levels, and what it says."""
     scores, found = newest_scores(run), dict[str, Any]()
     with suppress(Exception):
-        found["scores"] = [f"{one['checkpoint']}, {one['ema']}: {line}" for one in scores for line in one["lines"]]
+        lines = [f"{one['checkpoint']}, {one['ema']}: {line}" for one in scores for line in one["lines"]]
+        found["scores"] = [without_folders(line, [str(run.resolve())]) for line in lines]
         first = str(load_config(run / "config.yaml").train.averages[0])
         gap = next(one for one in scores if (one["metric"], one["ema"]) == ("gap", first))
         found["gap"] = {"curves": {name: {"x": gap["log_snr"], "y": y} for name, y in gap["curves"].items()}}

@@ -48,7 +48,7 @@ def is_checkpoint(path: Path) -> bool:
 def run_of(checkpoint: Path) -> Path | None:
     """The run that a checkpoint belongs to, if any."""
     run = checkpoint.parent.parent
-    return run if is_run(run) else None
+    return run if checkpoint.parent.name == "checkpoints" and is_run(run) else None
 
 
 def check_is_run(path: Path) -> None:
@@ -218,10 +218,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def newest_scores(run: Path) -> list[dict[str, Any]]:
-    """The newest scores of a run by each metric of each of its weights, the newest first."""
-    newest: dict[Any, dict[str, Any]] = {}
-    for line in reversed(read_lines(run / SCORES) if (run / SCORES).exists() else []):
-        newest.setdefault((line.get("metric"), line.get("weights")), line)
+    """The newest scores of a run by each metric of each of its weights, on each part of the data, the newest first."""
+    newest, lines = dict[Any, dict[str, Any]](), list[dict[str, Any]]()
+    with suppress(OSError):  # there are none, or they are not ours to read
+        lines = read_lines(run / SCORES)
+    for line in reversed(lines):
+        newest.setdefault((line["metric"], line["weights"], line["settings"]["split"]), line)
     return list(newest.values())
 
 
@@ -229,8 +231,10 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
     """Add a line of JSON to a file, or leave the file as it was. A file that was moved away is made anew."""
     whole = path.stat().st_size if path.exists() else 0
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
+        with path.open("ab+") as file:
+            file.seek(max(0, whole - 1))
+            cut_off = file.read() not in (b"", b"\n")  # by a kill
+            file.write(b"\n" * cut_off + json.dumps(values, allow_nan=False).encode() + b"\n")
     except OSError:
         with suppress(OSError):
             os.truncate(path, whole)

@@ -1,6 +1,8 @@
 """The card of a run: what the Hub reads, what was measured, and code that works."""
 
+import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -34,7 +36,7 @@ def test_a_card_says_what_was_measured_and_nothing_else(run, tmp_path, monkeypat
     text = card_of(run, monkeypatch, capsys)
     assert "## Measured" not in text
     assert "model-index" not in text
-    argv = ["--ckpt", run, "--n", 4, "--steps", 2]
+    argv = ["--ckpt", run, "--n", 24, "--steps", 2]
     code, said, err = script(evaluate, monkeypatch, capsys, *argv, "--metric", "gap,bits_per_dim")
     assert code == 0, err
     code, _, err = script(evaluate, monkeypatch, capsys, *argv, "--ema", "none")
@@ -91,6 +93,23 @@ def test_the_code_of_a_card_works_here_and_in_diffusers(run, tmp_path, monkeypat
         exec(there.replace("set_timesteps(50)", "set_timesteps(2)"), names)
         assert torch.is_tensor(names["x"])
         assert names["x"].shape == (4, 1, 8, 8)
+
+
+def test_names_that_markdown_html_shells_and_python_would_read_are_shown_as_they_are(
+    run, tmp_path, monkeypatch, capsys
+):
+    name = '<img src=x> do$name "a" `b`\n# c'
+    run = shutil.copytree(run, tmp_path / name, symlinks=True)
+    text = card_of(run, monkeypatch, capsys)
+    assert yaml.safe_load(text.split("---")[1])["tags"] == ["diffusion"]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    assert "<img" not in prose
+    assert len(re.findall(r"^# ", prose, re.MULTILINE)) == 2  # the mark, and the title
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        assert repr(name)[1:-1].replace("'", '"') in block.replace("'", '"') or json.dumps(name)[1:-1] in block
+        compile(block, "card", "exec")
+    [command] = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    assert shlex.split(command, comments=True)[:4] == ["diffusion", "convert", "diffusers", name]
 
 
 def test_what_diffusers_cannot_express_is_not_promised(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """The gap to the optimal loss of any network: exact where the optimum is known, and what it says of runs."""
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,14 @@ from test_trainer import TINY, small
 from torch import nn
 
 import evaluate
+from diffusion import UsageError
 from diffusion.config.schema import config_of
 from diffusion.data.base import ArrayDataset
 from diffusion.metrics import METRICS
 from diffusion.metrics.base import Reference, Subject
 from diffusion.metrics.gap import LEVELS, Losses, gap, levels_of, optimal_losses, posterior_means, score
 from diffusion.run.checkpoint import Checkpoint
+from diffusion.run.folder import append_line, read_lines
 from diffusion.run.loaded import Run
 from diffusion.training.trainer import Trainer
 
@@ -133,7 +137,7 @@ def history(*pairs, n=200):
         (
             [(0.3, 0.31), (0.25, 0.27), (0.24, 0.27)],
             "as good as held-out images allow",
-            "has not fallen since step 200",
+            "has not fallen beyond chance since step 200",
         ),
         ([(0.3, 0.31), (0.25, 0.27), (0.2, 0.3)], "as good as held-out images allow", "risen by 11.1% since step 200"),
         ([(0.3, 0.31), (0.15, 0.3), (0.1, 0.35)], "copying", "(since step 200, of 3 checkpoints)"),
@@ -148,6 +152,29 @@ def test_what_follows_from_the_losses_of_a_run(pairs, verdict, says):
     assert result.figures["verdict"] == verdict
     assert says in result.lines[1]
     assert result.figures["gap"] == pytest.approx(pairs[-1][0] - 0.05)
+
+
+def test_a_checkpoint_just_before_is_not_what_a_run_is_compared_with():
+    """Else the pace of a run whose last steps are few would be that of chance."""
+    losses = history((0.3, 0.31), (0.25, 0.27), (0.24, 0.2699))
+    losses = [one._replace(step=step) for one, step in zip(losses, (50, 100, 101), strict=True)]
+    result = score(losses, torch.full((200, LEVELS), 0.05, dtype=torch.float64), small().diffusion.process())
+    assert "fell by 12.9% since step 50; at this pace, twice the steps bring 12.8% at best" in result.lines[1]
+
+
+def test_few_images_give_no_verdict():
+    few = [Losses(one.step, one.train[:19], one.held_out) for one in history((0.3, 0.31), (0.1, 0.35))]
+    result = score(few, torch.full((19, LEVELS), 0.05, dtype=torch.float64), small().diffusion.process())
+    assert result.figures["verdict"] is None
+    assert result.lines[1] == "19 images are too few for a verdict, which needs 20"
+
+
+def test_a_checkpoint_of_other_data_is_not_scored():
+    """Of a run that was continued on other data, --every opens such ones, too."""
+    subject = subject_of(some_images())
+    subject.run.checkpoint = dataclasses.replace(subject.run.saved, data="of others")
+    with pytest.raises(UsageError, match="needs the images that nowhere was trained on"):
+        gap(subject)
 
 
 def test_what_is_no_copy_is_not_called_one():
@@ -179,11 +206,42 @@ def test_a_run_keeps_its_gap_and_shows_it_on_its_page(run, tmp_path, monkeypatch
     assert shown["scores"][0].startswith("step_00000004, 0.999: gap ")
 
 
+def test_a_line_that_a_kill_cut_off_costs_no_other(run, tmp_path):
+    for text, whole in (("", 0), ('{"a": 1}\n{"b', 1), ("{", 0)):
+        (tmp_path / "scores.jsonl").write_text(text)
+        append_line(tmp_path / "scores.jsonl", {"c": 2})
+        lines = read_lines(tmp_path / "scores.jsonl")
+        assert len(lines) == whole + 1
+        assert lines[-1] == {"c": 2}
+
+
+def test_a_broken_network_is_named_in_a_line(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    broken = {"train__optimizer": "adamw", "train__lr": 1e18, "train__steps": 1, "data__held_out": 0.1}
+    Trainer(small(**broken, **TINY), out).run()
+    code, _, err = script(evaluate, monkeypatch, capsys, "--ckpt", out, "--metric", "gap", "--n", 20)
+    assert code == 2
+    assert "is not finite at all noise levels: its weights are broken" in err.splitlines()[-1]
+
+
+def test_a_checkpoint_in_another_runs_folder_is_compared_with_none_of_its(run, tmp_path, monkeypatch, capsys):
+    other = shutil.copytree(run, tmp_path / "other", symlinks=True)
+    alone = shutil.copytree(run / "checkpoints/step_00000004", other / "kept/step_00000004")
+    code, said, err = script(evaluate, monkeypatch, capsys, "--ckpt", alone, "--metric", "gap", "--n", 20)
+    assert code == 0, err
+    assert "there is no earlier checkpoint to compare with" in said
+
+
 def test_checkpoints_and_averages_are_ranked_by_their_held_out_loss(run, monkeypatch, capsys):
     argv = ["--ckpt", run, "--metric", "gap,bits_per_dim", "--n", 4, "--steps", 2, "--every"]
     code, said, err = script(evaluate, monkeypatch, capsys, *argv)
     assert code == 0, err
     assert "best by held_out_loss: step_00000004, none (" in said
+    page = (run / "report.html").read_text()
+    assert str(run.parent) not in page
+    [shown] = data_of(page)
+    assert "bits per dimension" in str(shown["scores"])
+    assert shown["gap"]["says"].startswith("step_00000004, 0.999: ")  # of the first average, not of the last scored
 
 
 @pytest.mark.parametrize(
@@ -231,9 +289,11 @@ def test_condition_vectors_of_groups_count_and_those_of_single_images_are_refuse
         argv = ["--ckpt", tmp_path / name, "--metric", "gap", "--n", 10]
         code, said, err = script(evaluate, monkeypatch, capsys, *argv)
         assert code == (0 if name == "shared" else 2)
-        assert (
-            ("nothing is held out" in said) if name == "shared" else ("where each image has a condition vector" in err)
-        )
+        if name == "shared":
+            assert "nothing is held out" in said
+            assert "3.0 images share a class and condition vector on average" in said
+        else:
+            assert "says nothing where each image has a class or condition vector of its own" in err
 
 
 @pytest.mark.slow

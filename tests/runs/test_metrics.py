@@ -175,7 +175,7 @@ def test_all_metrics_share_the_samples_and_are_written_with_their_settings(run, 
     assert list(found["settings"]["classes"].values()) == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert {name: value for name, value in found["settings"].items() if name not in hashes} == {
         "n": 24, "sampler": "dpmpp", "steps": 2, "evaluations": 2, "guidance": 1.0, "guide_between": None, "seed": 0,
-        "sets": 1, "reference_images": 1797, "options": {"order": 2, "clip_denoised": True},
+        "split": "train", "sets": 1, "reference_images": 1797, "options": {"order": 2, "clip_denoised": True},
     }  # fmt: skip
     saved = newest(run, Checkpoint.files)[0]
     assert (found["checkpoint"], found["ema"], found["weights"]) == (saved.path.name, "0.5", saved.fingerprint())
