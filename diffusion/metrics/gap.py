@@ -26,14 +26,15 @@ from diffusion.run.folder import run_of
 from diffusion.run.loaded import Run, load_run
 from diffusion.sampling import batches
 
-LEVELS, IMAGES, VALUES, CHECKPOINTS = 20, 300, 2**27, 5
-"""Timesteps, evenly spaced; images of each kind, by default; the most values of all noisy images together; and how many
-checkpoints are compared, the scored one among them."""
+LEVELS, IMAGES, VALUES = 20, 300, 2**27
+"""Timesteps, evenly spaced; images of each kind, by default; and the most values of all noisy images together."""
+SHARES = 0.2, 0.4, 0.6, 0.8
+"""The shares of the steps after which a checkpoint is compared with those before."""
 CERTAIN = 3.3
 """Standard errors of a finding that is looked for at all levels and checkpoints: 95% after Bonferroni's correction."""
-FEW, FEWEST, LONG_AGO = 10, 20, 0.8
-"""Images of the same conditions, below which the optimal loss says little; of a kind, below which there is no verdict;
-and the share of the steps after which the checkpoint is that the held-out loss is compared with."""
+FEW, FEWEST = 10, 20
+"""Images of the same conditions, below which the optimal loss says little; and of a kind, below which there is no
+verdict."""
 COVERED = "mse", "rescaled_mse"
 
 
@@ -155,12 +156,13 @@ def optimal_losses(subject: Subject, n: int) -> Tensor:
 
 
 def earlier(run: Run) -> Iterator[Run]:
-    """The run at up to `CHECKPOINTS` - 1 earlier checkpoints of the same data, evenly spaced, with the same average."""
-    owner = run_of(run.path)
-    paths = [path for path in reversed(folders(owner)) if step_of(path) < run.saved.step] if owner else []
-    for i in np.linspace(0, len(paths) - 1, min(len(paths), CHECKPOINTS - 1)).round().astype(int):
+    """The run at earlier checkpoints of the same data, with the same average: the last before each of `SHARES`."""
+    owner, now = run_of(run.path), run.saved.step
+    paths = [path for path in reversed(folders(owner)) if step_of(path) < now] if owner else []
+    chosen = {max([path for path in paths if step_of(path) <= share * now] or paths[:1]) for share in SHARES if paths}
+    for path in sorted(chosen):
         with suppress(UsageError):  # damaged, or of another average
-            one = load_run(paths[i], run.ema)
+            one = load_run(path, run.ema)
             if one.saved.data == run.saved.data:
                 yield one.to(run.device)
 
@@ -213,7 +215,7 @@ def error_of(values: Tensor) -> Tensor:
 
 def found(history: Sequence[Losses], optimal: Tensor, log_snr: np.ndarray) -> dict[str, Any]:
     """What follows for the last checkpoint of `history`: a verdict, advice, and the figures that they rest on."""
-    now, held_out = history[-1], torch.stack([one.held_out for one in history])
+    before, now, held_out = history[-2:][0], history[-1], torch.stack([one.held_out for one in history])
     if not held_out.numel():
         return {"verdict": None, "advice": "nothing is held out, which would tell learning from copying: data.held_out"}
     # What held-out images allow: at each level, the losses of the checkpoint where their mean is the lowest.
@@ -221,7 +223,6 @@ def found(history: Sequence[Losses], optimal: Tensor, log_snr: np.ndarray) -> di
     share = (allowed.mean() - now.train.mean()) / (allowed.mean() - optimal.mean())
     copied = [is_copied(one.train, allowed, optimal) for one in history]
     best, verdict, since = history[int(held_out.mean((1, 2)).argmin())], None, None
-    before = [one for one in history if one.step <= LONG_AGO * now.step or one is history[0]][-1]
     (fall, certainly), (rise, beyond) = change(before, now), change(best, now)
     if (few := min(len(now.train), len(now.held_out))) < FEWEST:
         words = f"{few} images are too few for a verdict, which needs {FEWEST}"

@@ -11,9 +11,11 @@ import yaml
 from helpers import script
 from test_trainer import TINY, small
 
+import diffusion
 import evaluate
 from diffusion.commands import card as command
 from diffusion.commands import convert
+from diffusion.config.files import load_config
 from diffusion.training.trainer import Trainer
 
 
@@ -29,6 +31,12 @@ def card_of(run, monkeypatch, capsys, *argv):
     code, _, err = script(command, monkeypatch, capsys, run, *argv)
     assert code == 0, err
     return (run / "README.md").read_text()
+
+
+def recipe_of(text, folder):
+    """The settings that a card shows, as a file."""
+    (folder / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    return folder / "recipe.yaml"
 
 
 def test_a_card_says_what_was_measured_and_nothing_else(run, tmp_path, monkeypatch, capsys):
@@ -102,6 +110,7 @@ def test_names_that_markdown_html_shells_and_python_would_read_are_shown_as_they
     run = shutil.copytree(run, tmp_path / name, symlinks=True)
     text = card_of(run, monkeypatch, capsys)
     assert yaml.safe_load(text.split("---")[1])["tags"] == ["diffusion"]
+    assert load_config(recipe_of(text, tmp_path)) == diffusion.load(run).config
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     assert "<img" not in prose
     assert len(re.findall(r"^# ", prose, re.MULTILINE)) == 2  # the mark, and the title

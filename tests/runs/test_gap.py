@@ -21,10 +21,10 @@ from diffusion.config.schema import config_of
 from diffusion.data.base import ArrayDataset
 from diffusion.metrics import METRICS
 from diffusion.metrics.base import Reference, Subject
-from diffusion.metrics.gap import LEVELS, Losses, gap, levels_of, optimal_losses, posterior_means, score
+from diffusion.metrics.gap import LEVELS, Losses, earlier, gap, levels_of, optimal_losses, posterior_means, score
 from diffusion.run.checkpoint import Checkpoint
 from diffusion.run.folder import append_line, read_lines
-from diffusion.run.loaded import Run
+from diffusion.run.loaded import Run, load_run
 from diffusion.training.trainer import Trainer
 
 PROCESSES = {
@@ -154,14 +154,6 @@ def test_what_follows_from_the_losses_of_a_run(pairs, verdict, says):
     assert result.figures["gap"] == pytest.approx(pairs[-1][0] - 0.05)
 
 
-def test_a_checkpoint_just_before_is_not_what_a_run_is_compared_with():
-    """Else the pace of a run whose last steps are few would be that of chance."""
-    losses = history((0.3, 0.31), (0.25, 0.27), (0.24, 0.2699))
-    losses = [one._replace(step=step) for one, step in zip(losses, (50, 100, 101), strict=True)]
-    result = score(losses, torch.full((200, LEVELS), 0.05, dtype=torch.float64), small().diffusion.process())
-    assert "fell by 12.9% since step 50; at this pace, twice the steps bring 12.8% at best" in result.lines[1]
-
-
 def test_few_images_give_no_verdict():
     few = [Losses(one.step, one.train[:19], one.held_out) for one in history((0.3, 0.31), (0.1, 0.35))]
     result = score(few, torch.full((19, LEVELS), 0.05, dtype=torch.float64), small().diffusion.process())
@@ -204,6 +196,14 @@ def test_a_run_keeps_its_gap_and_shows_it_on_its_page(run, tmp_path, monkeypatch
     assert shown["gap"]["says"].startswith("step_00000004, 0.999: still learning: ")
     assert shown["gap"]["curves"]["optimal"] == {"x": kept["log_snr"], "y": kept["curves"]["optimal"]}
     assert shown["scores"][0].startswith("step_00000004, 0.999: gap ")
+
+
+def test_a_checkpoint_is_compared_with_those_some_time_before(tmp_path):
+    """With the one just before, the pace would be that of chance."""
+    Trainer(small(train__steps=7, checkpoint__every=1, **TINY), tmp_path / "run").run()
+    for step, compared in {7: [1, 2, 4, 5], 2: [1], 1: []}.items():
+        run = load_run(tmp_path / f"run/checkpoints/step_0000000{step}")
+        assert [one.saved.step for one in earlier(run)] == compared
 
 
 def test_a_line_that_a_kill_cut_off_costs_no_other(run, tmp_path):
