@@ -141,9 +141,9 @@ def check_flags(args: argparse.Namespace, run: Run) -> None:
             run.with_sampling(steps=None if args.steps == "" else args.steps)
     if args.every and (args.sheet or args.ema):
         raise UsageError("--every scores all checkpoints and averages: leave out --sheet and --ema")
+    flags = {"sets": args.sets > 1 or None, "steps": args.steps or None if args.metric == ["gap"] else None}
     names = "sampler", "guidance", "guide", "guide_ema", "guide_between", "features", "sheet"
-    flags = {name: getattr(args, name) for name in names}
-    flags |= {"sets": args.sets > 1 or None, "steps": args.steps or None if args.metric == ["gap"] else None}
+    flags |= {name: getattr(args, name) for name in names}
     given = [name for name, value in flags.items() if value is not None]
     if given and not args.draws:
         raise UsageError(f"--{given[0]} is of samples, and {args.metric[0]} draws none: leave it out")
