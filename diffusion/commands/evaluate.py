@@ -190,10 +190,12 @@ def main() -> None:
                     settings |= {"evaluations": sets[0].evaluations, "split": args.split}
                     write(args, settings, rows, failed)
     if state.is_main_process:
-        if out := run_of(run.path):
-            with suppress(Exception):  # of any type: it can be written later, and a converted run has no curves
+        if (out := run_of(run.path)) and (out / "metrics.jsonl").exists():
+            try:
                 write_report([out], out / "report.html")
                 terminal.print_line(f"the run's page shows it: {(out / 'report.html').resolve()}", error=True)
+            except Exception as error:  # of any type: the figures are there, and it can be written later
+                terminal.print_line(f"evaluate: the run's page is left as it is: {one_line(error)}", error=True)
         report(args, rows)
     if failed:
         raise UsageError("; ".join(failed))

@@ -57,8 +57,6 @@ def check_gap(subject: Subject) -> None:
     elif subject.dataset.fingerprint() != run.saved.data:
         hint = "leave out --split, --classes and --data" if run.saved.data else "nothing is known of its data"
         wrong = f"needs the images that {run.path} was trained on, all and no others: {hint}"
-    elif 1 < len(subject.dataset) == len(groups(run, subject.dataset).unique()):
-        wrong = "says nothing where each image has a class or condition vector of its own"
     if wrong:
         raise UsageError(f"--metric gap {wrong}")
 
@@ -185,9 +183,7 @@ def gap(subject: Subject) -> Score:
             kept[keys[i]] = Losses(runs[i].saved.step, *(losses(subject, runs[i], *images) for images in sets))
     result = score([kept[key] for key in keys], kept["optimal"], subject.run.process)
     if (each := len(subject.dataset) / len(groups(subject.run, subject.dataset).unique())) < FEW:
-        result.notes.append(
-            f"{each:.1f} images share a class and condition vector on average, which leave little to guess"
-        )
+        result.notes.append(f"{each:.1f} images share a class and condition vector on average: little is left to guess")
     return result
 
 

@@ -223,7 +223,7 @@ def newest_scores(run: Path) -> list[dict[str, Any]]:
     with suppress(OSError):  # there are none, or they are not ours to read
         lines = read_lines(run / SCORES)
     for line in reversed(lines):
-        newest.setdefault((line["metric"], line["weights"], line["settings"]["split"]), line)
+        newest.setdefault((line.get("metric"), line.get("weights"), line.get("settings", {}).get("split")), line)
     return list(newest.values())
 
 
