@@ -213,9 +213,10 @@ def process(respacing: str = "") -> GaussianDiffusion:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, x_start: Tensor, y: Tensor) -> float:
-    """The mean squared error of epsilon on images that are not trained on: at four timesteps each, always the same."""
-    learned, losses = process(), []
+def held_out_loss(model: nn.Module, x_start: Tensor, y: Tensor, learned: GaussianDiffusion | None = None) -> float:
+    """The mean squared error of epsilon, or of what is `learned`, on images that are not trained on: at four timesteps
+    each, always the same."""
+    learned, losses = learned or process(), []
     for part in range(4):
         generator = generator_for("cpu", 0, "held out", part)
         t = torch.randint(T, (len(x_start),), generator=generator)

@@ -1,10 +1,12 @@
 """The studies run, and what they calculate with is right; their findings are run by hand and stand in docs/."""
 
 import json
+import math
 
 import depth
 import fixup_resnet as resnet
 import improved_ddpm as study
+import learning_rate as rates
 import numpy as np
 import pytest
 import symmetry
@@ -171,3 +173,50 @@ def test_a_difference_counts_only_after_holms_correction():
     assert verdicts["zero ends lower than small, loss"] == "no effect seen |"
     assert verdicts["zero has the better likelihood, bits"] == "no effect seen |"
     assert zero_init.best_rate({1e-3: [{"loss": 0.3}], 1e-2: [{"loss": float("nan")}], 2e-3: [{"loss": 0.2}]}) == 2e-3
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+def losses_of(best, broken=math.inf):
+    """Held-out losses over the grid whose logarithm is a parabola with its lowest point at 2^best."""
+    return {
+        rate: 0.1 * 2 ** (0.05 * (math.log2(rate) - best) ** 2) if rate < broken else math.nan for rate in rates.RATES
+    }
+
+
+def test_the_best_rate_is_the_vertex_of_a_parabola_and_the_largest_stable_one_is_below_all_that_break():
+    assert rates.best(losses_of(-8.3)) == pytest.approx(-8.3)
+    assert rates.best(losses_of(-8.3, broken=4e-3)) == pytest.approx(-8.3)
+    assert rates.best(losses_of(-14)) == pytest.approx(
+        math.log2(rates.RATES[0]) - 1
+    )  # beyond the grid, a step is known
+    assert math.isnan(rates.best(dict.fromkeys(rates.RATES, math.nan)))
+    assert 2 ** rates.stable(losses_of(-8.3, broken=8e-3)) == pytest.approx(4e-3)
+    assert math.isnan(rates.stable(dict.fromkeys(rates.RATES[1:5], 0.1)))
+
+
+def test_the_slope_over_a_size_is_that_of_the_best_rates():
+    line = rates.Line("digits", "zero", "blocks")
+    losses = {
+        size: [losses_of(-8 - 0.5 * math.log2(size.blocks) + shift) for shift in (-0.1, 0.1)] for size in line.sizes()
+    }
+    assert rates.slopes(line, losses) == pytest.approx([-0.5, -0.5])
+    assert "falls" in rates.lines_table({line: losses})
+
+
+def test_the_rates_of_mup_fall_with_the_inputs_of_a_layer():
+    size = rates.Size(128, 1)
+    model = rates.network(rates.ARMS["zero, muP"], size, 8, 0)
+    factors = {
+        id(p): group["factor"]
+        for group in rates.groups(rates.ARMS["zero, muP"], model, size, 8)
+        for p in group["params"]
+    }
+    found = {name: factors[id(p)] for name, p in model.named_parameters()}
+    assert len(found) == len(factors)
+    assert found["input_blocks.0.0.weight"] == 1  # from the image, whose channels do not grow
+    assert found["input_blocks.1.0.in_layers.2.weight"] == 1 / 4
+    assert found["out.2.weight"] == 1 / 4
+    assert {found[name] for name in found if name.endswith("bias")} == {1.0}
+    assert found["label_emb.weight"] == 1

@@ -1,0 +1,364 @@
+"""Does zero initialisation make the best learning rate transfer over depth and width?
+
+    pip install -e '.[studies]'
+    python studies/learning_rate.py --mnist FOLDER    (the folder that holds MNIST/raw)
+
+Whoever enlarges a network searches the learning rate anew. The largest stable rate is said to fall with the depth to
+the power -3/2, the depth being the shortest path (2602.07494), and muP to keep the best one over width. Branches that
+end in zeros are on no path at the start, and leave muP no scale to set. So zero may let the rate transfer, over depth
+at the least; or not, since it protects the start and not the first updates (at 1,000 blocks they throw it far back).
+
+Networks of growing depth (residual blocks a level, blocks of the transformer) and width are trained at a grid of
+rates, with the default recipe (prediction v, warm-up, linear decay), 300 steps of 32 images, and scored on held-out
+images. Runs of one seed share images, timesteps and noise. All that follows was fixed before the first run:
+
+- The figures of a seed and size: the *best* rate, the vertex of a parabola through the logarithm of the held-out loss
+  over that of the rate, at the lowest loss and up to two rates to each side; and the largest *stable* rate, at and
+  below which the loss ends below 0.5. Then their slopes: log2 of the rate per doubling of the size, by least squares.
+- `COMPARISONS` of slopes of the best rate: t-tests over seeds against 0 or against another arm's, with Holm's
+  correction.
+- A rate *transfers* if the 95% interval of its slope lies within 1/3 of 0: a factor of two over eight times the size.
+- What it would mean. Zero transfers over blocks and default does not: keep the rate when deepening, since the branches
+  are off the path. Both or neither: zero has no part in it. muP's rates transfer over width and the standard ones do
+  not: a setting that scales the rates follows. Neither: the rate is to be searched, and the document says how.
+
+Left out, for more than six hours on two cores, since the question is of zero: Fixup with muP's rates and with Muon,
+the transformer with either, all but zero and default with AdamW on MNIST; and a width of 16, which the network's groups
+of 32 channels do not allow. A width of 128 has four rates in the middle, and so no largest one.
+
+Results are kept in runs/studies/learning_rate/, one file a run: what is there already is not run again. At the end the
+tables in docs/learning-rate.md and the figures beside it are rewritten, from the seeds of which all runs are there.
+Every run is one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import zero_init
+from accelerate import Accelerator
+from tables import interval, keep, put_tables, table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion import GaussianDiffusion, Schedule, UNetModel
+from diffusion.commands.terminal import exit_code
+from diffusion.config.schema import TrainConfig
+from diffusion.data.loader import batch_indices
+from diffusion.models.dit import DiT
+from diffusion.models.initialisation import InitName, initialise
+from diffusion.optimizers import OPTIMIZERS
+from diffusion.randomness import generator_for, seed_for
+from diffusion.training.build import learning_rate, parameter_groups
+from diffusion.training.step import TrainingStep
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "learning-rate.md"
+T, STEPS, BATCH_SIZE, SEEDS, EMA_RATE, STABLE, TRANSFERS = 1000, 300, 32, 4, 0.99, 0.5, 1 / 3
+RATES = tuple(5e-4 * 2**k for k in range(7))
+
+
+class Arm(NamedTuple):
+    init: InitName
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    network: Literal["unet", "dit"] = "unet"
+    mup: bool = False
+    """whether AdamW's rate of a weight falls with its inputs, as in muP"""
+
+
+UNETS: tuple[InitName, ...] = ("zero", "default", "fixup")
+ARMS = {init: Arm(init) for init in UNETS} | {f"{init}, muP": Arm(init, mup=True) for init in UNETS[:2]}
+ARMS |= {f"{init}, Muon": Arm(init, "muon") for init in UNETS[:2]}
+ARMS |= {f"dit {init}": Arm(init, network="dit") for init in UNETS[:2]}
+
+
+class Size(NamedTuple):
+    width: int
+    blocks: int
+
+    def along(self, axis: str) -> int:
+        """What grows along an axis."""
+        return self.width if axis.endswith("width") else self.blocks
+
+
+AXES = {
+    "blocks": (Size(32, 1), Size(32, 2), Size(32, 4), Size(32, 8)),
+    "width": (Size(32, 1), Size(64, 1), Size(128, 1)),
+    "dit blocks": (Size(64, 2), Size(64, 4), Size(64, 8), Size(64, 16)),
+    "dit width": (Size(32, 4), Size(64, 4), Size(128, 4)),
+}
+
+
+class Line(NamedTuple):
+    """An arm along an axis, on a data set."""
+
+    data: str
+    arm: str
+    axis: str
+
+    def sizes(self) -> dict[Size, tuple[float, ...]]:
+        """The sizes, each with its rates; on MNIST, whose runs take twice as long, without the largest."""
+        sizes = AXES[self.axis][: -1 if self.data == "mnist" else None]
+        return {size: RATES[1:5] if size == Size(128, 1) else RATES for size in sizes}
+
+
+def lines(data: str, axes: str, *arms: str) -> list[Line]:
+    return [Line(data, arm, axis) for axis in axes.split(", ") for arm in arms]
+
+
+LINES = [
+    *lines("digits", "blocks, width", "zero", "default", "fixup", "zero, Muon", "default, Muon"),
+    *lines("digits", "width", "zero, muP", "default, muP"),
+    *lines("digits", "dit blocks, dit width", "dit zero", "dit default"),
+    *lines("mnist", "blocks, width", "zero", "default"),
+]
+COMPARISONS: list[tuple[Line, str | None]] = [
+    *((line, None) for line in LINES),
+    *((line, "default") for line in LINES if line.arm == "zero"),
+    *((line, "zero") for line in lines("digits", "width", "zero, muP")),
+    *((line, "default, Muon") for line in lines("digits", "blocks, width", "zero, Muon")),
+    *((line, "dit default") for line in lines("digits", "dit blocks, dit width", "dit zero")),
+]
+"""That the slope of a line is not 0, or not that of another arm's."""
+
+
+class Job(NamedTuple):
+    data: str
+    arm: str
+    size: Size
+    rate: float
+    seed: int
+
+    def path(self, folder: Path) -> Path:
+        width, blocks = self.size
+        return folder / self.data / f"{self.arm} {width} {blocks} {self.rate:g} {self.seed}.json"
+
+
+def jobs(mnist: bool) -> list[Job]:
+    """All runs, seed by seed, so that whatever is done is balanced. (Axes share their smallest size.)"""
+    every = [Job(line.data, line.arm, size, rate, seed) for seed in range(SEEDS) for line in LINES
+             for size, rates in line.sizes().items() for rate in rates if mnist or line.data != "mnist"]  # fmt: skip
+    return list(dict.fromkeys(every))
+
+
+def network(arm: Arm, size: Size, pixels: int, seed: int) -> Any:
+    torch.manual_seed(seed_for(seed, "weights"))
+    if arm.network == "dit":
+        model: Any = DiT(pixels, 2, 1, hidden_size=size.width, depth=size.blocks, num_heads=4, num_classes=10)
+    else:
+        model = UNetModel(1, size.width, 2, size.blocks, (), channel_mult=(1, 1), num_heads=2, num_classes=10,
+                          use_scale_shift_norm=True, use_norm=arm.init != "fixup")  # fmt: skip
+    initialise(model, arm.init)
+    return model
+
+
+def groups(arm: Arm, model: nn.Module, size: Size, pixels: int) -> list[dict[str, Any]]:
+    """The parameters, each with the factor of its rate: of muP, that by which its inputs are fewer at a width of 32. (A
+    table of classes has as many inputs at any width.)"""
+    if not arm.mup:
+        return parameter_groups(model)
+    base = dict(network(arm, size._replace(width=32), pixels, 0).named_parameters())
+    return [{"params": [p], "factor": base[name].shape[1] / p.shape[1] if p.ndim > 1 and "label" not in name else 1.0}
+            for name, p in model.named_parameters()]  # fmt: skip
+
+
+def step_of(arm: Arm, size: Size, pixels: int, seed: int, rate: float) -> TrainingStep:
+    """The training step of a size of an arm."""
+    model = network(arm, size, pixels, seed)
+    optimizer = OPTIMIZERS[arm.optimizer](model, groups(arm, model, size, pixels), rate)
+    process = GaussianDiffusion(Schedule.named("cosine", T), "v")
+    return TrainingStep(model, process, optimizer, ema_rates=[EMA_RATE], seed=seed, accelerator=Accelerator(cpu=True))
+
+
+def run(job: Job, folder: Path, path: str | None) -> None:
+    """Train and score one size of an arm with one rate and seed, unless its file is there."""
+    file, began = job.path(folder), time.process_time()
+    if file.exists():
+        return
+    torch.set_num_threads(1)
+    x_start, y, test_x, test_y = zero_init.data(job.data, path)
+    step, train = step_of(ARMS[job.arm], job.size, x_start.shape[-1], job.seed, job.rate), TrainConfig(steps=STEPS)
+    loss = math.nan
+    for i in range(STEPS):
+        for group in step.optimizer.param_groups:
+            group["lr"] = learning_rate(train, i) / train.lr * job.rate * group["factor"]
+        batch = batch_indices(len(x_start), BATCH_SIZE, job.seed, i)
+        if step(x_start[batch], y[batch]).skipped:
+            break
+    else:
+        with step.ema.in_place(EMA_RATE):
+            loss = zero_init.held_out_loss(step.network.eval(), test_x, test_y, step.process)
+    keep(file, job._asdict() | {"loss": loss, "seconds": time.process_time() - began})
+
+
+Losses = dict[Size, list[dict[float, float]]]
+"""size -> of each seed, rate -> the held-out loss"""
+Results = dict[Line, Losses]
+
+
+def gather(line: Line, folder: Path) -> Losses:
+    """What the runs of a line gave, of the seeds of which all are there."""
+    found: Losses = {size: [] for size in line.sizes()}
+    for seed in range(SEEDS):
+        files = {(size, rate): Job(line.data, line.arm, size, rate, seed).path(folder)
+                 for size, rates in line.sizes().items() for rate in rates}  # fmt: skip
+        if all(file.exists() for file in files.values()):
+            read = {key: float(json.loads(file.read_text())["loss"]) for key, file in files.items()}
+            for size in found:
+                found[size].append({rate: loss for (of, rate), loss in read.items() if of == size})
+    return found
+
+
+def best(losses: dict[float, float]) -> float:
+    """log2 of the best rate: the vertex of a parabola through the lowest loss and up to two rates to each side; the
+    lowest's own rate where it does not open upwards, and at most a step beyond the grid."""
+    rates = [rate for rate, loss in losses.items() if loss < STABLE]
+    if not rates:
+        return math.nan
+    lowest = rates.index(min(rates, key=lambda rate: losses[rate]))
+    near = rates[max(0, lowest - 2) : lowest + 3]
+    fit = np.polyfit(np.log2(near), np.log([losses[rate] for rate in near]), 2) if len(near) > 2 else (0.0, 0.0)
+    vertex = -fit[1] / (2 * fit[0]) if fit[0] > 0 else math.log2(rates[lowest])
+    return float(np.clip(vertex, math.log2(min(losses)) - 1, math.log2(max(losses)) + 1))
+
+
+def stable(losses: dict[float, float]) -> float:
+    """log2 of the largest rate at and below which all of a seed's runs train; not of the few rates of a large width."""
+    broken = min((rate for rate, loss in losses.items() if not loss < STABLE), default=math.inf)
+    known = [rate for rate in losses if rate < broken] if len(losses) == len(RATES) else []
+    return math.log2(max(known)) if known else math.nan
+
+
+def slopes(line: Line, losses: Losses, figure: Any = best) -> list[float]:
+    """By how many doublings the rate grows for a doubling of the size, of each seed."""
+    found = {size.along(line.axis): [figure(seed) for seed in seeds] for size, seeds in losses.items()}
+    found = {size: rates for size, rates in found.items() if np.isfinite(rates).all()}
+    if len(found) < 2 or not all(len(rates) > 1 for rates in found.values()):
+        return []
+    return np.polyfit(np.log2(list(found)), list(found.values()), 1)[0].tolist()
+
+
+def shown(values: list[float]) -> str:
+    return "{:+.2f} ± {:.2f}".format(*interval(values)) if values else ""
+
+
+def lines_table(results: Results) -> str:
+    rows = []
+    for line, losses in results.items():
+        found, cells = slopes(line, losses), []
+        mean, half = interval(found) if found else (math.nan, math.nan)
+        verdict = "transfers" if abs(mean) + half < TRANSFERS else "falls" if mean + half < 0 else "not told"
+        for figure in (best, stable):
+            rates = {size.along(line.axis): [figure(seed) for seed in seeds] for size, seeds in losses.items()}
+            means = {size: 2 ** statistics.fmean(values) for size, values in rates.items() if values}
+            cells.append(", ".join(f"{size}: {value:.1e}" for size, value in means.items() if math.isfinite(value)))
+        said = shown(found), "rises" if mean - half > 0 and verdict == "not told" else verdict if found else ""
+        rows.append([line.data, line.arm, line.axis, *said, shown(slopes(line, losses, stable)), *cells])
+    heads = ["data", "arm", "grows", "slope of the best rate", "", "of the largest stable", "best", "largest stable"]
+    return table(heads, rows)
+
+
+def comparisons_table(results: Results) -> str:
+    """The comparisons, with Holm's correction for all of them."""
+    rows = []
+    for line, other in COMPARISONS:
+        values, against = slopes(line, results.get(line, {})), line._replace(arm=other or line.arm)
+        others = slopes(against, results.get(against, {})) if other else [0.0] * len(values)
+        if values and len(values) == len(others):
+            differences = [a - b for a, b in zip(values, others, strict=True)]
+            what = f"{line.arm}, less {other}" if other else line.arm
+            rows.append((f"{line.data}, {line.axis}: {what}", shown(differences), zero_init.p_value(differences)))
+    order = sorted(range(len(rows)), key=lambda i: rows[i][-1])
+    raised = np.maximum.accumulate([rows[i][-1] * (len(rows) - place) for place, i in enumerate(order)]).clip(max=1)
+    holm = dict(zip(order, raised, strict=True))
+    cells = [[says, difference, f"{p:.2g}", f"{holm[i]:.2g}", "beyond chance" if holm[i] < 0.05 else "not told"]
+             for i, (says, difference, p) in enumerate(rows)]  # fmt: skip
+    return table(["slope of", "difference, 95% interval", "p", "p, Holm", ""], cells)
+
+
+def plot(results: Results, path: Path) -> None:
+    """The best rate over the size, and below it the loss over the rate of each size."""
+    places = list(dict.fromkeys((line.data, line.axis) for line in results))
+    figure, axes = plt.subplots(8, len(places), figsize=(3.2 * len(places), 18), squeeze=False, layout="constrained")
+    for axis, (data, name) in zip(axes[0], places, strict=True):
+        axis.set(xscale="log", yscale="log", title=f"{data}: best rate over {name}")
+    for column, place in enumerate(places):
+        here = {line: losses for line, losses in results.items() if (line.data, line.axis) == place}
+        for axis, (line, losses) in zip(axes[1:, column], here.items(), strict=False):
+            for size, seeds in losses.items():
+                means = {rate: statistics.fmean(seed[rate] for seed in seeds) for rate in seeds[0]} if seeds else {}
+                axis.plot(list(means), list(means.values()), ".-", label=str(size.along(line.axis)))
+            axis.set(xscale="log", yscale="log", ylim=(None, STABLE), title=line.arm)
+            axis.legend(fontsize=6)
+            bests = {size.along(line.axis): [best(seed) for seed in seeds] for size, seeds in losses.items() if seeds}
+            axes[0][column].plot(list(bests), [2 ** statistics.fmean(b) for b in bests.values()], ".-", label=line.arm)
+        axes[0][column].legend(fontsize=6)
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())
+    figure.savefig(path, dpi=90)
+
+
+def movements(arm: Arm, size: Size, rate: float, steps: int = 8, pixels: int = 8) -> list[float]:
+    """A coordinate check: by how much what the output layer is given has moved after each of the first steps at a
+    constant rate, as root mean square relative to its own at the start."""
+    step, seen = step_of(arm, size, pixels, 0, rate), list[Tensor]()
+    x = torch.randn(32, 1, pixels, pixels, generator=generator_for("cpu", 0, "movements")).clamp(-1, 1)
+    y, last = torch.arange(32) % 10, step.network.get_submodule("final_layer" if arm.network == "dit" else "out")
+    last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    for group in step.optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    looks = []
+    for i in range(steps + 1):
+        with torch.no_grad():
+            step.network(x, torch.full((32,), 500.0), y=y)
+        looks.append(seen[-1])
+        if i < steps:
+            step(x, y)
+    return [((look - looks[0]).square().mean() / looks[0].square().mean()).sqrt().item() for look in looks[1:]]
+
+
+def plot_movements(path: Path, rate: float = 1e-3) -> None:
+    """The coordinate checks over each axis."""
+    figure, axes = plt.subplots(1, len(AXES), figsize=(3.4 * len(AXES), 3), layout="constrained")
+    for axis, (name, sizes) in zip(axes, AXES.items(), strict=True):
+        for arm in dict.fromkeys(line.arm for line in LINES if line.axis == name):
+            ends = [movements(ARMS[arm], size, rate)[-1] for size in sizes]
+            axis.plot([size.along(name) for size in sizes], ends, ".-", label=arm)
+        axis.set(xscale="log", yscale="log", title=f"moved after 8 steps, over {name}")
+        axis.legend(fontsize=6)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--mnist", help="the folder that holds MNIST/raw; not given: digits alone")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "learning_rate")
+    args = parser.parse_args()
+    if args.mnist:
+        zero_init.data("mnist", args.mnist)  # or it would be missed after hours
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        started = [pool.submit(run, job, args.results, args.mnist) for job in jobs(bool(args.mnist))]
+        for future in tqdm(as_completed(started), total=len(started), unit="run"):
+            future.result()
+    results = {line: gather(line, args.results) for line in LINES}
+    put_tables(DOCUMENT, {"slopes": lines_table(results), "comparisons": comparisons_table(results)})
+    plot(results, DOCUMENT.with_name("learning-rate.png"))
+    plot_movements(DOCUMENT.with_name("learning-rate-movements.png"))
+    print(f"{DOCUMENT} and its figures are written")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
