@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -115,7 +114,8 @@ def open_scored(args: argparse.Namespace, run: Run, data: DataConfig) -> tuple[D
     names, numbers = saved.class_names, tuple(map(str, range(len(dataset.class_names))))
     if held_out is None and "gap" in args.metric and "test" in data.splits:
         with suppress(UsageError):
-            held_out = open_data(data, "test")
+            test = open_data(data, "test")
+            held_out = test if test.class_names == dataset.class_names else None
     if names != dataset.class_names and set(names) == set(dataset.class_names):
         dataset, held_out = with_classes(dataset, names), held_out and with_classes(held_out, names)
     elif names not in ((), dataset.class_names) and not (saved.step == 0 and names == numbers):  # of a converted model
@@ -239,10 +239,11 @@ def write(args: argparse.Namespace, settings: dict[str, Any], rows: Sequence[Sco
         except OSError as error:
             failed.append(f"--out {args.out} cannot be written: {one_line(error)}")
     (run, scores), owner = rows[-1], run_of(rows[-1][0].path)
-    for name, score in scores.items():
-        with suppress(OSError):  # of somebody else, or a checkpoint by itself
-            about = {"metric": name, "lines": score.lines, "settings": settings}
-            append_line((owner or Path(os.devnull)) / SCORES, about | figures_of(run, {name: score}))
+    if owner:
+        with suppress(OSError):  # of somebody else
+            for name, score in scores.items():
+                about = {"metric": name, "lines": score.lines, "settings": settings}
+                append_line(owner / SCORES, about | figures_of(run, {name: score}))
     name = f"samples/nearest_{run.path.name}_{run.saved.name_of(run.ema)}.png"
     out = args.sheet or (owner or Path()) / name
     for sheet, headings in [(score.sheet, score.headings) for score in scores.values() if score.sheet is not None]:
