@@ -220,3 +220,16 @@ def test_the_rates_of_mup_fall_with_the_inputs_of_a_layer():
     assert found["out.2.weight"] == 1 / 4
     assert {found[name] for name in found if name.endswith("bias")} == {1.0}
     assert found["label_emb.weight"] == 1
+
+
+def test_coordinate_check_zero_waits_a_step_and_mup_keeps_what_moves_over_width():
+    """By how much the activations before the output layer move: with the standard rates in proportion to the width, with
+    muP's hardly more; over depth, alike for any initialisation."""
+    narrow, wide, deep = rates.Size(32, 1), rates.Size(128, 1), rates.Size(32, 8)
+    for arm in ("zero", "default"):
+        moved = {size: rates.movements(rates.ARMS[arm], size, 1e-3, steps=3) for size in (narrow, wide, deep)}
+        scaled = rates.movements(rates.ARMS[f"{arm}, muP"], wide, 1e-3, steps=3)
+        assert all((each[0] == 0) == (arm == "zero") for each in (*moved.values(), scaled))
+        assert moved[wide][-1] > 4 * moved[narrow][-1]
+        assert scaled[-1] < 2.5 * moved[narrow][-1]
+        assert 1 / 1.5 < moved[deep][-1] / moved[narrow][-1] < 1.5
