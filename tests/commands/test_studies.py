@@ -223,8 +223,8 @@ def test_the_rates_of_mup_fall_with_the_inputs_of_a_layer():
 
 
 def test_coordinate_check_zero_waits_a_step_and_mup_keeps_what_moves_over_width():
-    """By how much the activations before the output layer move: with the standard rates in proportion to the width, with
-    muP's hardly more; over depth, alike for any initialisation."""
+    """By how much the activations before the output layer move: with the standard rates in proportion to the width,
+    with muP's hardly more; over depth, alike for any initialisation."""
     narrow, wide, deep = rates.Size(32, 1), rates.Size(128, 1), rates.Size(32, 8)
     for arm in ("zero", "default"):
         moved = {size: rates.movements(rates.ARMS[arm], size, 1e-3, steps=3) for size in (narrow, wide, deep)}
