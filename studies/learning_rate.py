@@ -49,7 +49,7 @@ import numpy as np
 import torch
 import zero_init
 from accelerate import Accelerator
-from tables import interval, keep, put_tables, table
+from tables import holm, interval, keep, put_tables, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -280,11 +280,9 @@ def comparisons_table(results: Results) -> str:
             differences = [a - b for a, b in zip(values, others, strict=True)]
             what = f"{line.arm}, less {other}" if other else line.arm
             rows.append((f"{line.data}, {line.axis}: {what}", shown(differences), zero_init.p_value(differences)))
-    order = sorted(range(len(rows)), key=lambda i: rows[i][-1])
-    raised = np.maximum.accumulate([rows[i][-1] * (len(rows) - place) for place, i in enumerate(order)]).clip(max=1)
-    holm = dict(zip(order, raised, strict=True))
-    cells = [[says, difference, f"{p:.2g}", f"{holm[i]:.2g}", "beyond chance" if holm[i] < 0.05 else "not told"]
-             for i, (says, difference, p) in enumerate(rows)]  # fmt: skip
+    corrected = holm([p for _, _, p in rows])
+    cells = [[says, difference, f"{p:.2g}", f"{raised:.2g}", "beyond chance" if raised < 0.05 else "not told"]
+             for (says, difference, p), raised in zip(rows, corrected, strict=True)]  # fmt: skip
     return table(["slope of", "difference, 95% interval", "p", "p, Holm", ""], cells)
 
 

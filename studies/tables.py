@@ -25,6 +25,14 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(half)
 
 
+def holm(p_values: list[float]) -> list[float]:
+    """The p-values of several tests after Holm's correction, in their order."""
+    corrected: dict[int, float] = {}
+    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        corrected[i] = min(1.0, max([*corrected.values(), p_values[i] * (len(p_values) - place)]))
+    return [corrected[i] for i in range(len(p_values))]
+
+
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))

@@ -38,7 +38,7 @@ import torch
 from accelerate import Accelerator
 from scipy.stats import ttest_1samp
 from symmetry import make_alike
-from tables import interval, keep, put_tables, table
+from tables import holm, interval, keep, put_tables, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -325,9 +325,7 @@ def comparisons_table(results: Results) -> str:
         differences = [worse - better for better, worse in zip(*values, strict=True)]
         rows.append((comparison, statistics.fmean(values[0]), statistics.fmean(values[1]), *interval(differences),
                      p_value(differences)))  # fmt: skip
-    corrected: dict[int, float] = {}
-    for place, i in enumerate(sorted(range(len(rows)), key=lambda i: rows[i][-1])):
-        corrected[i] = min(1.0, max([*corrected.values(), rows[i][-1] * (len(rows) - place)]))
+    corrected = holm([row[-1] for row in rows])
     heads = ["comparison", "figure", "the one said to be better", "the other",
              "difference, 95% interval", "p", "p, Holm", ""]  # fmt: skip
     lines = []
