@@ -1,11 +1,13 @@
 """The configuration that all networks share."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from diffusion.config.fields import Section, section
+from diffusion.errors import UsageError
 
 
 @section("model")
@@ -21,8 +23,17 @@ class ModelConfig(Section):
 
     identity_at_start: ClassVar[bool] = False
     """Whether the output of a new network is zero, and each of its blocks the identity."""
+    width_field: ClassVar[str | None] = None
+    """The field that all widths are multiples of, if there is one."""
     compute_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that change neither the shape nor the meaning of weights."""
+
+    def at_width(self, width: int) -> Self:
+        """The same network of another width. Raises UsageError if there is none."""
+        if self.width_field is None:
+            raise UsageError(f"the network {self.network} has no width that all others are multiples of")
+        changed: dict[str, Any] = {self.width_field: width}
+        return dataclasses.replace(self, **changed)
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
         """Raise UsageError, which begins with "size", if the network does not take images of `sizes`."""

@@ -52,6 +52,7 @@ class UNet(ModelConfig):
     """normalise in groups"""
 
     identity_at_start = True
+    width_field = "model_channels"
     compute_only = frozenset({"dropout", "use_checkpoint", "init"})
 
     def __post_init__(self) -> None:
@@ -91,6 +92,7 @@ class Transformer(ModelConfig):
     times the default)"""
 
     identity_at_start = True
+    width_field = "hidden_size"
     compute_only = frozenset({"init"})
 
     def __post_init__(self) -> None:

@@ -26,10 +26,10 @@ def muon(network: nn.Module, groups: Groups, lr: float, *, weight_decay: Decay =
     """Muon for hidden matrices and convolutions (see `Muon`), AdamW for the rest: what is named in the network's
     `outer`, and all that has one dimension."""
     outer: tuple[str, ...] = getattr(network, "outer", ())
-    hidden = [p for name, p in network.named_parameters() if p.ndim > 1 and not name.startswith(outer)]
-    apart = set(map(id, hidden))
-    rest = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
-    split = [{"params": hidden, "factor": 1.0, "muon": True}, *(group for group in rest if group["params"])]
+    hidden = {id(p) for name, p in network.named_parameters() if p.ndim > 1 and not name.startswith(outer)}
+    inner = [{**group, "params": [p for p in group["params"] if id(p) in hidden], "muon": True} for group in groups]
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in hidden]} for group in groups]
+    split = [group for group in (*inner, *rest) if group["params"]]
     return Muon(split, momentum, lr=lr, weight_decay=weight_decay, fused=True)
 
 

@@ -1,7 +1,9 @@
 """The optimizer, its learning rate, and the training step of a configuration."""
 
+import dataclasses
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -15,15 +17,26 @@ SAME_IN_DATA = "random_flip", "unbounded"
 """Settings that the training step takes under the same name."""
 
 
-def parameter_groups(network: nn.Module, scalar_lr_factor: float = 1.0) -> list[dict[str, Any]]:
-    """All weights, then Fixup's scalars, if any, which do not decay."""
-    scalar_params = scalars(network)
+def parameter_groups(
+    network: nn.Module, scalar_lr_factor: float = 1.0, narrow: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """All weights, then Fixup's scalars, if any, which do not decay; each group with the factor of its learning rate.
+
+    With `narrow`, the same network of the width at which the rate was found, a weight with n times its inputs there has
+    the factor 1 / n (muP; Yang et al. 2022, table 3, Adam). A table of classes has as many inputs at any width."""
+    scalar_params, inputs = scalars(network), dict[str, int]()
+    if narrow is not None:
+        inputs = {name: p.shape[1] for name, p in narrow.named_parameters() if p.ndim > 1}
     apart = set(map(id, scalar_params))
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in network.parameters() if id(p) not in apart], "factor": 1.0},
-        {"params": scalar_params, "factor": scalar_lr_factor, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, p in network.named_parameters():
+        if id(p) not in apart:
+            factor = inputs[name] / p.shape[1] if name in inputs and id(p) not in tables else 1.0
+            groups.setdefault(factor, []).append(p)
+    fixup = {"params": scalar_params, "factor": scalar_lr_factor, "weight_decay": 0.0}
+    weights: list[dict[str, Any]] = [{"params": params, "factor": factor} for factor, params in groups.items()]
+    return [*weights, fixup] if scalar_params else weights
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -38,7 +51,12 @@ def build_step(
     """The training step of a configuration."""
     train = config.train
     network.to(accelerator.device)  # before its weights are given to the optimizer
-    optimizer = train.component("optimizer")(network, parameter_groups(network, train.scalar_lr_factor), train.lr)
+    narrow = None
+    if train.lr_base_width is not None:
+        with torch.device("meta"):
+            narrow = dataclasses.replace(config, model=config.model.at_width(train.lr_base_width)).network(2)
+    groups = parameter_groups(network, train.scalar_lr_factor, narrow)
+    optimizer = train.component("optimizer")(network, groups, train.lr)
     options: dict[str, Any] = {name: getattr(train, name) for name in SAME_IN_TRAIN}
     options |= {name: getattr(config.data, name) for name in SAME_IN_DATA}
     options |= dict(loss=config.diffusion.component("loss"), weighting=config.diffusion.component("weighting"))

@@ -192,6 +192,10 @@ def test_the_best_rate_is_the_vertex_of_a_parabola_and_the_largest_stable_one_is
         math.log2(rates.RATES[0]) - 1
     )  # beyond the grid, a step is known
     assert math.isnan(rates.best(dict.fromkeys(rates.RATES, math.nan)))
+    slow = losses_of(-5, broken=8e-3)  # still falling where it breaks
+    assert rates.best(slow) == pytest.approx(-5)
+    assert rates.near(slow) == pytest.approx(math.log2(4e-3) + 0.5)
+    assert rates.near(losses_of(-8.3)) == pytest.approx(-8.3)
     assert 2 ** rates.stable(losses_of(-8.3, broken=8e-3)) == pytest.approx(4e-3)
     assert math.isnan(rates.stable(dict.fromkeys(rates.RATES[1:5], 0.1)))
 
@@ -203,23 +207,6 @@ def test_the_slope_over_a_size_is_that_of_the_best_rates():
     }
     assert rates.slopes(line, losses) == pytest.approx([-0.5, -0.5])
     assert "falls" in rates.lines_table({line: losses})
-
-
-def test_the_rates_of_mup_fall_with_the_inputs_of_a_layer():
-    size = rates.Size(128, 1)
-    model = rates.network(rates.ARMS["zero, muP"], size, 8, 0)
-    factors = {
-        id(p): group["factor"]
-        for group in rates.groups(rates.ARMS["zero, muP"], model, size, 8)
-        for p in group["params"]
-    }
-    found = {name: factors[id(p)] for name, p in model.named_parameters()}
-    assert len(found) == len(factors)
-    assert found["input_blocks.0.0.weight"] == 1  # from the image, whose channels do not grow
-    assert found["input_blocks.1.0.in_layers.2.weight"] == 1 / 4
-    assert found["out.2.weight"] == 1 / 4
-    assert {found[name] for name in found if name.endswith("bias")} == {1.0}
-    assert found["label_emb.weight"] == 1
 
 
 def test_coordinate_check_zero_waits_a_step_and_mup_keeps_what_moves_over_width():

@@ -51,7 +51,7 @@ fitting: dict = {
     "model.attention_resolutions": st.lists(st.sampled_from([1, 2, 4]), max_size=2),
     "model.num_heads": sizes, "model.num_heads_upsample": sizes, "model.num_head_channels": sizes,
     "diffusion.steps": sizes, "diffusion.respacing": sizes, "train.batch_size": sizes,
-    "train.gradient_accumulation": sizes,
+    "train.gradient_accumulation": sizes, "train.lr_base_width": st.sampled_from([32, 64, 33]),
     "train.ema_rates": st.lists(rates, max_size=2), "train.warmup_steps": sizes,
     "train.ema_lengths": st.lists(rates, max_size=2), "train.compile": st.just(False), "train.log_every": sizes,
     "train.max_skipped": sizes, "train.steps": st.sampled_from([1, 2, 3]), "sample.n": sizes, "sample.every": sizes,

@@ -662,6 +662,17 @@ def test_a_fixup_run_continues_with_the_bits_of_an_uninterrupted_one(tmp_path):
     assert any(p.item() not in (0.0, 1.0) for p in scalars(network))
 
 
+def test_a_run_whose_rates_fall_with_the_width_continues_with_the_same_bits(tmp_path):
+    changes = dict(train__lr_base_width=64, train__weight_decay=0.1)  # half the width: twice the rate
+    whole = train(small(**changes), tmp_path / "whole")
+    train(small(train__steps=3, **changes), tmp_path / "run")
+    assert_same_bits(state(train(small(**changes), tmp_path / "run")), state(whole))
+    lr = whole.config.train.lr
+    assert {group["lr"] for group in whole.training_step.optimizer.param_groups} == {lr, 2 * lr}
+    with pytest.raises(UsageError, match=r"train\.lr_base_width was 64 and is null, in the run"):
+        train(small(train__weight_decay=0.1), tmp_path / "run")
+
+
 def test_fixup_upsamples_too(tmp_path):
     assert len(scalars(small(**FIXUP, data__low_res_size=4).network(10))) > 50
     Trainer(small(**FIXUP, data__low_res_size=4), tmp_path).run()

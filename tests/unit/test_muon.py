@@ -1,8 +1,11 @@
+import re
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from diffusion.config.schema import Config, config_of
+from diffusion.errors import UsageError
 from diffusion.optimizers import muon
 from diffusion.optimizers.muon import Muon, orthogonalise
 from diffusion.training.build import build_step, parameter_groups
@@ -81,6 +84,46 @@ def test_hidden_weights_are_muons_and_the_rest_is_adamws():
     assert sum(p.numel() for p in groups[0]["params"]) > 0.9 * sum(p.numel() for p in network.parameters())
 
 
+FALL = {
+    "unet": ["input_blocks.1.0.in_layers.2.weight", "input_blocks.1.0.emb_layers.1.weight", "out.2.weight"],
+    "dit": ["blocks.0.attn.qkv.weight", "blocks.0.mlp.fc2.weight", "final_layer.linear.weight"],
+}
+STAY = {
+    "unet": ["input_blocks.0.0.weight", "label_emb.weight", "vector_emb.weight", "out.2.bias"],
+    "dit": [
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "vector_emb.weight",
+        "t_embedder.mlp.0.weight",
+    ],
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("network", "field"), [("unet", "model_channels"), ("dit", "hidden_size")])
+def test_the_rate_of_a_weight_falls_with_its_inputs_from_the_base_width_on(network, field, optimizer):
+    """muP for Adam (2203.03466, table 3): hidden and output weights by 1 / fan_in, those with fixed inputs not."""
+    model = {"network": network, field: 96, "num_heads": 4}
+    config = config_of({"model": model, "train": {"lr_base_width": 32, "optimizer": optimizer}})
+    built = config.network(10, 3)
+    step = build_step(config, built, config.diffusion.process(), Accelerator(cpu=True))
+    factors = {id(p): group["factor"] for group in step.optimizer.param_groups for p in group["params"]}
+    found = {name: factors[id(p)] for name, p in built.named_parameters() if p.requires_grad}
+    assert {name: found[name] for name in FALL[network]} == dict.fromkeys(FALL[network], pytest.approx(1 / 3))
+    assert {name: found[name] for name in STAY[network]} == dict.fromkeys(STAY[network], 1.0)
+    assert len(set(found.values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "says"),
+    [({}, 48, "train.lr_base_width is 48: model.model_channels is 48; it must be a multiple of 32, such as 64"),
+     ({"network": "dit"}, 32, "train.lr_base_width is 32: model.num_heads is 3, which does not divide hidden_size 32")],
+)  # fmt: skip
+def test_a_base_width_that_the_network_cannot_have_is_refused(model, width, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        config_of({"model": model, "train": {"lr_base_width": width}})
+
+
 def test_muon_gets_further_in_a_few_steps_than_adamw():
     losses = {}
     for name, lr in (("adamw", 3e-3), ("muon", 5e-3)):
@@ -95,8 +138,6 @@ def test_muon_gets_further_in_a_few_steps_than_adamw():
 
 def test_muon_refuses_sharded_weights(monkeypatch):
     from accelerate.utils import DistributedType
-
-    from diffusion.errors import UsageError
 
     accelerator = Accelerator()
     monkeypatch.setattr(type(accelerator), "distributed_type", property(lambda self: DistributedType.FSDP))
