@@ -45,7 +45,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,8 +85,7 @@ class Arm(NamedTuple):
 
 UNETS: tuple[InitName, ...] = ("zero", "default", "fixup")
 ARMS = {init: Arm(init) for init in UNETS} | {f"{init}, muP": Arm(init, mup=True) for init in UNETS[:2]}
-ARMS |= {f"{init}, Muon": Arm(init, "muon") for init in UNETS[:2]}
-ARMS |= {"zero, Muon, muP": Arm("zero", "muon", mup=True)}
+ARMS |= {f"{init}, Muon": Arm(init, "muon") for init in UNETS[:2]} | {"zero, Muon, muP": Arm("zero", "muon", mup=True)}
 ARMS |= {f"dit {init}": Arm(init, network="dit") for init in UNETS[:2]}
 
 
@@ -108,6 +107,18 @@ AXES = {
 }
 
 
+class Job(NamedTuple):
+    data: str
+    arm: str
+    size: Size
+    rate: float
+    seed: int
+
+    def path(self, folder: Path) -> Path:
+        width, blocks = self.size
+        return folder / self.data / f"{self.arm} {width} {blocks} {self.rate:g} {self.seed}.json"
+
+
 class Line(NamedTuple):
     """An arm along an axis, on a data set."""
 
@@ -119,6 +130,10 @@ class Line(NamedTuple):
         """The sizes, each with its rates; on MNIST, whose runs take twice as long, without the largest."""
         sizes = AXES[self.axis][: -1 if self.data == "mnist" else None]
         return {size: RATES[1:5] if size == Size(128, 1) else RATES for size in sizes}
+
+    def jobs(self, seed: int) -> list[Job]:
+        """Its runs of a seed."""
+        return [Job(self.data, self.arm, size, rate, seed) for size, rates in self.sizes().items() for rate in rates]
 
 
 def lines(data: str, axes: str, *arms: str) -> list[Line]:
@@ -134,31 +149,16 @@ LINES = [
 ADDED = [*lines("digits", "width", "zero, Muon, muP"), *lines("digits", "width and blocks", "zero", "zero, muP")]
 COMPARISONS: list[tuple[Line, str | None]] = [
     *((line, None) for line in LINES),
-    *((line, "default") for line in LINES if line.arm == "zero"),
+    *((line, line.arm.replace("zero", "default")) for line in LINES if line.arm in ("zero", "zero, Muon", "dit zero")),
     *((line, "zero") for line in lines("digits", "width", "zero, muP")),
-    *((line, "default, Muon") for line in lines("digits", "blocks, width", "zero, Muon")),
-    *((line, "dit default") for line in lines("digits", "dit blocks, dit width", "dit zero")),
 ]
 """That the slope of a line is not 0, or not that of another arm's."""
 
 
-class Job(NamedTuple):
-    data: str
-    arm: str
-    size: Size
-    rate: float
-    seed: int
-
-    def path(self, folder: Path) -> Path:
-        width, blocks = self.size
-        return folder / self.data / f"{self.arm} {width} {blocks} {self.rate:g} {self.seed}.json"
-
-
 def jobs(mnist: bool) -> list[Job]:
     """All runs, seed by seed, so that whatever is done is balanced. (Axes share their smallest size.)"""
-    every = [Job(line.data, line.arm, size, rate, seed) for seed in range(SEEDS) for line in (*LINES, *ADDED)
-             for size, rates in line.sizes().items() for rate in rates if mnist or line.data != "mnist"]  # fmt: skip
-    return list(dict.fromkeys(every))
+    chosen = [line for line in (*LINES, *ADDED) if mnist or line.data != "mnist"]
+    return list(dict.fromkeys(job for seed in range(SEEDS) for line in chosen for job in line.jobs(seed)))
 
 
 def network(arm: Arm, size: Size, pixels: int, seed: int) -> Any:
@@ -176,7 +176,8 @@ def step_of(arm: Arm, size: Size, pixels: int, seed: int, rate: float) -> Traini
     """The training step of a size of an arm."""
     narrow = network(arm, size._replace(width=32), pixels, seed) if arm.mup else None
     model = network(arm, size, pixels, seed)
-    optimizer = OPTIMIZERS[arm.optimizer](model, parameter_groups(model, narrow=narrow), rate)
+    groups = [{**group, "lr": rate * group["factor"]} for group in parameter_groups(model, narrow=narrow)]
+    optimizer = OPTIMIZERS[arm.optimizer](model, groups, rate)
     process = GaussianDiffusion(Schedule.named("cosine", T), "v")
     return TrainingStep(model, process, optimizer, ema_rates=[EMA_RATE], seed=seed, accelerator=Accelerator(cpu=True))
 
@@ -204,19 +205,16 @@ def run(job: Job, folder: Path, path: str | None) -> None:
 
 Losses = dict[Size, list[dict[float, float]]]
 """size -> of each seed, rate -> the held-out loss"""
-Results = dict[Line, Losses]
 
 
 def gather(line: Line, folder: Path) -> Losses:
     """What the runs of a line gave, of the seeds of which all are there."""
     found: Losses = {size: [] for size in line.sizes()}
-    for seed in range(SEEDS):
-        files = {(size, rate): Job(line.data, line.arm, size, rate, seed).path(folder)
-                 for size, rates in line.sizes().items() for rate in rates}  # fmt: skip
-        if all(file.exists() for file in files.values()):
-            read = {key: float(json.loads(file.read_text())["loss"]) for key, file in files.items()}
+    for jobs in map(line.jobs, range(SEEDS)):
+        if all(job.path(folder).exists() for job in jobs):
+            read = {job: float(json.loads(job.path(folder).read_text())["loss"]) for job in jobs}
             for size in found:
-                found[size].append({rate: loss for (of, rate), loss in read.items() if of == size})
+                found[size].append({job.rate: loss for job, loss in read.items() if job.size == size})
     return found
 
 
@@ -234,9 +232,8 @@ def best(losses: dict[float, float], reach: float = math.inf) -> float:
     return float(np.clip(vertex, math.log2(min(losses)) - 1, math.log2(max(losses)) + 1))
 
 
-def near(losses: dict[float, float]) -> float:
-    """log2 of the best rate by the amended rule: within half a step of the lowest loss's."""
-    return best(losses, reach=0.5)
+near = partial(best, reach=0.5)
+"""By the amended rule: within half a step of the lowest loss's."""
 
 
 def stable(losses: dict[float, float]) -> float:
@@ -248,8 +245,8 @@ def stable(losses: dict[float, float]) -> float:
 
 def slopes(line: Line, losses: Losses, figure: Any = best) -> list[float]:
     """By how many doublings the rate grows for a doubling of the size, of each seed."""
-    found = {size.along(line.axis): [figure(seed) for seed in seeds] for size, seeds in losses.items()}
-    found = {size: rates for size, rates in found.items() if np.isfinite(rates).all()}
+    rates = {size.along(line.axis): [figure(seed) for seed in seeds] for size, seeds in losses.items()}
+    found = {size: logs for size, logs in rates.items() if np.isfinite(logs).all()}
     if len(found) < 2 or not all(len(rates) > 1 for rates in found.values()):
         return []
     return np.polyfit(np.log2(list(found)), list(found.values()), 1)[0].tolist()
@@ -259,23 +256,26 @@ def shown(values: list[float]) -> str:
     return "{:+.2f} ± {:.2f}".format(*interval(values)) if values else ""
 
 
-def lines_table(results: Results) -> str:
+def judged(found: list[float]) -> str:
+    """What the slopes of a line say of its rate."""
+    mean, half = interval(found) if found else (math.nan, math.nan)
+    verdicts = {"transfers": abs(mean) + half < TRANSFERS, "falls": mean + half < 0, "rises": mean - half > 0}
+    return next((verdict for verdict, holds in verdicts.items() if holds), "not told" if found else "")
+
+
+def lines_table(results: dict[Line, Losses]) -> str:
     rows = []
     for line, losses in results.items():
-        found, cells = slopes(line, losses), []
-        mean, half = interval(found) if found else (math.nan, math.nan)
-        verdict = "transfers" if abs(mean) + half < TRANSFERS else "falls" if mean + half < 0 else "not told"
-        for figure in (best, stable):
-            rates = {size.along(line.axis): [figure(seed) for seed in seeds] for size, seeds in losses.items()}
-            means = {size: 2 ** statistics.fmean(values) for size, values in rates.items() if values}
+        cells = [line.data, line.arm, line.axis, *(text for figure in (best, near) for text in
+                 (shown(slopes(line, losses, figure)), judged(slopes(line, losses, figure))))]  # fmt: skip
+        for figure in (near, stable):
+            means = {size.along(line.axis): 2 ** statistics.fmean(map(figure, seeds)) for size, seeds in losses.items()}
             cells.append(", ".join(f"{size}: {value:.1e}" for size, value in means.items() if math.isfinite(value)))
-        said = shown(found), "rises" if mean - half > 0 and verdict == "not told" else verdict if found else ""
-        rows.append([line.data, line.arm, line.axis, *said, shown(slopes(line, losses, stable)), *cells])
-    heads = ["data", "arm", "grows", "slope of the best rate", "", "of the largest stable", "best", "largest stable"]
-    return table(heads, rows)
+        rows.append([*cells, shown(slopes(line, losses, stable))])
+    return table(["data", "arm", "over", "slope", "", "amended", "", "best rates", "largest stable", "slope"], rows)
 
 
-def comparisons_table(results: Results, figure: Any) -> str:
+def comparisons_table(results: dict[Line, Losses], figure: Any) -> str:
     """The comparisons, with Holm's correction for all of them."""
     rows = []
     for line, other in COMPARISONS:
@@ -291,26 +291,40 @@ def comparisons_table(results: Results, figure: Any) -> str:
     return table(["slope of", "difference, 95% interval", "p", "p, Holm", ""], cells)
 
 
-def plot(results: Results, path: Path) -> None:
-    """The best rate over the size, and below it the loss over the rate of each size."""
+def panels(count: int, columns: int) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, with logarithmic axes."""
+    rows = math.ceil(count / columns)
+    figure = plt.figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1, xscale="log", yscale="log") for i in range(count)]
+
+
+def finish(axis: Any, title: str, ticks: Any) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=6)
+    axis.set_xticks(list(ticks), labels=map(str, ticks))
+    axis.minorticks_off()
+
+
+def plot(results: dict[Line, Losses], path: Path) -> None:
+    """The best rate (by the amended rule) over the size, for each data set and axis; and in another figure the loss
+    over the rate, for each line."""
     places = list(dict.fromkeys((line.data, line.axis) for line in results))
-    figure, axes = plt.subplots(8, len(places), figsize=(3.2 * len(places), 18), squeeze=False, layout="constrained")
-    for axis, (data, name) in zip(axes[0], places, strict=True):
-        axis.set(xscale="log", yscale="log", title=f"{data}: best rate over {name}")
-    for column, place in enumerate(places):
-        here = {line: losses for line, losses in results.items() if (line.data, line.axis) == place}
-        for axis, (line, losses) in zip(axes[1:, column], here.items(), strict=False):
-            for size, seeds in losses.items():
-                means = {rate: statistics.fmean(seed[rate] for seed in seeds) for rate in seeds[0]} if seeds else {}
-                axis.plot(list(means), list(means.values()), ".-", label=str(size.along(line.axis)))
-            axis.set(xscale="log", yscale="log", ylim=(None, STABLE), title=line.arm)
-            axis.legend(fontsize=6)
-            bests = {size.along(line.axis): [best(seed) for seed in seeds] for size, seeds in losses.items() if seeds}
-            axes[0][column].plot(list(bests), [2 ** statistics.fmean(b) for b in bests.values()], ".-", label=line.arm)
-        axes[0][column].legend(fontsize=6)
-    for axis in axes.flat:
-        axis.set_visible(axis.has_data())
-    figure.savefig(path, dpi=90)
+    (rates, rate_axes), (losses_figure, loss_axes) = panels(len(places), 4), panels(len(results), 6)
+    for axis, (line, losses) in zip(loss_axes, results.items(), strict=True):
+        lowest = min(loss for seeds in losses.values() for seed in seeds for loss in seed.values() if loss < STABLE)
+        for size, seeds in losses.items():
+            means = {rate: statistics.fmean(seed[rate] for seed in seeds) for rate in seeds[0]}
+            axis.plot(list(means), list(means.values()), ".-", label=f"width {size.width}, {size.blocks} blocks")
+        axis.set(yscale="linear", ylim=(0.97 * lowest, 1.5 * lowest))
+        finish(axis, f"{line.data}, {line.arm}, {line.axis}", RATES[::2])
+        bests = {size.along(line.axis): [2 ** near(seed) for seed in seeds] for size, seeds in losses.items()}
+        above = rate_axes[places.index((line.data, line.axis))]
+        [drawn] = above.plot(list(bests), list(map(statistics.geometric_mean, bests.values())), "-", label=line.arm)
+        above.plot(list(bests), list(bests.values()), ".", color=drawn.get_color())
+        above.set_ylim(RATES[0] / 2, RATES[-1])
+        finish(above, f"{line.data}: best rate over {line.axis}", bests)
+    rates.savefig(path, dpi=100)
+    losses_figure.savefig(path.with_stem(f"{path.stem}-losses"), dpi=90)
 
 
 def movements(arm: Arm, size: Size, rate: float, steps: int = 8, pixels: int = 8) -> list[float]:
@@ -320,27 +334,23 @@ def movements(arm: Arm, size: Size, rate: float, steps: int = 8, pixels: int = 8
     x = torch.randn(32, 1, pixels, pixels, generator=generator_for("cpu", 0, "movements")).clamp(-1, 1)
     y, last = torch.arange(32) % 10, step.network.get_submodule("final_layer" if arm.network == "dit" else "out")
     last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    for group in step.optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
     looks = []
-    for i in range(steps + 1):
+    for _ in range(steps + 1):
         with torch.no_grad():
             step.network(x, torch.full((32,), 500.0), y=y)
         looks.append(seen[-1])
-        if i < steps:
-            step(x, y)
+        step(x, y)
     return [((look - looks[0]).square().mean() / looks[0].square().mean()).sqrt().item() for look in looks[1:]]
 
 
 def plot_movements(path: Path, rate: float = 1e-3) -> None:
     """The coordinate checks over each axis."""
-    figure, axes = plt.subplots(1, len(AXES), figsize=(3.4 * len(AXES), 3), layout="constrained")
+    figure, axes = panels(len(AXES), 5)
     for axis, (name, sizes) in zip(axes, AXES.items(), strict=True):
-        for arm in dict.fromkeys(line.arm for line in LINES if line.axis == name):
+        for arm in dict.fromkeys(line.arm for line in (*LINES, *ADDED) if line.axis == name):
             ends = [movements(ARMS[arm], size, rate)[-1] for size in sizes]
             axis.plot([size.along(name) for size in sizes], ends, ".-", label=arm)
-        axis.set(xscale="log", yscale="log", title=f"moved after 8 steps, over {name}")
-        axis.legend(fontsize=6)
+        finish(axis, f"moved after 8 steps, over {name}", [size.along(name) for size in sizes])
     figure.savefig(path, dpi=100)
 
 
@@ -352,11 +362,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.mnist:
         zero_init.data("mnist", args.mnist)  # or it would be missed after hours
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         started = [pool.submit(run, job, args.results, args.mnist) for job in jobs(bool(args.mnist))]
         for future in tqdm(as_completed(started), total=len(started), unit="run"):
             future.result()
-    results = {line: gather(line, args.results) for line in (*LINES, *ADDED)}
+    # of which a seed is there
+    results = {line: found for line in (*LINES, *ADDED) if all((found := gather(line, args.results)).values())}
     tables = {"comparisons": comparisons_table(results, best), "amended": comparisons_table(results, near)}
     put_tables(DOCUMENT, {"slopes": lines_table(results)} | tables)
     plot(results, DOCUMENT.with_name("learning-rate.png"))
