@@ -26,10 +26,10 @@ Left out, for more than six hours on two cores, since the question is of zero: F
 the transformer with either, all but zero and default with AdamW on MNIST; and a width of 16, which the network's groups
 of 32 channels do not allow. A width of 128 has four rates in the middle, and so no largest one.
 
-Added when the first seed's runs had been seen, before any run of their own, and outside of the comparisons: Muon with
-muP's rates, and a network that is both wider and deeper, on which nothing was chosen. Amended then: the best rate lies
-within half a step of the lowest loss's, since of default weights with 8 blocks the rates above diverged, and the
-parabola through those below had its vertex far among the diverging ones. The tables show the comparisons by both rules.
+Added when the first seed's runs had been seen, before any run of their own, and outside of the comparisons: Muon and
+the transformer with muP's rates, and a network that is both wider and deeper, on which nothing was chosen. Amended
+then: the best rate lies within half a step of the lowest loss's, since of default weights with 8 blocks the rates above
+diverged, and the parabola through those below had its vertex far among these. The tables show both rules.
 
 Results are kept in runs/studies/learning_rate/, one file a run: what is there already is not run again. At the end the
 tables in docs/learning-rate.md and the figures beside it are rewritten, from the seeds of which all runs are there.
@@ -86,7 +86,8 @@ class Arm(NamedTuple):
 UNETS: tuple[InitName, ...] = ("zero", "default", "fixup")
 ARMS = {init: Arm(init) for init in UNETS} | {f"{init}, muP": Arm(init, mup=True) for init in UNETS[:2]}
 ARMS |= {f"{init}, Muon": Arm(init, "muon") for init in UNETS[:2]} | {"zero, Muon, muP": Arm("zero", "muon", mup=True)}
-ARMS |= {f"dit {init}": Arm(init, network="dit") for init in UNETS[:2]}
+ARMS |= {f"dit {init}": Arm(init, "adamw", "dit") for init in UNETS[:2]}
+ARMS["dit zero, muP"] = Arm("zero", "adamw", "dit", mup=True)
 
 
 class Size(NamedTuple):
@@ -146,7 +147,8 @@ LINES = [
     *lines("digits", "dit blocks, dit width", "dit zero", "dit default"),
     *lines("mnist", "blocks, width", "zero", "default"),
 ]
-ADDED = [*lines("digits", "width", "zero, Muon, muP"), *lines("digits", "width and blocks", "zero", "zero, muP")]
+ADDED = [*lines("digits", "width", "zero, Muon, muP"), *lines("digits", "dit width", "dit zero, muP"),
+         *lines("digits", "width and blocks", "zero", "zero, muP")]  # fmt: skip
 COMPARISONS: list[tuple[Line, str | None]] = [
     *((line, None) for line in LINES),
     *((line, line.arm.replace("zero", "default")) for line in LINES if line.arm in ("zero", "zero, Muon", "dit zero")),
@@ -221,8 +223,7 @@ def gather(line: Line, folder: Path) -> Losses:
 def best(losses: dict[float, float], reach: float = math.inf) -> float:
     """log2 of the best rate: the vertex of a parabola through the lowest loss and up to two rates to each side; the
     lowest's own rate where it does not open upwards, at most a step beyond the grid, and `reach` from the lowest's."""
-    rates = [rate for rate, loss in losses.items() if loss < STABLE]
-    if not rates:
+    if not (rates := [rate for rate, loss in losses.items() if loss < STABLE]):
         return math.nan
     lowest = rates.index(min(rates, key=lambda rate: losses[rate]))
     near = rates[max(0, lowest - 2) : lowest + 3]
