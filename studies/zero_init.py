@@ -306,8 +306,8 @@ def steps_to(runs: list[dict[str, Any]], loss: float) -> list[float]:
 
 
 def p_value(differences: list[float]) -> float:
-    """Of a paired t-test; 1 where there is nothing to tell apart."""
-    return float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else 1.0
+    """Of a paired t-test; where all are alike, 1 if they are 0, else 0."""
+    return float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else float(not any(differences))
 
 
 def comparisons_table(results: Results) -> str:

@@ -31,7 +31,7 @@ class ModelConfig(Section):
     def at_width(self, width: int) -> Self:
         """The same network of another width. Raises UsageError if there is none."""
         if self.width_field is None:
-            raise UsageError(f"the network {self.network} has no width that all others are multiples of")
+            raise UsageError(f"{self.network} has no width that all others are multiples of: set it to null")
         changed: dict[str, Any] = {self.width_field: width}
         return dataclasses.replace(self, **changed)
 

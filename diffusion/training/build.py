@@ -24,10 +24,8 @@ def parameter_groups(
 
     With `narrow`, the same network of the width at which the rate was found, a weight with n times its inputs there has
     the factor 1 / n (muP; Yang et al. 2022, table 3, Adam). A table of classes has as many inputs at any width."""
-    scalar_params, inputs = scalars(network), dict[str, int]()
-    if narrow is not None:
-        inputs = {name: p.shape[1] for name, p in narrow.named_parameters() if p.ndim > 1}
-    apart = set(map(id, scalar_params))
+    scalar_params, base = scalars(network), network if narrow is None else narrow
+    apart, inputs = set(map(id, scalar_params)), {name: p.shape[1] for name, p in base.named_parameters() if p.ndim > 1}
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
     groups: dict[float, list[nn.Parameter]] = {}
     for name, p in network.named_parameters():
@@ -46,15 +44,16 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 def build_step(
-    config: Config, network: nn.Module, process: GaussianDiffusion, accelerator: Accelerator
+    config: Config, network: nn.Module, process: GaussianDiffusion, accelerator: Accelerator, *conditions: int
 ) -> TrainingStep:
-    """The training step of a configuration."""
+    """The training step of a configuration, for its network of `conditions`: the arguments of `Config.network`."""
     train = config.train
     network.to(accelerator.device)  # before its weights are given to the optimizer
     narrow = None
     if train.lr_base_width is not None:
         with torch.device("meta"):
-            narrow = dataclasses.replace(config, model=config.model.at_width(train.lr_base_width)).network(2)
+            base = dataclasses.replace(config, model=config.model.at_width(train.lr_base_width))
+            narrow = base.network(*conditions)
     groups = parameter_groups(network, train.scalar_lr_factor, narrow)
     optimizer = train.component("optimizer")(network, groups, train.lr)
     options: dict[str, Any] = {name: getattr(train, name) for name in SAME_IN_TRAIN}

@@ -104,7 +104,8 @@ class Trainer:
         self.dataset, self.class_names = self.data.dataset, self.data.class_names
         self.process = config.diffusion.process()
         torch.manual_seed(seed_for(train.seed, "weights"))
-        self.network = config.network(len(self.class_names), self.data.vectors.size)
+        conditions = len(self.class_names), self.data.vectors.size
+        self.network = config.network(*conditions)
         self.origin, notes = (saved.origin if saved else None), list[str]()
         if saved:
             checkpoint.check_fits(self.network, files["model.safetensors"], saved.path)
@@ -118,7 +119,7 @@ class Trainer:
                 notes.append(f"train.init_from: its condition vectors were {was}, and are {now} here")
             notes, self.origin = notes + seen_before(source, self.data), origin_of(source)
         self.sampled = Run(config, self.network, self.class_names, accelerator.device, vectors=self.data.vectors)
-        self.training_step = build_step(config, self.network, self.process, accelerator)
+        self.training_step = build_step(config, self.network, self.process, accelerator, *conditions)
         self.ema, self.meter = self.training_step.ema, Meter(accelerator)
         self.parts: dict[str, Any] = {"step": self.training_step, "meter": self.meter}
         if train.compile and (reason := compile_network(self.network, accelerator.device)):

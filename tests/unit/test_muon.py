@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -106,7 +104,7 @@ def test_the_rate_of_a_weight_falls_with_its_inputs_from_the_base_width_on(netwo
     model = {"network": network, field: 96, "num_heads": 4}
     config = config_of({"model": model, "train": {"lr_base_width": 32, "optimizer": optimizer}})
     built = config.network(10, 3)
-    step = build_step(config, built, config.diffusion.process(), Accelerator(cpu=True))
+    step = build_step(config, built, config.diffusion.process(), Accelerator(cpu=True), 10, 3)
     factors = {id(p): group["factor"] for group in step.optimizer.param_groups for p in group["params"]}
     found = {name: factors[id(p)] for name, p in built.named_parameters() if p.requires_grad}
     assert {name: found[name] for name in FALL[network]} == dict.fromkeys(FALL[network], pytest.approx(1 / 3))
@@ -116,12 +114,24 @@ def test_the_rate_of_a_weight_falls_with_its_inputs_from_the_base_width_on(netwo
 
 @pytest.mark.parametrize(
     ("model", "width", "says"),
-    [({}, 48, "train.lr_base_width is 48: model.model_channels is 48; it must be a multiple of 32, such as 64"),
-     ({"network": "dit"}, 32, "train.lr_base_width is 32: model.num_heads is 3, which does not divide hidden_size 32")],
+    [({}, 48, "model.model_channels is 48; it must be a multiple of 32, such as 64"),
+     ({"network": "dit"}, 32, "model.num_heads is 3, which does not divide hidden_size 32")],
 )  # fmt: skip
 def test_a_base_width_that_the_network_cannot_have_is_refused(model, width, says):
-    with pytest.raises(UsageError, match=re.escape(says)):
+    with pytest.raises(UsageError, match=f"train.lr_base_width is {width}, and there is no such network: {says}"):
         config_of({"model": model, "train": {"lr_base_width": width}})
+
+
+def test_at_its_own_width_a_network_learns_as_without_a_base_width():
+    networks = []
+    for width in (None, 32):
+        config = config_of({"train": {"lr_base_width": width}})
+        torch.manual_seed(0)
+        networks.append(config.network(10))
+        step = build_step(config, networks[-1], config.diffusion.process(), Accelerator(cpu=True), 10)
+        for _ in range(3):
+            step(torch.ones(4, 1, 8, 8), torch.arange(4))
+    assert all(map(torch.equal, *(network.parameters() for network in networks)))
 
 
 def test_muon_gets_further_in_a_few_steps_than_adamw():
