@@ -304,7 +304,7 @@ def panels(count: int, columns: int) -> tuple[Any, list[Any]]:
 
 def finish(axis: Any, title: str, ticks: Any) -> None:
     axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, framealpha=0.3)
     axis.set_xticks(list(ticks), labels=map(str, ticks))
     axis.minorticks_off()
 
@@ -318,7 +318,7 @@ def plot(results: dict[Line, Losses], path: Path) -> None:
         lowest = min(loss for seeds in losses.values() for seed in seeds for loss in (*seed.values(), STABLE))
         for size, seeds in losses.items():
             means = {rate: statistics.fmean(seed[rate] for seed in seeds) for rate in seeds[0]}
-            axis.plot(list(means), list(means.values()), ".-", label=f"width {size.width}, {size.blocks} blocks")
+            axis.plot(list(means), list(means.values()), ".-", label=f"width {size.width}, blocks {size.blocks}")
         axis.set(yscale="linear", ylim=(0.97 * lowest, 1.5 * lowest))
         finish(axis, f"{line.data}, {line.arm}, {line.axis}", RATES[::2])
         bests = {size.along(line.axis): [2 ** near(seed) for seed in seeds] for size, seeds in losses.items()}
@@ -362,12 +362,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--mnist", help="the folder that holds MNIST/raw; not given: digits alone")
+    parser.add_argument("--tables", action="store_true", help="run nothing, rewrite tables and figures")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "studies" / "learning_rate")
     args = parser.parse_args()
     if args.mnist:
         zero_init.data("mnist", args.mnist)  # or it would be missed after hours
     with ProcessPoolExecutor(args.workers, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        started = [pool.submit(run, job, args.results, args.mnist) for job in jobs(bool(args.mnist))]
+        started = [pool.submit(run, job, args.results, args.mnist) for job in jobs(bool(args.mnist)) if not args.tables]
         for future in tqdm(as_completed(started), total=len(started), unit="run"):
             future.result()
     # of which a seed is there

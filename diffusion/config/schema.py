@@ -101,8 +101,8 @@ class TrainConfig(Section):
     lr: Annotated[Finite, Field(gt=0)] = 5e-3
     """learning rate, after warm-up"""
     lr_base_width: Positive | None = None
-    """width of the network at which lr was found; a weight with n times the inputs that it has there learns at lr / n
-    (muP), biases and the first layer at lr; null: all learn at lr"""
+    """model_channels (unet) or hidden_size (dit) of the smaller network on which lr was found: weights with n times the
+    inputs of that network's learn at lr / n (muP), biases and the first layer at lr; null: all at lr"""
     lr_schedule: str = "wsd"
     """after the warm-up: constant; half a cosine to 0 at the last step; or constant, then linearly to 0 over the last
     decay_share of the steps (wsd: warm-up, stable, decay)"""
@@ -220,7 +220,7 @@ class Config:
         if factor != 1 and getattr(self.model, "init", None) != "fixup":
             raise UsageError(f"train.scalar_lr_factor is {factor}, but only model.init fixup has scalars")
         if self.train.lr_base_width is not None:
-            with prefixed(f"train.lr_base_width is {self.train.lr_base_width}, and there is no such network: "):
+            with prefixed(f"train.lr_base_width {self.train.lr_base_width} is of no such network: "):
                 self.model.at_width(self.train.lr_base_width)
         if self.data.unbounded and self.sample.options["clip_denoised"]:
             both = "sample.clip_denoised is true, and data.unbounded too"

@@ -27,6 +27,7 @@ from diffusion.run.checkpoint import Checkpoint, newest
 from diffusion.training import step as step_module
 from diffusion.training import trainer as trainer_module
 from diffusion.training.build import learning_rate
+from diffusion.training.data import describe_run
 from diffusion.training.trainer import Trainer
 
 
@@ -668,6 +669,7 @@ def test_a_run_whose_rates_fall_with_the_width_continues_with_the_same_bits(tmp_
     train(small(train__steps=3, **changes), tmp_path / "run")
     assert_same_bits(state(train(small(**changes), tmp_path / "run")), state(whole))
     lr = whole.config.train.lr
+    assert any("from 64 learn at 64/32 of train.lr" in line for line in describe_run(whole.config, whole.data))
     assert {group["lr"] for group in whole.training_step.optimizer.param_groups} == {lr, 2 * lr}
     with pytest.raises(UsageError, match=r"train\.lr_base_width was 64 and is null, in the run"):
         train(small(train__weight_decay=0.1), tmp_path / "run")

@@ -118,7 +118,7 @@ def test_the_rate_of_a_weight_falls_with_its_inputs_from_the_base_width_on(netwo
      ({"network": "dit"}, 32, "model.num_heads is 3, which does not divide hidden_size 32")],
 )  # fmt: skip
 def test_a_base_width_that_the_network_cannot_have_is_refused(model, width, says):
-    with pytest.raises(UsageError, match=f"train.lr_base_width is {width}, and there is no such network: {says}"):
+    with pytest.raises(UsageError, match=f"train.lr_base_width {width} is of no such network: {says}"):
         config_of({"model": model, "train": {"lr_base_width": width}})
 
 
