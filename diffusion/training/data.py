@@ -78,10 +78,9 @@ def describe_run(config: Config, data: RunData) -> list[str]:
     """What was found in the data, and all that is done with them which changes what is learnt."""
     unlearnt = bool(data.dataset.class_names) and not config.model.class_cond
     dropout, size, respacing = config.train.label_dropout, config.data.low_res_size, config.diffusion.respacing
-    base, width = config.train.lr_base_width, getattr(config.model, config.model.width_field or "network")
+    base, width = config.train.lr_base_width, getattr(config.model, config.model.width_field or "", None)
     notes = {
-        f"a width of {width}: weights whose inputs grow from {base} learn at {base}/{width} of train.lr": base
-        is not None,
+        f"a width of {width}: weights whose inputs grow from {base} learn at {base}/{width} of train.lr": bool(base),
         "the classes are not learnt: --model.class_cond true learns them": unlearnt,
         f"{dropout:.0%} of the images are trained on without class and conditions, for guidance": dropout > 0,
         f"the network is also given each image shrunk to {size}": size is not None,

@@ -89,7 +89,7 @@ def lines_of_code(path):
     return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docs)
 
 
-LIMIT = 7395
+LIMIT = 7394
 """The sum of lines of code of the package and the scripts."""
 
 
