@@ -59,7 +59,7 @@ import numpy as np
 import torch
 import zero_init
 from accelerate import Accelerator
-from tables import holm, interval, keep, put_tables, table
+from tables import holm, interval, keep, p_value, put_tables, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -217,8 +217,8 @@ Losses = dict[Size, list[dict[float, float]]]
 def gather(line: Line, folder: Path) -> Losses:
     """What the runs of a line gave, of the first seeds, as many as are whole: seeds are paired by their place."""
     found: Losses = {size: [] for size in line.sizes()}
-    for jobs in takewhile(lambda jobs: all(job.path(folder).exists() for job in jobs), map(line.jobs, range(SEEDS))):
-        read = {job: float(json.loads(job.path(folder).read_text())["loss"]) for job in jobs}
+    for whole in takewhile(lambda seed: all(job.path(folder).exists() for job in seed), map(line.jobs, range(SEEDS))):
+        read = {job: float(json.loads(job.path(folder).read_text())["loss"]) for job in whole}
         for size in found:
             found[size].append({job.rate: loss for job, loss in read.items() if job.size == size})
     return found
@@ -230,8 +230,8 @@ def best(losses: dict[float, float], reach: float = math.inf) -> float:
     if not (rates := [rate for rate, loss in losses.items() if loss < STABLE]):
         return math.nan
     lowest = rates.index(min(rates, key=lambda rate: losses[rate]))
-    near = rates[max(0, lowest - 2) : lowest + 3]
-    fit = np.polyfit(np.log2(near), np.log([losses[rate] for rate in near]), 2) if len(near) > 2 else (0.0, 0.0)
+    beside = rates[max(0, lowest - 2) : lowest + 3]
+    fit = np.polyfit(np.log2(beside), np.log([losses[rate] for rate in beside]), 2) if len(beside) > 2 else (0.0, 0.0)
     centre = math.log2(rates[lowest])
     vertex = np.clip(-fit[1] / (2 * fit[0]) if fit[0] > 0 else centre, centre - reach, centre + reach)
     return float(np.clip(vertex, math.log2(min(losses)) - 1, math.log2(max(losses)) + 1))
@@ -271,8 +271,8 @@ def judged(found: list[float]) -> str:
 def lines_table(results: dict[Line, Losses]) -> str:
     rows = []
     for line, losses in results.items():
-        cells = [line.data, line.arm, line.axis, *(text for figure in (best, near) for text in
-                 (shown(slopes(line, losses, figure)), judged(slopes(line, losses, figure))))]  # fmt: skip
+        found = [slopes(line, losses, figure) for figure in (best, near)]
+        cells = [line.data, line.arm, line.axis, *(text for one in found for text in (shown(one), judged(one)))]
         for figure in (near, stable):
             means = {size.along(line.axis): 2 ** statistics.fmean(map(figure, seeds)) for size, seeds in losses.items()}
             cells.append(", ".join(f"{size}: {value:.1e}" for size, value in means.items() if math.isfinite(value)))
@@ -288,7 +288,7 @@ def comparisons_table(results: dict[Line, Losses], figure: Any) -> str:
         others = slopes(against, results.get(against, {}), figure) if other else [0.0] * len(values)
         if len(differences := [a - b for a, b in zip(values, others, strict=False)]) > 1:
             what = f"{line.arm}, less {other}" if other else line.arm
-            rows.append((f"{line.data}, {line.axis}: {what}", shown(differences), zero_init.p_value(differences)))
+            rows.append((f"{line.data}, {line.axis}: {what}", shown(differences), p_value(differences)))
     corrected = holm([p for _, _, p in rows] + [1.0] * (len(COMPARISONS) - len(rows)))
     cells = [[says, difference, f"{p:.2g}", f"{raised:.2g}", "beyond chance" if raised < 0.05 else "not told"]
              for (says, difference, p), raised in zip(rows, corrected, strict=False)]  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp
 
 
 def keep(path: Path, results: dict[str, Any]) -> None:
@@ -23,6 +24,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95% confidence interval (Student's t)."""
     half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), float(half)
+
+
+def p_value(differences: list[float]) -> float:
+    """Of a paired t-test; where all are alike, 1 if they are 0, else 0."""
+    return float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else float(not any(differences))
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -36,9 +36,8 @@ from typing import Any, Literal, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator
-from scipy.stats import ttest_1samp
 from symmetry import make_alike
-from tables import holm, interval, keep, put_tables, table
+from tables import holm, interval, keep, p_value, put_tables, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -303,11 +302,6 @@ def steps_to(runs: list[dict[str, Any]], loss: float) -> list[float]:
         ]
         found.append(crossed[0] if crossed else math.nan)
     return found
-
-
-def p_value(differences: list[float]) -> float:
-    """Of a paired t-test; where all are alike, 1 if they are 0, else 0."""
-    return float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else float(not any(differences))
 
 
 def comparisons_table(results: Results) -> str:

@@ -157,8 +157,8 @@ def earlier(run: Run) -> Iterator[Run]:
     """The run at earlier checkpoints of the same data, with the same average: the last before each of `SHARES`."""
     owner, now = run_of(run.path), run.saved.step
     paths = [path for path in reversed(folders(owner)) if step_of(path) < now] if owner else []
-    chosen = {max([path for path in paths if step_of(path) <= share * now] or paths[:1]) for share in SHARES if paths}
-    for path in sorted(chosen):
+    before = [[path for path in paths if step_of(path) <= share * now] or paths[:1] for share in SHARES if paths]
+    for path in sorted({some[-1] for some in before}, key=step_of):
         with suppress(UsageError):  # damaged, or of another average
             one = load_run(path, run.ema)
             if one.saved.data == run.saved.data:
